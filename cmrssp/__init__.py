@@ -1,0 +1,3 @@
+"""Self-supervised pretraining for the segmentation of cardiac MR cine."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,67 @@
+"""From `--data PATH ...` to subjects: which layout a folder has, and the built-in phantom."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmrssp.data import acdc, mnms
+from cmrssp.data.subject import Subject
+from cmrssp.errors import UserError
+
+PHANTOM = "phantom"
+_PHANTOM_VERSION = (
+    1  # part of the folder's name: a phantom of an older version is not taken for the present one
+)
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmrssp"
+
+
+def find(paths: Sequence[str], cache: Path) -> list[Subject]:
+    """The subjects of all data sets, sorted by key. `phantom` stands for the built-in synthetic set, which is
+    written below the cache on first use. Opens no image.
+
+    Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
+    """
+    subjects: list[Subject] = []
+    for path in paths:
+        root = _phantom_folder(cache) if path == PHANTOM else Path(path).expanduser()
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"--data {path}: no such folder; give the folder that holds the cines, or "
+                f"'{PHANTOM}' for the synthetic set"
+            )
+        found = mnms.find(root, PHANTOM) if path == PHANTOM else acdc.find(root) or mnms.find(root)
+        if not found:
+            raise FileNotFoundError(
+                f"--data {path}: no cine found; expected the M&Ms layout (<ID>_sa.nii.gz) or the "
+                "ACDC layout (patientNNN/patientNNN_4d.nii.gz) in this folder or below"
+            )
+        subjects += found
+    counts = Counter(s.key for s in subjects)
+    twice = sorted(key for key, count in counts.items() if count > 1)
+    if twice:
+        files = ", ".join(str(s.cine) for s in subjects if s.key == twice[0])
+        raise UserError(
+            f"--data: {len(twice)} subjects are found more than once, the first is {twice[0]} ({files}); "
+            "remove the copies or give a smaller folder"
+        )
+    return sorted(subjects, key=lambda s: s.key)
+
+
+def absolute(paths: Sequence[str]) -> list[str]:
+    """As a checkpoint remembers them, so that a later script finds them from any folder."""
+    return [path if path == PHANTOM else str(Path(path).expanduser().resolve()) for path in paths]
+
+
+def _phantom_folder(cache: Path) -> Path:
+    folder = Path(cache) / f"phantom-{_PHANTOM_VERSION}"
+    if not folder.is_dir():
+        from cmrssp.data import phantom
+
+        print(f"writing the phantom to {folder} (once, under a minute)", flush=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        phantom.write(folder)
+    return folder

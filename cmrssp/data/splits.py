@@ -1,0 +1,125 @@
+"""Who trains, who validates, who tests: by subject, from ids, vendors and pathologies alone.
+
+The order within a stratum is that of a hash of (seed, subject key), so that neither the order of files nor
+the place of the data matters, and the same subjects are drawn on every machine.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from cmrssp.data.subject import Subject
+from cmrssp.errors import UserError
+
+PARTS = ("train", "validation", "test")
+TEST_FRACTION, VALIDATION_FRACTION = 0.25, 0.20  # the latter of what the test left: 60 / 15 / 25 %
+_MNMS_TEST_PER_VENDOR = 15
+
+
+def assign(subjects: Sequence[Subject], seed: int) -> dict[str, list[str]]:
+    """{part: sorted subject keys}. A data set's own test list is kept (ACDC 101-150); the full M&Ms gives 15
+    test subjects of each of its four vendors (the paper's rule); any other data set gives 25 %, stratified by
+    vendor and pathology. 20 % of the rest validates.
+    """
+    test: list[Subject] = []
+    for dataset in sorted({s.dataset for s in subjects}):
+        members = [s for s in subjects if s.dataset == dataset]
+        official = [s for s in members if s.official_test]
+        vendors = Counter(s.vendor for s in members)
+        if official:
+            test += official
+        elif dataset == "mnms" and len(vendors) == 4 and min(vendors.values()) > 2 * _MNMS_TEST_PER_VENDOR:
+            for vendor in vendors:
+                ranked = _ranked((s for s in members if s.vendor == vendor), seed)
+                test += ranked[:_MNMS_TEST_PER_VENDOR]
+        else:
+            test += _stratified(members, TEST_FRACTION, seed)
+    taken = {s.key for s in test}
+    rest = [s for s in subjects if s.key not in taken]
+    validation = {s.key for s in _stratified(rest, VALIDATION_FRACTION, seed)}
+    train = {s.key for s in rest} - validation
+    return {"train": sorted(train), "validation": sorted(validation), "test": sorted(taken)}
+
+
+def subset(keys: Iterable[str], num_subjects: int, seed: int) -> list[str]:
+    """The first `num_subjects` of the seeded order of the keys: subsets of one seed are nested."""
+    keys = sorted(keys)
+    if not 1 <= num_subjects <= len(keys):
+        raise UserError(
+            f"--n-subjects: expected 1 to {len(keys)} (the labelled training subjects), got {num_subjects}"
+        )
+    return sorted(sorted(keys, key=lambda key: _hash(seed, key))[:num_subjects])
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    """A split.json as this package writes it. Raises UserError with what is wrong."""
+    try:
+        split = json.loads(Path(path).read_text())
+        lists = {part: list(map(str, split[part])) for part in PARTS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected JSON with the lists {', '.join(PARTS)} of subject keys ({error!r})"
+        ) from None
+    twice = [key for key, count in Counter(k for keys in lists.values() for k in keys).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: expected every subject once, got {', '.join(twice[:5])} more than once")
+    return lists
+
+
+def _hash(seed: int, key: str) -> str:
+    return hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()
+
+
+def _ranked(subjects: Iterable[Subject], seed: int) -> list[Subject]:
+    return sorted(subjects, key=lambda s: _hash(seed, s.key))
+
+
+def _stratified(subjects: Sequence[Subject], fraction: float, seed: int) -> list[Subject]:
+    """round(fraction * n) subjects (at least 1 of 2 or more), evenly spread over the strata."""
+    n = len(subjects)
+    count = max(round(fraction * n), min(1, n - 1)) if n else 0
+    ranked = sorted(subjects, key=lambda s: (s.dataset, s.vendor, s.pathology, _hash(seed, s.key)))
+    offset = int(_hash(seed, "offset"), 16) % max(n, 1)
+    return [s for i, s in enumerate(ranked) if ((i + 1) * count + offset) // n > (i * count + offset) // n]
+
+
+def choose(
+    subjects: Sequence[Subject],
+    *,
+    split_file: Path | None,
+    split_seed: int,
+    inherited: dict[str, list[str]] | None = None,
+) -> dict[str, list[str]]:
+    """The split of these subjects: that of the file, else the inherited one if it knows every subject, else
+    drawn.
+
+    Keys that are in the split and not among the subjects are dropped; subjects that a file does not name are
+    unused.
+    """
+    keys = {s.key for s in subjects}
+    if split_file is not None:
+        split = read(split_file)
+        if not keys & {key for part in PARTS for key in split[part]}:
+            raise UserError(
+                f"--split-file {split_file}: names none of the {len(keys)} subjects found; expected keys "
+                f"such as {min(keys)}"
+            )
+    elif inherited and keys <= {key for part in PARTS for key in inherited[part]}:
+        split = inherited
+    else:
+        split = assign(subjects, split_seed)
+    return keep(split, keys)
+
+
+def keep(
+    split: dict[str, list[str]], keys: Iterable[str], parts: Sequence[str] = PARTS
+) -> dict[str, list[str]]:
+    """The split with only these keys in the given parts."""
+    keys = set(keys)
+    return {part: [key for key in split[part] if part not in parts or key in keys] for part in PARTS}
+
+
+def describe(split: dict[str, list[str]]) -> str:
+    return "subjects: " + ", ".join(f"{len(split[part])} {part}" for part in PARTS)

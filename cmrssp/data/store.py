@@ -1,0 +1,251 @@
+"""The slice store: one native-resolution file per cine, one per cine's labels, written once, below the cache
+folder.
+
+A file is one line of JSON (the record, padded to 64 bytes) and then the plain array, so that opening a store
+reads one line a subject, a slice is one read, and a volume is one memory map. A file that is half-written, of
+an older format, or whose source has changed since is not valid and is built again.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cmrssp.data.subject import BrokenSubject, Geometry, Subject, read_cine, read_labels
+from cmrssp.files import atomic
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CineRecord:
+    """What training and prediction need to know of a stored cine without reading it."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, int, int, int]  # T, Z, H, W
+    geometry: Geometry
+    centre: tuple[float, float]
+    mean: float
+    std: float
+    max: float
+
+
+@dataclass(frozen=True)
+class LabelRecord:
+    path: Path
+    offset: int
+    shape: tuple[int, int, int, int]  # F, Z, H, W
+    frames: tuple[int, ...]
+    ed: int | None
+    es: int | None
+    problems: tuple[str, ...]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """{"ED": cine frame, "ES": cine frame}, without the one that has no labels."""
+        return {name: frame for name, frame in (("ED", self.ed), ("ES", self.es)) if frame is not None}
+
+
+class Store:
+    """Read access to the stored subjects. Holds one record a subject and no open file."""
+
+    def __init__(
+        self, subjects: Sequence[Subject], cines: Sequence[CineRecord], labels: Sequence[LabelRecord] | None
+    ) -> None:
+        self.subjects, self.cines = list(subjects), list(cines)
+        self.labels = None if labels is None else list(labels)
+        self.index = {subject.key: i for i, subject in enumerate(self.subjects)}
+
+    def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
+        """(H, W) int16 of the cine frame."""
+        return _read_slice(self.cines[subject], frame, slice, "<i2")
+
+    def volume(self, subject: int, frame: int) -> np.ndarray:
+        """(Z, H, W) int16 of a cine frame, memory-mapped."""
+        record = self.cines[subject]
+        return np.memmap(record.path, "<i2", "r", record.offset, record.shape)[frame]
+
+    def label_slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
+        """(H, W) uint8 of a labelled cine frame. Raises ValueError for an unlabelled one."""
+        record = self.labels[subject]
+        return _read_slice(record, record.frames.index(frame), slice, "u1")
+
+    def label_volume(self, subject: int, frame: int) -> np.ndarray:
+        """(Z, H, W) uint8 of a labelled cine frame, memory-mapped."""
+        record = self.labels[subject]
+        volumes = np.memmap(record.path, "u1", "r", record.offset, record.shape)
+        return volumes[record.frames.index(frame)]
+
+
+def build(
+    subjects: Sequence[Subject],
+    cache: Path,
+    *,
+    labels: bool,
+    skip_broken: bool = False,
+    progress: bool = True,
+) -> Store:
+    """Open the store of these subjects; what is missing or out of date in it is built first, on all cores.
+
+    With `labels` False no label file is opened. Raises BrokenSubject with every broken subject in it, unless
+    `skip_broken`: then they are left out and named.
+    """
+    folder = Path(cache) / "store"
+    folder.mkdir(parents=True, exist_ok=True)
+    cines, label_records, broken = {}, {}, {}
+
+    def prepare(subject: Subject, write: bool) -> bool:
+        try:
+            cine = _cine(folder, subject, write)
+            label = _labels(folder, subject, cine, write) if labels and cine else None
+        except BrokenSubject as error:
+            broken[subject.key] = str(error)
+            return True
+        cines[subject.key], label_records[subject.key] = cine, label
+        return bool(cine and (label or not labels))
+
+    missing = [subject for subject in subjects if not prepare(subject, write=False)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(
+            tqdm(
+                pool.map(lambda subject: prepare(subject, write=True), missing),
+                "building the store",
+                len(missing),
+                unit="subject",
+                disable=not (progress and missing),
+            )
+        )
+    if broken:
+        names = "".join(f"\n  {key}: {why}" for key, why in sorted(broken.items()))
+        verdict = f"{len(broken)} of {len(subjects)} subjects cannot be used"
+        if not skip_broken or len(broken) == len(subjects):
+            raise BrokenSubject(
+                f"{verdict}; mend or remove them, or leave them out with --skip-broken:{names}"
+            )
+        print(f"{verdict}, left out:{names}")
+    kept = [s for s in subjects if s.key not in broken]
+    return Store(kept, [cines[s.key] for s in kept], [label_records[s.key] for s in kept] if labels else None)
+
+
+def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
+    """The record of the stored cine; where there is no valid file, write it or give None."""
+    path, sources = _path(folder, subject, ".cine"), _fingerprint([subject.cine])
+    header = _valid_header(path, sources)
+    if header is None and not write:
+        return None
+    if header is None:
+        cine = read_cine(subject)
+        header = _write(
+            path,
+            cine.stored,
+            {
+                "sources": sources,
+                "key": subject.key,
+                "centre": cine.centre,
+                "mean": cine.mean,
+                "std": cine.std,
+                "max": cine.max,
+                "minimum": cine.minimum,
+                "scale": cine.scale,
+                "rows_axis": cine.geometry.rows_axis,
+                "flip": cine.geometry.flip,
+                "spacing_mm": cine.geometry.spacing_mm,
+                "slice_pitch_mm": cine.geometry.slice_pitch_mm,
+            },
+        )
+    geometry = Geometry(
+        header["rows_axis"], tuple(header["flip"]), tuple(header["spacing_mm"]), header["slice_pitch_mm"]
+    )
+    return CineRecord(
+        path,
+        header["offset"],
+        tuple(header["shape"]),
+        geometry,
+        tuple(header["centre"]),
+        header["mean"],
+        header["std"],
+        header["max"],
+    )
+
+
+def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> LabelRecord | None:
+    path = _path(folder, subject, ".labels")
+    # the cine binds the labels' shape and axes, the data set's table what is reported of their phases
+    sources = [*_fingerprint([subject.cine, *(f.path for f in subject.labels)]), [subject.ed, subject.es]]
+    header = _valid_header(path, sources)
+    if header is None and not write:
+        return None
+    if header is None:
+        labels = read_labels(subject, cine.geometry, cine.shape)
+        header = _write(
+            path,
+            labels.masks,
+            {
+                "sources": sources,
+                "key": subject.key,
+                "frames": labels.frames,
+                "ed": labels.ed,
+                "es": labels.es,
+                "problems": labels.problems,
+            },
+        )
+    return LabelRecord(
+        path,
+        header["offset"],
+        tuple(header["shape"]),
+        tuple(header["frames"]),
+        header["ed"],
+        header["es"],
+        tuple(header["problems"]),
+    )
+
+
+def _path(folder: Path, subject: Subject, suffix: str) -> Path:
+    place = sha256(str(subject.cine.resolve()).encode()).hexdigest()[:12]
+    return folder / f"{subject.id}-{place}{suffix}"
+
+
+def _fingerprint(paths: Sequence[Path]) -> list[list]:
+    """Name, size and time of change of each file: what tells that a source has changed. Opens nothing."""
+    try:
+        return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
+    except OSError as error:
+        raise BrokenSubject(f"{error.filename}: {error.strerror}") from None
+
+
+def _write(path: Path, array: np.ndarray, header: dict) -> dict:
+    record = json.dumps({"format": FORMAT, "shape": array.shape, "bytes": array.nbytes, **header})
+    line = record.encode() + b" " * (-(len(record.encode()) + 1) % 64) + b"\n"
+    with atomic(path) as file:
+        file.write(line)
+        file.write(np.ascontiguousarray(array).data)
+    return {**json.loads(record), "offset": len(line)}
+
+
+def _valid_header(path: Path, sources: list) -> dict | None:
+    """The record of a complete, current file; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+            header = json.loads(line)
+            whole = os.fstat(file.fileno()).st_size == len(line) + header["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    current = header.get("format") == FORMAT and header.get("sources") == sources
+    return {**header, "offset": len(line)} if whole and current else None
+
+
+def _read_slice(record: CineRecord | LabelRecord, volume: int, slice: int, dtype: str) -> np.ndarray:
+    """One read and no open file left behind: 50,000 subjects exhaust neither file handles nor address space.
+    """
+    _, slices, height, width = record.shape
+    size = height * width
+    offset = record.offset + (volume * slices + slice) * size * np.dtype(dtype).itemsize
+    return np.fromfile(record.path, dtype, size, offset=offset).reshape(height, width)

@@ -1,0 +1,277 @@
+"""The flags that the scripts share, each with its one default, and how a script ends.
+
+Precedence: typed > checkpoint > --quick > the method's defaults, by `set_defaults` in the reverse order.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from cmrssp.data import PHANTOM, default_cache
+from cmrssp.errors import UserError
+from cmrssp.ssp.method import Method
+from cmrssp.training import Settings
+
+PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
+QUICK_NETWORK = {"channels": [16, 32, 64, 128, 128], "image_size": 96, "spacing": 2.25}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; flags only as they are spelled; defaults in the help."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def end(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+    """Run a script's main and exit: 0, or 2 with one line for what the user can mend."""
+    prog = Path(sys.argv[0]).name
+    try:
+        sys.exit(main(None))
+    except (UserError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print(
+            f"{prog}: error: the GPU's memory is too small for these settings; try a smaller --batch-size or "
+            "--amp fp16",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def set_defaults(parser: Parser, argv: Sequence[str] | None, method: type[Method]) -> None:
+    """The method's defaults, and over them what --quick changes."""
+    parser.set_defaults(**method.defaults)
+    if typed(argv, "--quick"):
+        parser.set_defaults(**QUICK_NETWORK, **method.quick)
+
+
+def from_config(config: dict) -> dict:
+    """What a checkpoint's configuration says of the flags."""
+    return {
+        "channels": config["channels"],
+        "image_size": config["image_size"],
+        "spacing": config["spacing_mm"],
+    }
+
+
+def typed(argv: Sequence[str] | None, flag: str) -> bool:
+    words = sys.argv[1:] if argv is None else argv
+    return any(word == flag or word.startswith(flag + "=") for word in words)
+
+
+def peek(argv: Sequence[str] | None, flag: str) -> str | None:
+    """The value of one flag, before the defaults of the others are known."""
+    parser = Parser(add_help=False)
+    parser.add_argument(flag)
+    return vars(parser.parse_known_args(argv)[0])[flag.lstrip("-").replace("-", "_")]
+
+
+def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[Method]]) -> str:
+    """For flags that `method` does not have: whose they are."""
+    for word in words:
+        for name, other in methods.items():
+            parser = Parser(add_help=False)
+            other.add_flags(parser)
+            if word.split("=")[0] in parser._option_string_actions:
+                return f"{word} belongs to --method {name}, and --method is {method}"
+    return f"unrecognized arguments: {' '.join(words)}"
+
+
+def announce_data(paths: Sequence[str]) -> None:
+    note = ""
+    if PHANTOM in paths:
+        note = " (synthetic: good for a first try, not for results; point --data at a folder of real cines)"
+    print(f"data: {' '.join(paths)}{note}", flush=True)
+
+
+def data_name(paths: Sequence[str]) -> str:
+    """For the name of a run folder."""
+    names = [Path(path).resolve().name for path in paths]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(names)) or "data"
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_data(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help=f"folders with cines in the M&Ms or ACDC layout, or '{PHANTOM}', a synthetic set "
+        f"(default: {default})",
+    )
+    group.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="DIR",
+        help="where the slice store and the phantom are written",
+    )
+    group.add_argument(
+        "--split-seed", type=int, default=0, help="draws training, validation and test subjects"
+    )
+    group.add_argument(
+        "--split-file", type=Path, metavar="JSON", help="a run's split.json, instead of drawing"
+    )
+    group.add_argument(
+        "--skip-broken", action="store_true", help="leave unreadable subjects out, and name them"
+    )
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network and views")
+    group.add_argument(
+        "--channels",
+        type=positive(int),
+        nargs="+",
+        default=PAPER_NETWORK["channels"],
+        metavar="N",
+        help="channels of each stage of the U-Net, at least two stages",
+    )
+    group.add_argument(
+        "--image-size",
+        type=positive(int),
+        default=PAPER_NETWORK["image_size"],
+        metavar="PX",
+        help="side of the square that the network sees, a multiple of 2^(stages - 1)",
+    )
+    group.add_argument(
+        "--spacing",
+        type=positive(float),
+        default=PAPER_NETWORK["spacing"],
+        metavar="MM",
+        help="pixel size that the network sees",
+    )
+    group.add_argument(
+        "--augmentation",
+        choices=("on", "off"),
+        default="on",
+        help="off: the plain centred crop (paper, section 2.6)",
+    )
+
+
+def add_optimisation(parser: argparse.ArgumentParser) -> None:
+    """Defaults come from the method (supplement A of the paper)."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=positive(int), metavar="N", help="passes over the training slices")
+    group.add_argument("--batch-size", type=positive(int), metavar="N", help="slices in a step")
+    group.add_argument("--lr", type=positive(float), help="highest learning rate of the schedule")
+    group.add_argument(
+        "--schedule", choices=("cosine", "poly"), help="cosine, or polynomial with power 0.9 to 0"
+    )
+    group.add_argument("--final-lr", type=float, default=0.0, help="where the cosine schedule ends")
+    group.add_argument("--warmup-epochs", type=float, default=0.0, metavar="N", help="linear warm-up from 0")
+    group.add_argument("--momentum", type=float, help="of SGD")
+    group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
+    group.add_argument("--weight-decay", type=float, help="L2 penalty of SGD")
+    group.add_argument("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
+    group.add_argument(
+        "--validate-every",
+        type=positive(int),
+        metavar="N",
+        help="epochs between validations (default: 20 validations a run)",
+    )
+
+
+def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for everything that is written "
+        + ("(default: runs/<what it is>)" if training else "(default: RUN/evaluation-<split>)"),
+    )
+    if training:
+        group.add_argument(
+            "--seed", type=int, default=0, help="initial weights, order of slices, augmentation"
+        )
+        group.add_argument(
+            "--deterministic",
+            action="store_true",
+            help="bit-identical runs on one GPU too, slower (a CPU needs no flag)",
+        )
+        group.add_argument(
+            "--quick",
+            action="store_true",
+            help="a small network, small images and few epochs: minutes on a laptop CPU",
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Says what was taken."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {name}: there is no CUDA GPU here, or torch is a CPU build; use --device cpu"
+        )
+    if device.type == "cuda":
+        print(f"device: {torch.cuda.get_device_name(device)}")
+    else:
+        print(f"device: {device.type}, {torch.get_num_threads()} threads")
+    return device
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    if amp == "fp16" and device.type != "cuda":
+        print("mixed precision: off (fp16 needs a GPU)")
+        return "off"
+    return amp
+
+
+def prepare_torch(seed: int, deterministic: bool) -> None:
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def settings(args: argparse.Namespace, amp: str) -> Settings:
+    return Settings(
+        epochs=args.epochs,
+        lr=args.lr,
+        schedule=args.schedule,
+        final_lr=args.final_lr,
+        warmup_epochs=args.warmup_epochs,
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        weight_decay=args.weight_decay,
+        amp=amp,
+        seed=args.seed,
+        validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
+    )
+
+
+def quick_hint(args: argparse.Namespace, device: torch.device) -> str:
+    """What to try when the run turns out long."""
+    return "" if args.quick or device.type != "cpu" else "for minutes instead, on this CPU, add --quick"

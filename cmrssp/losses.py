@@ -1,0 +1,54 @@
+"""Losses as pure functions; each computes in float32 whatever autocast says."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+_SMOOTH = 1e-5
+
+
+def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the masked pixels alone. All (B, 1, H, W); mask: 1 = masked. He et al., arXiv
+    2111.06377.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        mask = mask.float()
+        return ((prediction.float() - target.float()).square() * mask).sum() / mask.sum().clamp_min(1)
+
+
+def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """0.5 cross-entropy + 0.5 soft Dice loss. logits (B, C, H, W); labels (B, 1, H, W) integer, 0 =
+    background.
+
+    Dice per slice and foreground class, smoothed by 1e-5 in numerator and denominator, then averaged.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probabilities = logits.float().log_softmax(dim=1)
+        target = labels.long()
+        cross_entropy = F.nll_loss(log_probabilities, target[:, 0])
+        probabilities = log_probabilities[:, 1:].exp()
+        classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+        truth = (target == classes).float()
+        overlap = (probabilities * truth).sum((2, 3))
+        total = probabilities.sum((2, 3)) + truth.sum((2, 3))
+        dice = (2 * overlap + _SMOOTH) / (total + _SMOOTH)
+        return 0.5 * cross_entropy + 0.5 * (1 - dice.mean())
+
+
+def deep_supervision(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """Sum over scales i of 2^-i / sum_j 2^-j times `loss` of output i and the labels at its size (nearest-
+    exact).
+    """
+    weights = [2.0**-i for i in range(len(outputs))]
+    total = torch.zeros((), device=labels.device)
+    for weight, output in zip(weights, outputs, strict=True):
+        scaled = labels
+        if output.shape[2:] != labels.shape[2:]:
+            scaled = F.interpolate(labels.float(), output.shape[2:], mode="nearest-exact")
+        total = total + weight / sum(weights) * loss(output, scaled)
+    return total

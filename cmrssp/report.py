@@ -1,0 +1,132 @@
+"""Tables and pictures: what a person reads of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from cmrssp.data.subject import CLASSES
+from cmrssp.files import atomic
+
+_TRUTH, _PREDICTION = "#56B4E9", "#E69F00"  # two hues that colour-blind readers tell apart
+_SHEET_MM = 160.0
+
+
+def dice_table(rows: Sequence[dict]) -> str:
+    """Mean and sample standard deviation of Dice over subjects, per class and phase.
+
+    rows: dicts with subject, phase (ED or ES), and a Dice for each class. `mean` averages the classes of a
+    subject, `both` its phases.
+    """
+    lines = [f"{'3D Dice':<8}" + "".join(f"{name:>16}" for name in (*CLASSES, "mean"))]
+    for phase in ("ED", "ES", "both"):
+        cells = [spread(per_subject(rows, phase, [name])) for name in CLASSES]
+        cells.append(spread(per_subject(rows, phase, CLASSES)))
+        lines.append(f"{phase:<8}" + "".join(f"{mean:>8.3f} ± {std:.3f}" for mean, std in cells))
+    return "\n".join(lines)
+
+
+def per_subject(rows: Sequence[dict], phase: str, classes: Sequence[str]) -> dict[str, float]:
+    """{subject: mean Dice over the classes, and over its phases where `phase` is "both"}."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        if phase in (row["phase"], "both"):
+            scores.setdefault(row["subject"], []).append(float(np.mean([row[name] for name in classes])))
+    return {subject: float(np.mean(values)) for subject, values in scores.items()}
+
+
+def spread(scores: dict[str, float]) -> tuple[float, float]:
+    """(mean, sample standard deviation); NaN where there is too little."""
+    values = list(scores.values())
+    return (
+        float(np.mean(values)) if values else float("nan"),
+        float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
+    )
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    with atomic(path) as file:
+        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+
+
+def panel_sheet(panels: dict[str, torch.Tensor], path: Path, limit: int = 6) -> None:
+    """One row per title, one column per image; every column in one grey scale. Images (B, 1, H, W)."""
+    images = {title: image[:limit, 0].float().cpu().numpy() for title, image in panels.items()}
+    columns = len(next(iter(images.values())))
+    figure = Figure(figsize=(1.8 * columns, 1.9 * len(images)))
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    reference = next(iter(images.values()))
+    for row, (title, stack) in enumerate(images.items()):
+        for column in range(columns):
+            low, high = np.percentile(reference[column], (0.5, 99.5))
+            axes[row, column].imshow(stack[column], cmap="gray", vmin=low, vmax=high)
+            axes[row, column].set(xticks=[], yticks=[])
+        axes[row, 0].set_ylabel(title)
+    save_figure(figure, path)
+
+
+def curves(records: Sequence[dict], path: Path) -> None:
+    """Loss of every epoch; validation figures beside it where there are some."""
+    scores = [name for name in ("dice", *(f"dice_{c}" for c in CLASSES)) if any(name in r for r in records)]
+    figure = Figure(figsize=(10 if scores else 5, 3.4))
+    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+    for name, label in (("loss", "training"), ("validation_loss", "validation")):
+        points = [(r["epoch"], r[name]) for r in records if name in r]
+        if points:
+            axes[0].plot(*zip(*points, strict=True), label=label)
+    axes[0].set(xlabel="epoch", ylabel="loss")
+    axes[0].legend()
+    for name in scores:
+        points = [(r["epoch"], r[name]) for r in records if name in r]
+        axes[1].plot(
+            *zip(*points, strict=True),
+            marker=".",
+            linewidth=2.5 if name == "dice" else 1,
+            label=name.removeprefix("dice_").replace("dice", "mean"),
+        )
+    if scores:
+        axes[1].set(xlabel="epoch", ylabel="3D Dice on the validation subjects", ylim=(0, 1))
+        axes[1].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
+    """Contours of truth and prediction on evenly spread slices, base on the left; one row per case.
+
+    case: title, image (Z, H, W), truth and prediction (Z, H, W) label ids (truth may be None), spacing_mm and
+    centre as (row, column).
+    """
+    figure = Figure(figsize=(2.3 * columns, 2.45 * len(cases) + 0.4))
+    axes = figure.subplots(len(cases), columns, squeeze=False)
+    for row, case in zip(axes, cases, strict=True):
+        shown = case["prediction"] if case["truth"] is None else case["truth"]
+        slices = np.flatnonzero(shown.any(axis=(1, 2)))
+        slices = slices if len(slices) else np.arange(len(shown))
+        chosen = slices[np.linspace(0, len(slices) - 1, columns).round().astype(int)]
+        box = [
+            slice(max(0, int(c - _SHEET_MM / 2 / s)), int(c + _SHEET_MM / 2 / s) + 1)
+            for c, s in zip(case["centre"], case["spacing_mm"], strict=True)
+        ]
+        high = np.percentile(case["image"][(slice(None), *box)], 99.5)
+        for axis, z in zip(row, chosen, strict=True):
+            axis.imshow(
+                case["image"][(z, *box)],
+                cmap="gray",
+                vmin=0,
+                vmax=high,
+                aspect=case["spacing_mm"][0] / case["spacing_mm"][1],
+            )
+            for labels, colour in ((case["truth"], _TRUTH), (case["prediction"], _PREDICTION)):
+                for id in () if labels is None else range(1, len(CLASSES) + 1):
+                    mask = labels[(z, *box)] == id
+                    if mask.any():
+                        axis.contour(mask.astype(float), levels=[0.5], colors=colour, linewidths=1.1)
+            axis.set(xticks=[], yticks=[], xlabel=f"slice {z + 1} of {len(case['image'])}")
+            axis.xaxis.label.set_fontsize(7)
+        row[0].set_title(case["title"], loc="left", fontsize=9)
+    figure.suptitle(f"blue: reference, orange: prediction; {_SHEET_MM:.0f} mm square", fontsize=9, y=1.0)
+    save_figure(figure, path)

@@ -1,0 +1,91 @@
+"""The run folder: args.json, split.json, log.jsonl, last.pt, unet.pt and the figures."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cmrssp
+from cmrssp.errors import UserError
+from cmrssp.files import atomic
+
+RUNS = Path("runs")
+
+
+class Run:
+    """One training's folder. Every file in it is whole or absent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, out: str | None, default_name: str) -> "Run":
+        """`out`, which must not hold a run yet; without it runs/<default_name>, or -2, -3, ... where that is
+        taken.
+        """
+        if out is not None:
+            folder = Path(out).expanduser()
+            if (folder / "args.json").exists():
+                raise UserError(f"--out {out}: already holds a run; give another folder, or remove it")
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(folder)
+        number = 1
+        while True:
+            folder = RUNS / (default_name if number == 1 else f"{default_name}-{number}")
+            try:
+                folder.mkdir(parents=True)
+                return cls(folder)
+            except FileExistsError:
+                number += 1
+
+    def write_json(self, name: str, content: Any) -> None:
+        with atomic(self.folder / name) as file:
+            file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
+
+    def start(self, args: dict[str, Any], split: dict[str, list[str]]) -> None:
+        self.write_json("split.json", split)
+        self.write_json(
+            "args.json",
+            {
+                **args,
+                "versions": {"cmrssp": cmrssp.__version__, "torch": torch.__version__},
+                "git": _git_commit(),
+            },
+        )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One JSON line, appended in one write."""
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.folder / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def newest_finished(kind: str) -> Path:
+    """The newest folder below runs/ whose training of this kind has ended (it holds a unet.pt)."""
+    finished = []
+    for arguments in RUNS.glob("*/args.json"):
+        weights_file = arguments.with_name("unet.pt")
+        if weights_file.is_file() and json.loads(arguments.read_text()).get("kind") == kind:
+            finished.append((weights_file.stat().st_mtime_ns, arguments.parent))
+    if not finished:
+        raise UserError(
+            f"no finished fine-tuned run in {RUNS.resolve()}; run finetune.py first, or name one with "
+            "--checkpoint"
+        )
+    return max(finished)[1]
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

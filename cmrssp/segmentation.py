@@ -1,0 +1,125 @@
+"""The supervised objective under the contract of a method, and prediction on the native grid."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cmrssp import augmentation, weights
+from cmrssp.data.batches import Batch, collate, to_device
+from cmrssp.data.store import Store
+from cmrssp.data.subject import CLASSES
+from cmrssp.errors import UserError
+from cmrssp.losses import deep_supervision, dice_cross_entropy
+from cmrssp.ssp.method import Method, Views
+from cmrssp.unet import UNet, check_image_size
+
+NUM_OUTPUTS = len(CLASSES) + 1
+FINETUNING_LR = 0.005  # in place of the baseline's (supplement A)
+_SLICES_AT_ONCE = 32
+
+
+class Segmentation(Method):
+    name = "segmentation"
+    defaults = {
+        "epochs": 1000,
+        "batch_size": 32,
+        "lr": 0.01,
+        "schedule": "poly",
+        "momentum": 0.99,
+        "nesterov": True,
+        "weight_decay": 3e-5,
+        "amp": "off",
+    }
+    quick = {"epochs": 40, "batch_size": 8}
+
+    def __init__(self, *, channels: Sequence[int], image_size: int, spacing_mm: float, augment: bool) -> None:
+        super().__init__()
+        check_image_size(image_size, channels)
+        self.image_size, self.spacing_mm = image_size, spacing_mm
+        self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
+        self.unet = UNet(channels=channels, num_outputs=NUM_OUTPUTS, num_heads=len(channels) - 1)
+
+    @property
+    def encoder(self):
+        return self.unet.encoder
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> "Segmentation":
+        return cls(
+            channels=args.channels,
+            image_size=args.image_size,
+            spacing_mm=args.spacing,
+            augment=args.augmentation == "on",
+        )
+
+    def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
+        """image (B, 1, S, S) float32 and, where the batch has one, label (B, 1, S, S) uint8."""
+        return augmentation.views(
+            batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
+        )
+
+    def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        outputs = self.unet(views["image"].contiguous(memory_format=torch.channels_last))
+        return deep_supervision(dice_cross_entropy, outputs, views["label"]), {}
+
+    def panels(self, views: Views) -> dict[str, torch.Tensor]:
+        return {"image": views["image"], "label": views["label"]}
+
+    def pretrained_state(self) -> dict[str, torch.Tensor]:
+        return self.unet.state_dict()
+
+    @torch.inference_mode()
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """Label ids (B, Hmax, Wmax) uint8 on the batch's native grid; background outside the crop.
+
+        The plain centred crop goes through the network; its probabilities are sampled back linearly.
+        """
+        image = self.views(batch, None)["image"]
+        logits = self.unet.full_resolution(image.contiguous(memory_format=torch.channels_last))
+        grid = augmentation.native_grid(batch, image_size=self.image_size, spacing_mm=self.spacing_mm)
+        probabilities = F.grid_sample(
+            logits.float().softmax(dim=1), grid, mode="bilinear", align_corners=True
+        )
+        return probabilities.argmax(dim=1).to(torch.uint8)
+
+
+def restore(checkpoint: weights.Checkpoint) -> Segmentation:
+    """The network of a fine-tuned checkpoint, ready to predict. Raises UserError for any other checkpoint."""
+    config = checkpoint.config
+    if config.get("classes") != list(CLASSES):
+        raise UserError(
+            f"{checkpoint.path}: expected a fine-tuned segmentation network, got one pretrained by "
+            f"{checkpoint.provenance['method']}; run finetune.py --init {checkpoint.path} first"
+        )
+    method = Segmentation(
+        channels=config["channels"],
+        image_size=config["image_size"],
+        spacing_mm=config["spacing_mm"],
+        augment=False,
+    )
+    weights.transfer(checkpoint, method.unet)
+    return method.eval()
+
+
+def predict_frames(
+    method: Segmentation, store: Store, subject: int, frames: Sequence[int], device: torch.device
+) -> Iterator[np.ndarray]:
+    """The label map (Z, H, W) uint8 of each of the cine frames, on the subject's canonical native grid."""
+    _, slices, height, width = store.cines[subject].shape
+    places = [(subject, frame, z) for frame in frames for z in range(slices)]
+    training = method.training
+    method.eval()
+    try:
+        done: list[np.ndarray] = []
+        for start in range(0, len(places), _SLICES_AT_ONCE):
+            batch = collate(store, places[start : start + _SLICES_AT_ONCE], labelled=False)
+            labels = method.predict(to_device(batch, device))
+            done.extend(labels[:, :height, :width].cpu().numpy())
+            while len(done) >= slices:
+                yield np.stack(done[:slices])
+                done = done[slices:]
+    finally:
+        method.train(training)

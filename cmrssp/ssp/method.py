@@ -1,0 +1,58 @@
+"""The contract of a method: what the one training loop may ask of it."""
+
+import argparse
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from cmrssp.data.batches import Batch
+from cmrssp.unet import Encoder
+
+Views = dict[str, torch.Tensor]
+
+
+class Method(nn.Module):
+    """One objective: its networks, its views, its loss, its flags. Four pretraining methods and the
+    supervised one.
+    """
+
+    name: ClassVar[str]
+    defaults: ClassVar[dict]  # the paper's optimisation settings, by flag (supplement A)
+    quick: ClassVar[dict]  # what --quick changes of them
+    encoder: Encoder  # the network that is trained
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        """This method's own flags, each with effect, unit and source."""
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> "Method":
+        """The only place that reads the flags."""
+        raise NotImplementedError
+
+    def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
+        """Augmented views on the batch's device, without gradient; no generator: the plain centred crop."""
+        raise NotImplementedError
+
+    def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """(float32 scalar loss, detached 0-d tensors to log); schedules depend on the fractional epoch alone.
+        """
+        raise NotImplementedError
+
+    def param_groups(self, weight_decay: float) -> list[dict]:
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+
+    def on_backward_end(self, epoch: float) -> None:
+        """After the backward pass, before the optimiser's step."""
+
+    def on_step_end(self, epoch: float) -> None:
+        """Exactly once after every step of the optimiser."""
+
+    def panels(self, views: Views) -> dict[str, torch.Tensor]:
+        """What a person should see: title -> images (B, 1, H, W)."""
+        raise NotImplementedError
+
+    def pretrained_state(self) -> dict[str, torch.Tensor]:
+        """What transfers: a subset of UNet.state_dict(), keys from `encoder.`, `decoder.`, `heads.`."""
+        raise NotImplementedError

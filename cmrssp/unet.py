@@ -1,0 +1,92 @@
+"""The 2D U-Net of the nnU-Net family: the graph of PlainConvUNet with batch norm, in three parts that stand
+alone.
+
+Two 3x3 convolutions a stage, each with norm and LeakyReLU(0.01); down by stride 2, up by 2x2 transposed
+convolution, skips by concatenation, 1x1 heads. Channels 32 64 128 256 512 512 512 have 33.47 M parameters.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cmrssp.errors import UserError
+
+
+def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i in range(2):
+        layers += [
+            nn.Conv2d(outputs if i else inputs, outputs, 3, stride=1 if i else stride, padding=1),
+            nn.BatchNorm2d(outputs),
+            nn.LeakyReLU(0.01, inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """(B, 1, H, W) -> the features of every stage, finest first; the last one is the bottleneck."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        inputs = (1, *channels[:-1])
+        self.stages = nn.ModuleList(
+            stage(i, o, 2 if n else 1) for n, (i, o) in enumerate(zip(inputs, channels, strict=True))
+        )
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        features = []
+        for layers in self.stages:
+            image = layers(image)
+            features.append(image)
+        return features
+
+
+class Decoder(nn.Module):
+    """The encoder's features -> decoded features of every scale but the bottleneck's, finest first."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        pairs = list(
+            zip(channels[:0:-1], channels[-2::-1], strict=True)
+        )  # (coarser, finer), from the bottleneck up
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
+        self.stages = nn.ModuleList(stage(2 * fine, fine, 1) for _, fine in pairs)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        image, decoded = features[-1], []
+        for up, layers, skip in zip(self.ups, self.stages, features[-2::-1], strict=True):
+            image = layers(torch.cat((up(image), skip), dim=1))
+            decoded.append(image)
+        return decoded[::-1]
+
+
+class UNet(nn.Module):
+    """Encoder, decoder, and a head per scale: heads.0 at full resolution, heads.i at 1 / 2^i of it."""
+
+    def __init__(self, *, channels: Sequence[int], num_outputs: int, num_heads: int) -> None:
+        """`num_heads`: scales - 1 = len(channels) - 1 for deep supervision, 1 without."""
+        super().__init__()
+        self.encoder, self.decoder = Encoder(channels), Decoder(channels)
+        self.heads = nn.ModuleList(nn.Conv2d(c, num_outputs, 1) for c in channels[:num_heads])
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 1, H, W) -> one (B, num_outputs, H / 2^i, W / 2^i) for each head i."""
+        decoded = self.decoder(self.encoder(image))
+        return [head(features) for head, features in zip(self.heads, decoded, strict=False)]
+
+    def full_resolution(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 1, H, W) -> (B, num_outputs, H, W): the first head alone, for prediction."""
+        return self.heads[0](self.decoder(self.encoder(image))[0])
+
+
+def check_image_size(image_size: int, channels: Sequence[int]) -> None:
+    if len(channels) < 2:
+        raise UserError(f"--channels: expected at least two stages, got {' '.join(map(str, channels))}")
+    factor = 2 ** (len(channels) - 1)
+    if image_size < factor or image_size % factor:
+        raise UserError(
+            f"--image-size: expected a multiple of {factor} (2^(stages - 1), {len(channels)} stages in "
+            f"--channels), got {image_size}"
+        )

@@ -1,0 +1,130 @@
+"""Pretrain an encoder (or a whole U-Net) on unlabelled cines:  python train_ssp.py --method mim --data FOLDER
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from cmrssp import data, flags, report, training
+from cmrssp.data import splits, store
+from cmrssp.data.batches import Batches, Slices
+from cmrssp.errors import UserError
+from cmrssp.run import Run
+from cmrssp.ssp import METHODS
+from cmrssp.ssp.method import Method
+
+VALIDATION_SLICES = 512
+
+
+def parse(argv: Sequence[str] | None):
+    """In two stages: --method decides which flags and which defaults there are."""
+    first = flags.Parser(prog="train_ssp.py", description=__doc__, add_help=False)
+    for parser in (first, full := flags.Parser(prog="train_ssp.py", description=__doc__)):
+        parser.add_argument(
+            "--method",
+            choices=sorted(METHODS),
+            required=parser is full,
+            help="the pretraining method; with it, --help shows its own flags and defaults",
+        )
+    known, _ = first.parse_known_args(argv)
+    flags.add_data(full, default=data.PHANTOM)
+    flags.add_network(full)
+    flags.add_optimisation(full)
+    flags.add_run(full, training=True)
+    if known.method:
+        method = METHODS[known.method]
+        method.add_flags(full.add_argument_group(known.method))
+        flags.set_defaults(full, argv, method)
+    args, unknown = full.parse_known_args(argv)
+    if unknown:
+        full.error(flags.explain_unknown(unknown, args.method, METHODS))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    method_class = METHODS[args.method]
+    paths = getattr(args, "data", [data.PHANTOM])
+    flags.announce_data(paths)
+    device = flags.resolve_device(args.device)
+    flags.prepare_torch(args.seed, args.deterministic)
+    method = method_class.from_flags(args)
+    settings = flags.settings(args, flags.resolve_amp(args.amp, device))
+
+    subjects = data.find(paths, args.cache)
+    split = splits.choose(subjects, split_file=args.split_file, split_seed=args.split_seed)
+    cines = store.build(subjects, args.cache, labels=False, skip_broken=args.skip_broken)
+    split = splits.keep(split, cines.index)
+    slices = {part: Slices(cines, split[part], labelled=False) for part in ("train", "validation")}
+    print(splits.describe(split) + f"; {len(slices['train'])} slices to train on, no label is read")
+    if not len(slices["train"]):
+        raise UserError(
+            "there is no training subject; give more cines, or a --split-file with training subjects"
+        )
+    loaders = {
+        part: Batches(cines, s, batch_size=args.batch_size, seed=args.seed, labelled=False, device=device)
+        for part, s in slices.items()
+        if len(s)
+    }
+
+    run = Run.create(args.out, f"{args.method}-{flags.data_name(paths)}")
+    print(f"run folder: {run.folder}")
+    run.start({"kind": "pretraining", **vars(args), "data": paths}, split)
+    config = {
+        "channels": args.channels,
+        "image_size": args.image_size,
+        "spacing_mm": args.spacing,
+        "classes": None,
+    }
+    provenance = {
+        "method": args.method,
+        "data": data.absolute(paths),
+        "split": split,
+        "split_seed": args.split_seed,
+        "seed": args.seed,
+        "subjects": split["train"],
+        "slices": len(slices["train"]),
+        "init": None,
+    }
+
+    def validate(method: Method, epoch: int) -> dict[str, float]:
+        return mean_loss(method, loaders["validation"], epoch) if "validation" in loaders else {}
+
+    training.train(
+        method,
+        loaders["train"],
+        settings,
+        run,
+        config=config,
+        provenance=provenance,
+        validate=validate,
+        hint=flags.quick_hint(args, device),
+    )
+    loader = loaders.get("validation", loaders["train"])
+    report.panel_sheet(panels(method, loader), run.folder / "views.png")
+    report.curves(run.records(), run.folder / "curves.png")
+    print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
+    return 0
+
+
+@torch.inference_mode()
+def mean_loss(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
+    """Loss on the plain crops of at most 512 validation slices, evenly spread."""
+    method.eval()
+    total = count = 0.0
+    for batch in loader.in_order(VALIDATION_SLICES):
+        loss, _ = method(method.views(batch, None), float(epoch))
+        total, count = total + loss.item() * len(batch["image"]), count + len(batch["image"])
+    method.train()
+    return {"validation_loss": total / count}
+
+
+@torch.inference_mode()
+def panels(method: Method, loader: Batches) -> dict[str, torch.Tensor]:
+    method.eval()
+    batch = next(iter(loader.in_order(6)))
+    return method.panels(method.views(batch, training.step_generator(0, 0, 0)))
+
+
+if __name__ == "__main__":
+    flags.end(main)
