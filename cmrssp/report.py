@@ -128,5 +128,6 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
             axis.set(xticks=[], yticks=[], xlabel=f"slice {z + 1} of {len(case['image'])}")
             axis.xaxis.label.set_fontsize(7)
         row[0].set_title(case["title"], loc="left", fontsize=9)
-    figure.suptitle(f"blue: reference, orange: prediction; {_SHEET_MM:.0f} mm square", fontsize=9, y=1.0)
+    legend = f"blue: reference, orange: prediction; {_SHEET_MM:.0f} mm square around the crop centre"
+    axes[-1, 0].text(0, -0.25, legend, transform=axes[-1, 0].transAxes, fontsize=9)
     save_figure(figure, path)

@@ -5,6 +5,7 @@ Two 3x3 convolutions a stage, each with norm and LeakyReLU(0.01); down by stride
 convolution, skips by concatenation, 1x1 heads. Channels 32 64 128 256 512 512 512 have 33.47 M parameters.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -14,14 +15,13 @@ from cmrssp.errors import UserError
 
 
 def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for i in range(2):
-        layers += [
-            nn.Conv2d(outputs if i else inputs, outputs, 3, stride=1 if i else stride, padding=1),
-            nn.BatchNorm2d(outputs),
-            nn.LeakyReLU(0.01, inplace=True),
-        ]
-    return nn.Sequential(*layers)
+    layers = OrderedDict()
+    for i in (1, 2):
+        layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+        layers[f"norm{i}"] = nn.BatchNorm2d(outputs)
+        layers[f"act{i}"] = nn.LeakyReLU(0.01, inplace=True)
+        inputs, stride = outputs, 1
+    return nn.Sequential(layers)
 
 
 class Encoder(nn.Module):
