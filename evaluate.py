@@ -3,13 +3,14 @@ python evaluate.py --split test --checkpoint runs/finetune-mim-phantom-n15-seed0
 
 import csv
 import io
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from cmrssp import data, flags, report, run, segmentation, weights
+from cmrssp import data, flags, report, run, segmentation, training, weights
 from cmrssp.data import splits, store
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
@@ -78,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def score(method: segmentation.Segmentation, cines: store.Store, device) -> tuple[list[dict], list[str]]:
     """(one row a subject and phase, with the Dice of each class; keys of the subjects without labels)."""
     rows, unlabelled = [], []
-    for i, subject in enumerate(tqdm(cines.subjects, "predicting", unit="subject", disable=None)):
+    slices = sum(len(r.phases) * r.shape[1] for r in cines.labels)
+    print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
+    bar = tqdm(cines.subjects, "predicting", unit="subject", disable=None)
+    for i, subject in enumerate(bar):
+        began = time.monotonic()
         phases = cines.labels[i].phases
         if not phases:
             unlabelled.append(subject.key)
@@ -94,6 +99,9 @@ def score(method: segmentation.Segmentation, cines: store.Store, device) -> tupl
                     **dice(labels, cines.label_volume(i, frame)),
                 }
             )
+        if i == 0 and len(cines.subjects) > 1:
+            left = (time.monotonic() - began) * (len(cines.subjects) - 1)
+            bar.write(f"estimated time: {training.duration(left)}")
     return rows, unlabelled
 
 

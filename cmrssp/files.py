@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and finding them."""
 
 import os
 from collections.abc import Iterator
@@ -20,3 +20,16 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """All files below `root` whose names end in one of `suffixes`, sorted; linked folders are entered, once each."""
+    entered, found = set(), []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        found += [Path(folder, name) for name in names if name.endswith(suffixes)]
+    return sorted(found)

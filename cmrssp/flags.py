@@ -126,13 +126,7 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
         help=f"folders with cines in the M&Ms or ACDC layout, or '{PHANTOM}', a synthetic set "
         f"(default: {default})",
     )
-    group.add_argument(
-        "--cache",
-        type=Path,
-        default=default_cache(),
-        metavar="DIR",
-        help="where the slice store and the phantom are written",
-    )
+    add_cache(group)
     group.add_argument(
         "--split-seed", type=int, default=0, help="draws training, validation and test subjects"
     )
@@ -141,6 +135,16 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
     )
     group.add_argument(
         "--skip-broken", action="store_true", help="leave unreadable subjects out, and name them"
+    )
+
+
+def add_cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        metavar="DIR",
+        help="where the slice store and the phantom are written",
     )
 
 

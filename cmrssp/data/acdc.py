@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from cmrssp.data.subject import LabelFile, Subject
+from cmrssp.files import below
 
 DATASET = "acdc"
 _OFFICIAL_TEST = range(101, 151)
@@ -13,11 +14,8 @@ _OFFICIAL_TEST = range(101, 151)
 
 def find(root: Path) -> list[Subject]:
     """All patients below `root`, [] if it is not an ACDC folder. Opens Info.cfg only."""
-    return [
-        _subject(cine)
-        for cine in sorted(root.rglob("patient*_4d.nii*"))
-        if cine.name.endswith((".nii", ".nii.gz"))
-    ]
+    cines = below(root, ("_4d.nii.gz", "_4d.nii"))
+    return [_subject(cine) for cine in cines if cine.name.startswith("patient")]
 
 
 def _subject(cine: Path) -> Subject:

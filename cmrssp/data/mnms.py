@@ -8,16 +8,16 @@ import csv
 from pathlib import Path
 
 from cmrssp.data.subject import LabelFile, Subject
+from cmrssp.files import below
 
 DATASET = "mnms"
-_SUFFIXES = (".nii.gz", ".nii")
 
 
 def find(root: Path, dataset: str = DATASET) -> list[Subject]:
     """All subjects below `root`, [] if it is not an M&Ms folder. Opens the CSV only."""
     table = _table(root)
     subjects = []
-    for cine in sorted(path for suffix in _SUFFIXES for path in root.rglob(f"*_sa{suffix}")):
+    for cine in below(root, ("_sa.nii.gz", "_sa.nii")):
         id, suffix = cine.name.split("_sa.nii")[0], cine.name.split("_sa", 1)[1]
         row = table.get(id, {})
         gt = cine.with_name(f"{id}_sa_gt{suffix}")
@@ -37,8 +37,7 @@ def find(root: Path, dataset: str = DATASET) -> list[Subject]:
 
 
 def _table(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of the CSV in `root` that has an `External code` column, by that code; {} where there is none.
-    """
+    """The rows of the CSV in `root` that has an `External code` column, by that code; {} where there is none."""
     for path in sorted(root.glob("*.csv")):
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             rows = list(csv.DictReader(file))

@@ -1,0 +1,338 @@
+"""The three scripts as a person runs them, in processes of their own, on the small phantom."""
+
+import csv
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from cmrssp import flags
+from cmrssp.metrics import dice
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6"]
+
+
+def script(name, *words, cwd, expect=0):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, words)], cwd=cwd, capture_output=True, text=True
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory, phantom_folder):
+    """Pretrained, fine-tuned and evaluated once; every test looks at the results."""
+    cwd = tmp_path_factory.mktemp("way")
+    common = ("--cache", cwd / "cache")
+    out = {
+        "pretrain": script(
+            "train_ssp.py",
+            "--method",
+            "mim",
+            "--data",
+            phantom_folder,
+            *common,
+            *TINY,
+            "--patch-size",
+            8,
+            "--epochs",
+            2,
+            "--batch-size",
+            8,
+            cwd=cwd,
+        ),
+        "cached": sorted(p.suffix for p in (cwd / "cache" / "store").iterdir()),
+        "finetune": script(
+            "finetune.py",
+            "--init",
+            "runs/mim-hearts",
+            "--n-subjects",
+            3,
+            *common,
+            "--epochs",
+            2,
+            "--batch-size",
+            4,
+            cwd=cwd,
+        ),
+        "evaluate": script("evaluate.py", "--split", "test", *common, cwd=cwd),
+    }
+    return cwd, {name: done if name == "cached" else done.stdout for name, done in out.items()}
+
+
+def test_pretraining_leaves_a_run_folder(way, phantom_folder):
+    cwd, out = way
+    run = cwd / "runs" / "mim-hearts"
+    assert out["pretrain"].splitlines()[0] == f"data: {phantom_folder}"
+    assert {p.name for p in run.iterdir()} == {
+        "args.json",
+        "split.json",
+        "log.jsonl",
+        "last.pt",
+        "unet.pt",
+        "views.png",
+        "curves.png",
+    }
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [1, 2] and all("validation_loss" in r for r in records)
+    assert json.loads((run / "args.json").read_text())["lr"] == 0.01  # the paper's
+    assert set(out["cached"]) == {".cine"} and len(out["cached"]) == 8  # no label was stored
+
+
+def test_fine_tuning_takes_what_the_checkpoint_says(way):
+    cwd, out = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    args, split = (json.loads((run / name).read_text()) for name in ("args.json", "split.json"))
+    assert (args["channels"], args["image_size"], args["spacing"], args["lr"]) == ([4, 8, 8], 32, 6.0, 0.005)
+    assert split == json.loads((cwd / "runs" / "mim-hearts" / "split.json").read_text())
+    assert len(args["subjects"]) == 3 and set(args["subjects"]) <= set(split["train"])
+    assert "encoder: transferred, 42 tensors" in out["finetune"] and "heads: fresh" in out["finetune"]
+    seen = torch.load(run / "unet.pt", weights_only=True)["provenance"]
+    assert seen["subjects"] == args["subjects"] and seen["init"]["subjects"] == split["train"]
+    assert not set(split["validation"] + split["test"]) & {*seen["subjects"], *seen["init"]["subjects"]}
+
+
+def test_evaluation_scores_every_labelled_volume_of_the_split(way):
+    cwd, out = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    assert out["evaluate"].splitlines()[0] == f"checkpoint: {run.relative_to(cwd) / 'unet.pt'}"
+    test = json.loads((run / "split.json").read_text())["test"]
+    rows = list(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
+    assert {(r["subject"], r["phase"], r["class"]) for r in rows} == {
+        (s, p, c) for s in test for p in ("ED", "ES") for c in ("LV", "MYO", "RV")
+    }
+    summary = json.loads((run / "evaluation-test" / "summary.json").read_text())
+    scores = [float(r["dice"]) for r in rows if r["phase"] == "ED" and r["class"] == "LV"]
+    assert summary["dice"]["ED"]["LV"]["mean"] == pytest.approx(np.mean(scores), abs=1e-5)
+    assert summary["dice"]["ED"]["LV"]["std"] == pytest.approx(np.std(scores, ddof=1), abs=1e-5)
+    assert f"{summary['dice']['both']['mean']['mean']:.3f} ±" in out["evaluate"]
+    assert (run / "evaluation-test" / "contours.png").stat().st_size > 10000
+
+
+def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
+    """The Dice of metrics.csv again, from the files and the network alone, in the file's own axes."""
+    from cmrssp import data, segmentation, weights
+    from cmrssp.data import store
+
+    cwd, _ = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    method = segmentation.restore(weights.load(run))
+    row = next(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
+    subject = next(s for s in data.find([str(phantom_folder)], cwd) if s.key == row["subject"])
+    cines = store.build([subject], cwd / "cache", labels=False, progress=False)
+    (labels,) = segmentation.predict_frames(method, cines, 0, [int(row["frame"])], torch.device("cpu"))
+    ours = cines.cines[0].geometry.from_canonical(labels[None])[..., 0]
+    truth = np.asanyarray(nibabel.load(subject.labels[0].path).dataobj)[..., int(row["frame"])]
+    assert dice(ours, truth)[row["class"]] == pytest.approx(float(row["dice"]), abs=1e-6)
+
+
+def test_identical_runs_give_identical_weights(way, phantom_folder):
+    cwd, _ = way
+    for out in ("one", "two"):
+        script(
+            "train_ssp.py",
+            "--method",
+            "mim",
+            "--data",
+            phantom_folder,
+            "--cache",
+            cwd / "cache",
+            *TINY,
+            "--patch-size",
+            8,
+            "--epochs",
+            2,
+            "--batch-size",
+            8,
+            "--out",
+            cwd / out,
+            cwd=cwd,
+        )
+    assert (cwd / "one" / "unet.pt").read_bytes() == (cwd / "two" / "unet.pt").read_bytes()
+    assert (cwd / "one" / "unet.pt").read_bytes() == (cwd / "runs" / "mim-hearts" / "unet.pt").read_bytes()
+
+
+WATCH = """
+import json, runpy, sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("OPENED " + json.dumps(opened))
+"""
+
+
+def test_pretraining_opens_no_label_and_fine_tuning_none_of_the_test(way, phantom_folder, tmp_path):
+    cwd, _ = way
+
+    def opened(*words):
+        done = subprocess.run(
+            [sys.executable, "-c", WATCH, *map(str, words)], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return set(json.loads(done.stdout.split("OPENED ")[1]))
+
+    first = opened(
+        ROOT / "train_ssp.py",
+        "--method",
+        "mim",
+        "--data",
+        phantom_folder,
+        "--cache",
+        "cache",
+        *TINY,
+        "--patch-size",
+        8,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+    )
+    assert len([p for p in first if p.endswith("_sa.nii.gz")]) == 8
+    assert not [p for p in first if "_gt" in p or p.endswith(".labels")]
+    second = opened(ROOT / "finetune.py", "--init", "runs/mim-hearts", "--cache", "cache", "--epochs", 1)
+    split = json.loads((cwd / "runs" / "mim-hearts" / "split.json").read_text())
+    read = {Path(p).name.split("_sa_gt")[0] for p in second if "_gt" in p}
+    assert read == {key.split("/")[1] for key in split["train"] + split["validation"]}
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """refused(script, *words) -> the one line on stderr; run in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            flags.end(importlib.import_module(name.removesuffix(".py")).main)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: error: "), lines
+        return lines[0]
+
+    return run
+
+
+def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
+    cwd, _ = way
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("hello")
+    data = ("--data", phantom_folder, "--cache", cwd / "cache")
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    mim = ("train_ssp.py", "--method", "mim")
+    for words, parts in (
+        ((*mim, "--data", "nowhere"), ("--data nowhere: no such folder",)),
+        ((*mim, "--data", "empty"), ("--data empty: no cine found", "M&Ms layout")),
+        (
+            (*mim, *data, *TINY, "--patch-size", 5),
+            ("--patch-size: expected a divisor of --image-size 32, got 5",),
+        ),
+        ((*mim, *data, "--image-size", 100), ("--image-size: expected a multiple of 64",)),
+        ((*mim, "--epochs", 0), ("--epochs", "expected a number above 0, got 0")),
+        ((*mim, "--treshold", "0.1"), ("unrecognized arguments: --treshold",)),
+        ((*mim, "--device", "cuda:77"), ("--device",)),
+        (("train_ssp.py", "--method", "nonsense"), ("--method", "invalid choice: 'nonsense'", "mim")),
+        (("train_ssp.py",), ("--method",)),
+        (("finetune.py", *data, "--n-subjects", 0), ("--n-subjects: expected 1 to 5", "got 0")),
+        (("finetune.py", *data, "--n-subjects", 6), ("--n-subjects: expected 1 to 5", "got 6")),
+        (("finetune.py", "--init", "none.pt"), ("none.pt: no such checkpoint",)),
+        (("finetune.py", "--init", "text.pt"), ("text.pt: expected a checkpoint",)),
+        (
+            ("finetune.py", "--init", run, *data[2:], "--channels", 4, 8),
+            ("does not fit this network", "--channels 4 8 8"),
+        ),
+        (("finetune.py", "--init", run, *data[2:], "--split-seed", 1), ("has been trained on", "subjects")),
+        (("evaluate.py", "--split", "tset"), ("--split", "invalid choice: 'tset'")),
+        (("evaluate.py",), ("no finished fine-tuned run", "finetune.py")),
+        (
+            ("evaluate.py", "--checkpoint", cwd / "runs" / "mim-hearts"),
+            ("expected a fine-tuned segmentation network", "mim"),
+        ),
+    ):
+        line = refused(*words)
+        assert all(part in line for part in parts), line
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", "text.pt"}  # nothing half-written
+
+
+def test_broken_subjects_are_all_named_or_left_out(phantom_folder, tmp_path):
+    folder = shutil.copytree(phantom_folder, tmp_path / "hearts")
+    cines = sorted(folder.rglob("*_sa.nii.gz"))
+    for path in cines[:2]:
+        path.write_bytes(path.read_bytes()[:500])
+    words = (
+        "train_ssp.py",
+        "--method",
+        "mim",
+        "--data",
+        folder,
+        "--cache",
+        "cache",
+        *TINY,
+        "--patch-size",
+        8,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+    )
+    done = script(*words, cwd=tmp_path, expect=2)
+    assert "2 of 8 subjects cannot be used" in done.stderr and "Traceback" not in done.stderr
+    assert all(str(path) in done.stderr for path in cines[:2]) and not (tmp_path / "runs").exists()
+    done = script(*words, "--skip-broken", cwd=tmp_path)
+    assert "left out" in done.stdout and all(str(path) in done.stdout for path in cines[:2])
+    split = json.loads((tmp_path / "runs" / "mim-hearts" / "split.json").read_text())
+    assert sum(map(len, split.values())) == 6
+
+
+def test_a_flag_of_another_method_names_it(capsys):
+    from cmrssp.ssp.mim import MIM
+
+    assert flags.explain_unknown(["--patch-size", "8"], "pcl", {"mim": MIM}) == (
+        "--patch-size belongs to --method mim, and --method is pcl"
+    )
+    assert flags.explain_unknown(["--x"], "pcl", {"mim": MIM}) == "unrecognized arguments: --x"
+
+
+def test_help_shows_the_methods_own_flags_and_defaults(tmp_path):
+    text = script("train_ssp.py", "--method", "mim", "--help", cwd=tmp_path).stdout
+    assert (
+        "--mask-ratio" in text
+        and "(default: 0.75)" in " ".join(text.split())
+        and "(default: 128)" in " ".join(text.split())
+    )
+
+
+def test_real_patients_go_the_whole_way(acdc70, tmp_path):
+    """Four real patients, a tiny network: that it runs, not how well."""
+    for patient in sorted(acdc70.iterdir())[:4]:
+        (tmp_path / "acdc").mkdir(exist_ok=True)
+        (tmp_path / "acdc" / patient.name).symlink_to(patient)
+    common = ("--cache", "cache")
+    script(
+        "train_ssp.py",
+        "--method",
+        "mim",
+        "--data",
+        "acdc",
+        *common,
+        *TINY,
+        "--patch-size",
+        8,
+        "--epochs",
+        1,
+        cwd=tmp_path,
+    )
+    script("finetune.py", "--init", "runs/mim-acdc", *common, "--epochs", 1, cwd=tmp_path)
+    out = script("evaluate.py", "--split", "test", *common, cwd=tmp_path).stdout
+    assert "test split, 1 subjects" in out

@@ -1,0 +1,102 @@
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cmrssp.data import splits
+from cmrssp.data.subject import Subject
+from cmrssp.errors import UserError
+
+
+def subjects(count, dataset="mnms", vendors=("A", "B"), **fields):
+    return [
+        Subject(dataset, f"s{i:04d}", Path("x"), vendor=vendors[i % len(vendors)], **fields)
+        for i in range(count)
+    ]
+
+
+def test_every_subject_once_in_60_15_25():
+    members = subjects(80)
+    split = splits.assign(members, 0)
+    assert {part: len(keys) for part, keys in split.items()} == {"train": 48, "validation": 12, "test": 20}
+    assert sorted(key for keys in split.values() for key in keys) == sorted(s.key for s in members)
+
+
+def test_strata_are_kept():
+    members = subjects(80, vendors=("A", "B", "C", "D"))
+    vendor = {s.key: s.vendor for s in members}
+    split = splits.assign(members, 3)
+    assert Counter(vendor[k] for k in split["test"]) == {"A": 5, "B": 5, "C": 5, "D": 5}
+    assert all(2 <= n <= 4 for n in Counter(vendor[k] for k in split["validation"]).values())
+
+
+def test_order_of_files_and_paths_do_not_matter_but_the_seed_does():
+    members = subjects(40)
+    moved = [Subject(s.dataset, s.id, Path("elsewhere"), vendor=s.vendor) for s in reversed(members)]
+    assert splits.assign(members, 0) == splits.assign(moved, 0)
+    assert splits.assign(members, 0) != splits.assign(members, 1)
+
+
+def test_full_mnms_gives_15_of_each_vendor_to_the_test():
+    members = subjects(345, vendors=("A", "B", "C", "D"))
+    vendor = {s.key: s.vendor for s in members}
+    split = splits.assign(members, 0)
+    assert Counter(vendor[k] for k in split["test"]) == {"A": 15, "B": 15, "C": 15, "D": 15}
+    assert (len(split["train"]), len(split["validation"])) == (228, 57)
+
+
+def test_official_test_list_is_kept():
+    members = subjects(100, "acdc") + [
+        Subject("acdc", f"t{i}", Path("x"), official_test=True) for i in range(50)
+    ]
+    split = splits.assign(members, 0)
+    assert split["test"] == sorted(f"acdc/t{i}" for i in range(50))
+    assert (len(split["train"]), len(split["validation"])) == (80, 20)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1))])
+def test_few_subjects(count, sizes):
+    assert tuple(len(keys) for keys in splits.assign(subjects(count), 0).values()) == sizes
+
+
+def test_subsets_are_nested_and_drawn_by_the_seed():
+    keys = [f"mnms/{i}" for i in range(60)]
+    drawn = [set(splits.subset(keys, n, 1)) for n in (10, 15, 25, 50)]
+    assert [len(d) for d in drawn] == [10, 15, 25, 50]
+    assert drawn[0] < drawn[1] < drawn[2] < drawn[3]
+    assert splits.subset(keys, 10, 1) != splits.subset(keys, 10, 2)
+    assert splits.subset(reversed(keys), 10, 1) == splits.subset(keys, 10, 1)
+
+
+@pytest.mark.parametrize("n", [0, -1, 61])
+def test_impossible_subsets(n):
+    with pytest.raises(UserError, match=f"--n-subjects: expected 1 to 60 .*, got {n}"):
+        splits.subset([f"{i}" for i in range(60)], n, 0)
+
+
+def test_a_split_file_decides(tmp_path):
+    members = subjects(4)
+    file = tmp_path / "split.json"
+    file.write_text(
+        json.dumps({"train": ["mnms/s0001"], "validation": [], "test": ["mnms/s0000", "mnms/gone"]})
+    )
+    split = splits.choose(members, split_file=file, split_seed=0)
+    assert split == {"train": ["mnms/s0001"], "validation": [], "test": ["mnms/s0000"]}
+    for content, message in (
+        ("[1]", "expected JSON with the lists"),
+        ("{", "expected JSON"),
+        ('{"train": ["a"], "validation": ["a"], "test": []}', "more than once"),
+        ('{"train": ["a"], "validation": ["b"], "test": []}', "names none of the 4 subjects"),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            splits.choose(members, split_file=file, split_seed=0)
+
+
+def test_an_inherited_split_holds_for_known_subjects_only():
+    inherited = splits.assign(subjects(40), 7)
+    assert splits.choose(subjects(40), split_file=None, split_seed=0, inherited=inherited) == inherited
+    assert splits.choose(subjects(41), split_file=None, split_seed=0, inherited=inherited) == splits.assign(
+        subjects(41), 0
+    )

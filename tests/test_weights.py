@@ -1,0 +1,120 @@
+import os
+
+import pytest
+import torch
+
+from cmrssp import weights
+from cmrssp.errors import UserError
+from cmrssp.unet import UNet
+
+CHANNELS = (4, 8, 8)
+
+
+def unet(num_outputs=4, num_heads=2, channels=CHANNELS):
+    return UNet(channels=channels, num_outputs=num_outputs, num_heads=num_heads)
+
+
+def content(network, parts=("encoder", "decoder", "heads"), **provenance):
+    state = {k: v for k, v in network.state_dict().items() if k.split(".")[0] in parts}
+    return {
+        "state_dict": state,
+        "config": {"channels": list(CHANNELS)},
+        "provenance": {"method": "mim", "data": ["phantom"], "split": {}, "subjects": ["x/a"], **provenance},
+    }
+
+
+def saved(tmp_path, *args, **kwargs):
+    weights.save(tmp_path / "unet.pt", content(*args, **kwargs))
+    return weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "fresh"),
+    [
+        (("encoder",), {"decoder", "heads"}),
+        (("encoder", "decoder"), {"heads"}),
+        (("encoder", "decoder", "heads"), set()),
+    ],
+)
+def test_what_transfers_and_what_stays(tmp_path, parts, fresh):
+    source, target = unet(), unet()
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    report = weights.transfer(saved(tmp_path, source, parts), target)
+    assert {part for part, what in report.items() if what.startswith("fresh")} == fresh
+    assert {part for part, what in report.items() if what.startswith("transferred")} == set(parts)
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, (before if key.split(".")[0] in fresh else source.state_dict())[key])
+
+
+def test_heads_of_other_classes_stay_behind(tmp_path):
+    report = weights.transfer(saved(tmp_path, unet(num_outputs=1, num_heads=1)), unet())
+    assert report["heads"].startswith("fresh (other classes")
+
+
+@pytest.mark.parametrize("channels", [(4, 8), (4, 8, 16), (4, 8, 8, 8)])
+def test_weights_that_do_not_fit_are_refused(tmp_path, channels):
+    target = unet(channels=channels, num_heads=1)
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises(UserError, match=r"encoder does not fit this network .*has --channels 4 8 8"):
+        weights.transfer(saved(tmp_path, unet()), target)
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+def test_unknown_and_missing_keys_are_refused(tmp_path):
+    made = content(unet())
+    for state in ({}, {"resnet.conv.weight": torch.ones(1)}):
+        weights.save(tmp_path / "unet.pt", {**made, "state_dict": state})
+        with pytest.raises(UserError, match="expected keys from encoder, decoder, heads, got"):
+            weights.transfer(weights.load(tmp_path), unet())
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_hostile_pickle_is_refused_without_being_run(tmp_path):
+    torch.save(Hostile(str(tmp_path / "owned")), tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="expected a checkpoint of this package"):
+        weights.load(tmp_path / "bad.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    weights.save(tmp_path / "other.pt", {"weights": torch.ones(2)})
+    weights.save(tmp_path / "whole.pt", content(unet()))
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("text.pt", "expected a checkpoint"),
+        ("other.pt", "expected a checkpoint"),
+        ("half.pt", "expected a checkpoint"),
+        ("none.pt", "no such checkpoint"),
+        ("empty", "expected a run folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            weights.load(tmp_path / name)
+
+
+def test_subjects_seen_anywhere_in_the_history_are_refused(tmp_path):
+    first = {"method": "pcl", "data": [], "split": {}, "subjects": ["x/b"]}
+    checkpoint = saved(tmp_path, unet(), subjects=["x/a"], init=first)
+    assert checkpoint.seen() == {"x/a": "mim", "x/b": "pcl"}
+    weights.refuse_seen(
+        checkpoint, {"train": ["x/a", "x/b"], "validation": ["x/c"], "test": []}, ("validation", "test")
+    )
+    with pytest.raises(UserError, match=r"trained on 1 of the 2 test subjects \(pcl, the first is x/b\)"):
+        weights.refuse_seen(
+            checkpoint, {"train": [], "validation": [], "test": ["x/b", "x/d"]}, ("validation", "test")
+        )
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    made = content(unet())
+    weights.save(tmp_path / "a.pt", made)
+    weights.save(tmp_path / "b.pt", made)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
