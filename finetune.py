@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cmrssp import data, flags, report, training, weights
+from cmrssp import data, flags, memory, report, training, weights
 from cmrssp.data import splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.subject import CLASSES
@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
         return mean_dice(method, cines, held_out, device) if held_out else {}
 
+    method.to(device)
+    memory.check(method, loader, amp=settings.amp, device=device)
     training.train(
         method,
         loader,

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 
 import torch
 
-from cmrssp import data, flags, report, training
+from cmrssp import data, flags, health, memory, report, training
 from cmrssp.data import splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.run import Run
 from cmrssp.ssp import METHODS
 from cmrssp.ssp.method import Method
-
-VALIDATION_SLICES = 512
 
 
 def parse(argv: Sequence[str] | None):
@@ -88,8 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
 
     def validate(method: Method, epoch: int) -> dict[str, float]:
-        return mean_loss(method, loaders["validation"], epoch) if "validation" in loaders else {}
+        return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
 
+    method.to(device)
+    memory.check(method, loaders["train"], amp=settings.amp, device=device)
+    draw_views(method, loaders["train"], run)
     training.train(
         method,
         loaders["train"],
@@ -100,30 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate=validate,
         hint=flags.quick_hint(args, device),
     )
-    loader = loaders.get("validation", loaders["train"])
-    report.panel_sheet(panels(method, loader), run.folder / "views.png")
+    draw_views(method, loaders["train"], run)
     report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
     return 0
 
 
 @torch.inference_mode()
-def mean_loss(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
-    """Loss on the plain crops of at most 512 validation slices, evenly spread."""
-    method.eval()
-    total = count = 0.0
-    for batch in loader.in_order(VALIDATION_SLICES):
-        loss, _ = method(method.views(batch, None), float(epoch))
-        total, count = total + loss.item() * len(batch["image"]), count + len(batch["image"])
-    method.train()
-    return {"validation_loss": total / count}
-
-
-@torch.inference_mode()
-def panels(method: Method, loader: Batches) -> dict[str, torch.Tensor]:
+def draw_views(method: Method, loader: Batches, run: Run) -> None:
+    """views.png: what the method sees of six training slices; drawn again when there is something to restore.
+    """
     method.eval()
     batch = next(iter(loader.in_order(6)))
-    return method.panels(method.views(batch, training.step_generator(0, 0, 0)))
+    report.panel_sheet(
+        method.panels(method.views(batch, training.step_generator(0, 0, 0))), run.folder / "views.png"
+    )
+    method.train()
 
 
 if __name__ == "__main__":

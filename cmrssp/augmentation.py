@@ -3,7 +3,8 @@ grid.
 
 `draw` takes every random number from the generator it is given (a CPU one: the same numbers on any device);
 `apply` is deterministic given them. Order: affine sampling of raw intensities -> z-score with the subject's
-mean and std -> noise -> blur -> brightness -> shift -> gamma. One `Recipe` holds ranges and probabilities.
+mean and std -> noise -> blur -> brightness -> shift -> gamma -> solarise. One `Recipe` holds ranges and
+probabilities.
 """
 
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Recipe:
     p_shift: float = 1.0
     gamma: tuple[float, float] = (0.7, 1.5)
     p_gamma: float = 1.0
+    p_solarise: float = 0.0
+    translation_zoomed: bool = True  # False: the translation is that of the crop's centre, whatever the zoom
 
 
 def paper_recipe(image_size: int, spacing_mm: float) -> Recipe:
@@ -57,6 +60,7 @@ class Draws:
     brightness: torch.Tensor
     shift: torch.Tensor
     gamma: torch.Tensor
+    solarise: torch.Tensor  # bool: what is above 0 becomes the subject's maximum minus itself
 
 
 def plain(count: int) -> Draws:
@@ -74,6 +78,7 @@ def plain(count: int) -> Draws:
         brightness=one,
         shift=zero,
         gamma=one,
+        solarise=zero.bool(),
     )
 
 
@@ -87,10 +92,12 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draws:
         return torch.rand(count, *shape, generator=generator) < p
 
     none = plain(count)
+    rotation, zoom = uniform(-recipe.rotation_deg, recipe.rotation_deg), uniform(*recipe.zoom)
+    translation = uniform(-recipe.translation_mm, recipe.translation_mm, 2)
     return Draws(
-        rotation_deg=uniform(-recipe.rotation_deg, recipe.rotation_deg),
-        zoom=uniform(*recipe.zoom),
-        translation_mm=uniform(-recipe.translation_mm, recipe.translation_mm, 2),
+        rotation_deg=rotation,
+        zoom=zoom,
+        translation_mm=translation if recipe.translation_zoomed else translation / zoom[:, None],
         flip=1 - 2 * chance(recipe.p_flip, 2).float(),
         noise_std=torch.where(chance(recipe.p_noise), uniform(*recipe.noise_std), none.noise_std),
         noise_seed=int(torch.randint(2**62, (1,), generator=generator)),
@@ -100,6 +107,7 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draws:
         brightness=torch.where(chance(recipe.p_brightness), uniform(*recipe.brightness), none.brightness),
         shift=torch.where(chance(recipe.p_shift), uniform(*recipe.shift), none.shift),
         gamma=torch.where(chance(recipe.p_gamma), uniform(*recipe.gamma), none.gamma),
+        solarise=chance(recipe.p_solarise) if recipe.p_solarise else none.solarise,
     )
 
 
@@ -127,7 +135,8 @@ def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> 
         grid = sampling_grid(batch, draws, image_size=image_size, spacing_mm=spacing_mm)
         image = F.grid_sample(batch["image"].float(), grid, mode="bicubic", align_corners=True)
         image = (image - _column(batch["mean"])) / _column(batch["std"])
-        views = {"image": intensity(image, draws)}
+        brightest = (batch["max"] - batch["mean"]) / batch["std"]
+        views = {"image": intensity(image, draws, brightest)}
         if "label" in batch:
             label = F.grid_sample(batch["label"].float(), grid, mode="nearest", align_corners=True)
             views["label"] = label.to(torch.uint8)
@@ -192,8 +201,11 @@ def _normalised(
     return torch.stack([2 * pixels[i] / (size[i] - 1) - 1 for i in (1, 0)], dim=-1)
 
 
-def intensity(image: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Noise, blur, brightness, shift and gamma on standardised images (B, 1, H, W)."""
+def intensity(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> torch.Tensor:
+    """Noise, blur, brightness, shift, gamma and solarisation of standardised images (B, 1, H, W).
+
+    brightest (B,): the standardised maximum of each image's subject.
+    """
     device = image.device
     brightness, shift, gamma = _to(device, draws.brightness, draws.shift, draws.gamma)
     noisy = draws.noise_std.nonzero()[:, 0]  # on the CPU: knowing who gets it costs no wait for the device
@@ -210,7 +222,13 @@ def intensity(image: torch.Tensor, draws: Draws) -> torch.Tensor:
     image = image * _column(brightness) + _column(shift)
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     span = (high - low).clamp_min(1e-7)
-    return ((image - low) / span).clamp(0, 1) ** _column(gamma) * span + low
+    image = ((image - low) / span).clamp(0, 1) ** _column(gamma) * span + low
+    solarised = draws.solarise.nonzero()[:, 0]
+    if len(solarised):
+        (rows,) = _to(device, solarised)
+        chosen = image[rows]
+        image = image.index_copy(0, rows, torch.where(chosen > 0, _column(brightest)[rows] - chosen, chosen))
+    return image
 
 
 def gaussian_blur(image: torch.Tensor, sigma_px: torch.Tensor, radius: int) -> torch.Tensor:

@@ -23,7 +23,9 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """All files below `root` whose names end in one of `suffixes`, sorted; linked folders are entered, once each."""
+    """All files below `root` whose names end in one of `suffixes`, sorted; linked folders are entered, once
+    each.
+    """
     entered, found = set(), []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)

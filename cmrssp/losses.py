@@ -52,3 +52,44 @@ def deep_supervision(
             scaled = F.interpolate(labels.float(), output.shape[2:], mode="nearest-exact")
         total = total + weight / sum(weights) * loss(output, scaled)
     return total
+
+
+def nt_xent(embeddings: torch.Tensor, positives: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Normalised temperature-scaled cross-entropy, for any number of positives.
+
+    embeddings (N, D), normalised here; positives (N, N) bool, 1 = attracts, diagonal 0. For every row the
+    mean over its positives j of -log(exp(s_ij) / sum over k != i of exp(s_ik)), s the cosine over the
+    temperature; then the mean over rows. One positive a row: Eq. 1, arXiv 2002.05709; several: Eq. 2, arXiv
+    2106.09157.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit = F.normalize(embeddings.float(), dim=1)
+        itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        similarity = (unit @ unit.T / temperature).masked_fill(itself, float("-inf"))
+        log_share = similarity.log_softmax(dim=1).masked_fill(~positives, 0.0)
+        return -(log_share.sum(dim=1) / positives.sum(dim=1)).mean()
+
+
+def dino_cross_entropy(
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    centre: torch.Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> torch.Tensor:
+    """Cross-entropy of every student view with every teacher view of another crop, mean over pairs and
+    slices.
+
+    student, teacher: one (B, K) output a view; the teacher's views are the first of the student's; centre
+    (K,). Eq. 1 and 2, arXiv 2104.14294.
+    """
+    with torch.autocast(centre.device.type, enabled=False):
+        targets = [((t.float() - centre) / teacher_temperature).softmax(dim=1) for t in teacher]
+        log_shares = [(s.float() / student_temperature).log_softmax(dim=1) for s in student]
+        pairs = [
+            -(target * log_share).sum(dim=1).mean()
+            for i, target in enumerate(targets)
+            for j, log_share in enumerate(log_shares)
+            if i != j
+        ]
+        return torch.stack(pairs).mean()

@@ -42,6 +42,10 @@ class Encoder(nn.Module):
             features.append(image)
         return features
 
+    def pooled(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 1, H, W) -> (B, C): the global average of the bottleneck."""
+        return self(image.contiguous(memory_format=torch.channels_last))[-1].mean(dim=(2, 3))
+
 
 class Decoder(nn.Module):
     """The encoder's features -> decoded features of every scale but the bottleneck's, finest first."""
@@ -81,12 +85,12 @@ class UNet(nn.Module):
         return self.heads[0](self.decoder(self.encoder(image))[0])
 
 
-def check_image_size(image_size: int, channels: Sequence[int]) -> None:
+def check_image_size(image_size: int, channels: Sequence[int], flag: str = "--image-size") -> None:
     if len(channels) < 2:
         raise UserError(f"--channels: expected at least two stages, got {' '.join(map(str, channels))}")
     factor = 2 ** (len(channels) - 1)
     if image_size < factor or image_size % factor:
         raise UserError(
-            f"--image-size: expected a multiple of {factor} (2^(stages - 1), {len(channels)} stages in "
+            f"{flag}: expected a multiple of {factor} (2^(stages - 1), {len(channels)} stages in "
             f"--channels), got {image_size}"
         )

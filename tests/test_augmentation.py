@@ -27,6 +27,7 @@ def batch(image, label=None, spacing=(1.0, 1.0), centre=None, mean=0.0, std=1.0)
         "centre": torch.tensor([centre] * count),
         "mean": torch.full((count,), mean),
         "std": torch.full((count,), std),
+        "max": torch.full((count,), 1000.0),
     }
     return made if label is None else {**made, "label": label[:, None]}
 
@@ -156,17 +157,18 @@ def test_intensity_by_hand():
     )
     # x 1.5 - 0.5 = -2, -0.5, 1, 4; on [0, 1]: 0, 1/4, 1/2, 1; squared: 0, 1/16, 1/4, 1; back: x 6 - 2
     expected = torch.tensor([[-2.0, 6 / 16 - 2], [6 / 4 - 2, 4.0]])
-    assert (intensity(image, draws)[0, 0] - expected).abs().max() < 1e-6
+    assert (intensity(image, draws, torch.ones(len(image)))[0, 0] - expected).abs().max() < 1e-6
     constant = torch.full((1, 1, 4, 4), 2.0)
-    assert torch.isfinite(intensity(constant, draws)).all()
+    assert torch.isfinite(intensity(constant, draws, torch.ones(1))).all()
 
 
 def test_noise_only_where_it_was_drawn():
     image = torch.zeros(3, 1, 64, 64)
     draws = replace(plain(3), noise_std=torch.tensor([0.0, 0.1, 0.2]), noise_seed=5)
-    std = intensity(image, draws).std(dim=(1, 2, 3))
+    std = intensity(image, draws, torch.ones(len(image))).std(dim=(1, 2, 3))
     assert std.tolist() == pytest.approx([0.0, 0.1, 0.2], rel=0.05)
-    assert (intensity(image, draws) == intensity(image, draws)).all()
+    again = [intensity(image, draws, torch.ones(len(image))) for _ in range(2)]
+    assert torch.equal(*again)
 
 
 def test_blur_equals_scipy():
@@ -181,7 +183,7 @@ def test_blur_equals_scipy():
 def test_blur_leaves_the_others_alone():
     image = torch.randn(3, 1, 30, 26)
     draws = replace(plain(3), blur_sigma_px=torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
-    changed = (intensity(image, draws) - image).abs().amax((1, 2, 3))
+    changed = (intensity(image, draws, torch.ones(len(image))) - image).abs().amax((1, 2, 3))
     assert changed[0] < 1e-5 and changed[2] < 1e-5 and changed[1] > 0.1
 
 
@@ -224,3 +226,11 @@ def test_autocast_does_not_coarsen_the_views():
     with torch.autocast("cpu", torch.bfloat16):
         under = apply(batch(image), plain(1), image_size=8, spacing_mm=1.0)["image"]
     assert under.dtype == torch.float32 and (under == plainly).all()
+
+
+def test_solarise_turns_what_is_bright_around_the_subjects_maximum():
+    image = torch.tensor([[[-1.0, 0.5], [0.0, 2.0]]] * 2)[:, None]
+    draws = replace(plain(2), solarise=torch.tensor([False, True]))
+    out = intensity(image, draws, torch.tensor([3.0, 3.0]))
+    assert (out[0] - image[0]).abs().max() < 1e-6
+    assert (out[1, 0] - torch.tensor([[-1.0, 2.5], [0.0, 1.0]])).abs().max() < 1e-6

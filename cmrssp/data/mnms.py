@@ -37,7 +37,8 @@ def find(root: Path, dataset: str = DATASET) -> list[Subject]:
 
 
 def _table(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of the CSV in `root` that has an `External code` column, by that code; {} where there is none."""
+    """The rows of the CSV in `root` that has an `External code` column, by that code; {} where there is none.
+    """
     for path in sorted(root.glob("*.csv")):
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             rows = list(csv.DictReader(file))

@@ -21,6 +21,8 @@ class Method(nn.Module):
     defaults: ClassVar[dict]  # the paper's optimisation settings, by flag (supplement A)
     quick: ClassVar[dict]  # what --quick changes of them
     encoder: Encoder  # the network that is trained
+    image_size: int  # side of the network's square, pixels
+    spacing_mm: float
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:

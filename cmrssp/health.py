@@ -1,0 +1,77 @@
+"""Is a pretraining healthy? Figures of frozen features, without labels."""
+
+import torch
+
+from cmrssp import augmentation
+from cmrssp.data.batches import Batches
+from cmrssp.ssp.method import Method
+from cmrssp.training import step_generator
+
+NUM_SLICES = 512  # of the validation subjects, evenly spread; all where there are fewer
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """exp of the entropy of the normalised singular values of (N, D) features: from 1 (collapsed) to min(N,
+    D).
+
+    Roy and Vetterli 2007; as a figure of pretraining: RankMe, arXiv 2210.02885.
+    """
+    values = torch.linalg.svdvals(features.double())
+    share = values / values.sum().clamp_min(1e-300)
+    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+
+
+def position_probe(
+    features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor, penalty: float = 0.01
+) -> float:
+    """Held-out R2 of a ridge regression from (N, D) features to the slice position (N,), closed form.
+
+    The subjects (N,) are split in halves, each predicts the other, R2 over both; features are standardised by
+    the half that fits, and the penalty is per sample. NaN positions are left out; NaN with fewer than two
+    subjects.
+    """
+    known = ~position.isnan()
+    x, y, subject = features[known].double(), position[known].double(), subject[known]
+    ids = subject.unique()
+    if len(ids) < 2:
+        return float("nan")
+    first = torch.isin(subject, ids[::2])
+    residual = total = 0.0
+    for fit, held in ((first, ~first), (~first, first)):
+        mean, std = x[fit].mean(dim=0), x[fit].std(dim=0, correction=0).clamp_min(1e-8)
+        a, b = (x[fit] - mean) / std, (x[held] - mean) / std
+        gram = a.T @ a + penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        weights = torch.linalg.solve(gram, a.T @ (y[fit] - y[fit].mean()))
+        residual += (y[held] - y[fit].mean() - b @ weights).square().sum()
+        total += (y[held] - y[held].mean()).square().sum()
+    return float(1 - residual / total)
+
+
+@torch.inference_mode()
+def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
+    """Loss on fixed augmented views, and rank and probe of the plain crops' features, over the same slices
+    always.
+    """
+    method.eval()
+    loss = count = 0.0
+    features, positions, subjects = [], [], []
+    for i, batch in enumerate(loader.in_order(NUM_SLICES)):
+        views = method.views(batch, step_generator(0, 0, i))
+        loss, count = (
+            loss + method(views, float(epoch))[0].item() * len(batch["image"]),
+            count + len(batch["image"]),
+        )
+        plain = augmentation.views(
+            batch, None, None, image_size=method.image_size, spacing_mm=method.spacing_mm
+        )
+        features.append(method.encoder.pooled(plain["image"]).float().cpu())
+        positions.append(batch["position"].cpu())
+        subjects.append(batch["subject"].cpu())
+    method.train()
+    pooled = torch.cat(features)
+    figures = {
+        "validation_loss": loss / count,
+        "effective_rank": effective_rank(pooled),
+        "position_r2": position_probe(pooled, torch.cat(positions), torch.cat(subjects)),
+    }
+    return {name: value for name, value in figures.items() if value == value}

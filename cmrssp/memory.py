@@ -1,0 +1,65 @@
+"""How much memory a training will need, before it starts."""
+
+import copy
+import os
+
+import torch
+
+from cmrssp.data.batches import Batches
+from cmrssp.errors import UserError
+from cmrssp.ssp.method import Method
+
+_GB = 1e9
+
+
+def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -> None:
+    """Print the estimate; raise UserError with a batch size that fits when the device has less."""
+    fixed, per_slice = estimate(method, batches, amp=amp)
+    needed, present = fixed + per_slice * batches.batch_size, capacity(device)
+    print(f"memory: about {needed / _GB:.1f} of {present / _GB:.1f} GB")
+    if needed > present:
+        fitting = int((0.9 * present - fixed) / per_slice)
+        hint = (
+            f"try --batch-size {fitting}"
+            if fitting >= 1
+            else "try fewer --channels or a smaller --image-size"
+        )
+        raise UserError(
+            f"--batch-size {batches.batch_size}: this training needs about {needed / _GB:.0f} GB, "
+            f"{device} has {present / _GB:.0f} GB; {hint}" + ("" if amp != "off" else ", or --amp on a GPU")
+        )
+
+
+def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, float]:
+    """(bytes whatever the batch, bytes a slice), on the CPU: weights, gradients, momentum; what autograd
+    keeps.
+
+    A copy of the method runs forward on two slices, and every tensor that is kept for the backward pass is
+    counted.
+    """
+    trial = copy.deepcopy(method).cpu().train()
+    batch = {key: value.cpu() for key, value in next(iter(batches.in_order(2))).items()}
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in trial.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    views = trial.views(batch, torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = trial(views, 0.0)
+    given = sum(view.untyped_storage().nbytes() for view in views.values())
+    activations = sum(kept.values()) * (1.0 if amp == "off" else 0.5)
+    del loss
+    weights = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in trial.parameters())
+    return weights, (activations + given) / len(batch["image"])
+
+
+def capacity(device: torch.device) -> float:
+    """Bytes of memory of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,58 @@
+"""Positional contrastive learning: slices at nearly the same place in the heart attract each other, whoever's
+heart it is (Zeng et al., arXiv 2106.09157). SimCLR with other positives.
+"""
+
+import argparse
+
+import torch
+
+from cmrssp.errors import UserError
+from cmrssp.ssp.method import Views
+from cmrssp.ssp.simclr import SimCLR
+
+_ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the threshold: that is not below it
+
+
+class PCL(SimCLR):
+    name = "pcl"
+    defaults = {
+        "epochs": 100,
+        "batch_size": 64,
+        "lr": 0.1,
+        "schedule": "cosine",
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 1e-5,
+        "amp": "off",
+    }
+    quick = {"epochs": 3, "batch_size": 64}
+
+    def __init__(self, *, threshold: float, **options) -> None:
+        super().__init__(**options)
+        if not 0 <= threshold <= 1:
+            raise UserError(f"--threshold: expected a difference of positions from 0 to 1, got {threshold}")
+        self.threshold = threshold
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        SimCLR.add_flags(parser)
+        parser.add_argument(
+            "--threshold",
+            type=float,
+            default=0.1,
+            metavar="SHARE",
+            help="slices attract when their positions from base 0 to apex 1 differ by less "
+            "(paper, section 2.4)",
+        )
+
+    @classmethod
+    def own_flags(cls, args: argparse.Namespace) -> dict:
+        return {**super().own_flags(args), "threshold": args.threshold}
+
+    def positives(self, views: Views) -> torch.Tensor:
+        """(2B, 2B) bool: the own other view, and every slice of any subject at nearly the same position. A
+        NaN position (a stack of one slice) is near to none.
+        """
+        position = views["position"].double()
+        near = (position[:, None] - position[None]).abs() < self.threshold - _ROUNDING
+        return (near | super().positives(views)).fill_diagonal_(False)

@@ -1,0 +1,107 @@
+"""SimCLR: two views of a slice attract each other, all other slices of the batch repel (Chen et al., arXiv
+2002.05709).
+
+Encoder, global average pool, MLP 512-512-512; NT-Xent at temperature 0.1. PCL is the same with other
+positives.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cmrssp import augmentation
+from cmrssp.data.batches import Batch
+from cmrssp.errors import UserError
+from cmrssp.losses import nt_xent
+from cmrssp.ssp.method import Method, Views
+from cmrssp.unet import Encoder, check_image_size
+
+
+class SimCLR(Method):
+    name = "simclr"
+    defaults = {
+        "epochs": 100,
+        "batch_size": 224,
+        "lr": 0.1,
+        "schedule": "cosine",
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 1e-4,
+        "amp": "fp16",
+    }
+    quick = {"epochs": 3, "batch_size": 64}
+
+    def __init__(
+        self,
+        *,
+        channels: Sequence[int],
+        image_size: int,
+        spacing_mm: float,
+        augment: bool,
+        temperature: float,
+        projection: int,
+    ) -> None:
+        super().__init__()
+        check_image_size(image_size, channels)
+        if not temperature > 0:
+            raise UserError(f"--temperature: expected a number above 0, got {temperature}")
+        self.image_size, self.spacing_mm, self.temperature = image_size, spacing_mm, temperature
+        self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
+        self.encoder = Encoder(channels)
+        self.projector = nn.Sequential(
+            nn.Linear(channels[-1], projection), nn.ReLU(inplace=True), nn.Linear(projection, projection)
+        )
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--temperature",
+            type=float,
+            default=0.1,
+            help="of NT-Xent: lower weighs the hardest negatives more",
+        )
+        parser.add_argument(
+            "--projection", type=int, default=512, metavar="N", help="width of the MLP and its output"
+        )
+
+    @classmethod
+    def own_flags(cls, args: argparse.Namespace) -> dict:
+        return {"temperature": args.temperature, "projection": args.projection}
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> "SimCLR":
+        return cls(
+            channels=args.channels,
+            image_size=args.image_size,
+            spacing_mm=args.spacing,
+            augment=args.augmentation == "on",
+            **cls.own_flags(args),
+        )
+
+    def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
+        """image (2B, 1, S, S): all first views, then all second ones; position (2B,) of their slices."""
+        images = [
+            augmentation.views(
+                batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
+            )["image"]
+            for _ in range(2)
+        ]
+        return {"image": torch.cat(images), "position": batch["position"].repeat(2)}
+
+    def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        embeddings = self.projector(self.encoder.pooled(views["image"]))
+        return nt_xent(embeddings, self.positives(views), self.temperature), {}
+
+    def positives(self, views: Views) -> torch.Tensor:
+        """(2B, 2B) bool: the other view of the same slice."""
+        count = len(views["image"])
+        return torch.eye(count, dtype=torch.bool, device=views["image"].device).roll(count // 2, dims=1)
+
+    def panels(self, views: Views) -> dict[str, torch.Tensor]:
+        first, second = views["image"].chunk(2)
+        return {"first view": first, "second view": second}
+
+    def pretrained_state(self) -> dict[str, torch.Tensor]:
+        return {f"encoder.{key}": value for key, value in self.encoder.state_dict().items()}
