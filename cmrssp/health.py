@@ -1,6 +1,7 @@
 """Is a pretraining healthy? Figures of frozen features, without labels."""
 
 import torch
+from tqdm import tqdm
 
 from cmrssp import augmentation
 from cmrssp.data.batches import Batches
@@ -8,6 +9,7 @@ from cmrssp.ssp.method import Method
 from cmrssp.training import step_generator
 
 NUM_SLICES = 512  # of the validation subjects, evenly spread; all where there are fewer
+COLLAPSED = 3.0  # effective rank; features that hardly differ from their mean have 1, healthy ones 15 and more
 
 
 def effective_rank(features: torch.Tensor) -> float:
@@ -22,7 +24,7 @@ def effective_rank(features: torch.Tensor) -> float:
 
 
 def position_probe(
-    features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor, penalty: float = 0.01
+    features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor, penalty: float = 1.0
 ) -> float:
     """Held-out R2 of a ridge regression from (N, D) features to the slice position (N,), closed form.
 
@@ -74,4 +76,9 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
         "effective_rank": effective_rank(pooled),
         "position_r2": position_probe(pooled, torch.cat(positions), torch.cat(subjects)),
     }
+    if figures["effective_rank"] < COLLAPSED:
+        tqdm.write(
+            f"warning: the features collapse: effective rank {figures['effective_rank']:.2f} of "
+            f"{pooled.shape[1]} after epoch {epoch}; try a smaller --lr, or stop and look at views.png"
+        )
     return {name: value for name, value in figures.items() if value == value}

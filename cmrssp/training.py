@@ -104,9 +104,10 @@ def train(
         last = epoch + 1 == settings.epochs
         if last or (epoch + 1) % settings.validate_every == 0:
             began = time.monotonic()
-            record |= validate(method, epoch + 1)
+            figures = validate(method, epoch + 1)
+            record |= figures
             record["validation_s"] = round(time.monotonic() - began, 3)
-            meter.say(record)
+            meter.say(record, figures)
         run.log(record)
         if last or time.monotonic() - saved > _SAVE_EVERY_S:
             content = {
@@ -136,7 +137,7 @@ class Meter:
     def __init__(self, steps: int, batch_size: int, settings: Settings, hint: str) -> None:
         self.steps, self.batch_size, self.epochs, self.amp = steps, batch_size, settings.epochs, settings.amp
         self.hint, self.estimated, self.began, self.count = hint, False, time.monotonic(), 0
-        self.total_steps = steps * settings.epochs
+        self.total_steps, self.figures = steps * settings.epochs, {}
         print(
             f"{settings.epochs} epochs x {steps} steps of {batch_size} slices = {self.total_steps} steps",
             flush=True,
@@ -173,8 +174,9 @@ class Meter:
             "seconds": round(seconds, 3),
         }
 
-    def say(self, record: dict[str, float]) -> None:
-        """One line that stays: nothing that must be read stands only in the bar."""
+    def say(self, record: dict[str, float], figures: dict[str, float]) -> None:
+        """One line that stays, and the validation's figures in the bar: nothing stands in the bar alone."""
+        self.figures = {name: f"{value:.4g}" for name, value in figures.items()}
         figures = " ".join(
             f"{k} {v:.4g}" for k, v in record.items() if k not in ("epoch", "seconds", "validation_s")
         )
@@ -202,7 +204,7 @@ class Meter:
                     f"epoch {self.epoch + 1}, step {self.done} of {self.steps}: the loss is {row[0]}; try "
                     "a smaller --lr. What was saved before stays"
                 )
-        self.bar.set_postfix(loss=f"{rows[-1][0]:.4g}", refresh=False)
+        self.bar.set_postfix(loss=f"{rows[-1][0]:.4g}", **self.figures, refresh=False)
         self.pending, self.last_read = [], time.monotonic()
 
     def _estimate(self) -> None:
