@@ -18,7 +18,7 @@ from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
-QUICK_NETWORK = {"channels": [16, 32, 64, 128, 128], "image_size": 96, "spacing": 2.25}
+QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from cmrssp.ssp.method import Method
 from cmrssp.training import step_generator
 
 NUM_SLICES = 512  # of the validation subjects, evenly spread; all where there are fewer
-COLLAPSED = 3.0  # effective rank; features that hardly differ from their mean have 1, healthy ones 15 and more
+COLLAPSED = 3.0  # effective rank; features that hardly differ from their mean have 1, healthy ones 15 or more
 
 
 def effective_rank(features: torch.Tensor) -> float:

@@ -33,7 +33,7 @@ class Segmentation(Method):
         "weight_decay": 3e-5,
         "amp": "off",
     }
-    quick = {"epochs": 40, "batch_size": 8}
+    quick = {"epochs": 100, "batch_size": 8}
 
     def __init__(self, *, channels: Sequence[int], image_size: int, spacing_mm: float, augment: bool) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ class MIM(Method):
         "weight_decay": 3e-5,
         "amp": "fp16",
     }
-    quick = {"epochs": 3, "batch_size": 32}
+    quick = {"epochs": 3, "batch_size": 32, "patch_size": 16}
 
     def __init__(
         self,
