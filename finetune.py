@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         + f"; {len(chosen)} labelled subjects to train on, {len(slices)} labelled slices"
     )
     loader = Batches(cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=True, device=device)
+    memory.check(method, loader, amp=settings.amp, device=device)
 
     start = checkpoint.provenance["method"] if checkpoint else "scratch"
     run = Run.create(args.out, f"finetune-{start}-{flags.data_name(paths)}-n{len(chosen)}-seed{args.seed}")
@@ -116,8 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
         return mean_dice(method, cines, held_out, device) if held_out else {}
 
-    method.to(device)
-    memory.check(method, loader, amp=settings.amp, device=device)
     training.train(
         method,
         loader,

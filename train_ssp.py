@@ -1,5 +1,4 @@
-"""Pretrain an encoder (or a whole U-Net) on unlabelled cines:  python train_ssp.py --method mim --data FOLDER
-"""
+"""Pretrain an encoder, or a whole U-Net, without labels:  python train_ssp.py --method mim --data DIR"""
 
 from collections.abc import Sequence
 
@@ -65,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(s)
     }
 
+    memory.check(method, loaders["train"], amp=settings.amp, device=device)
+
     run = Run.create(args.out, f"{args.method}-{flags.data_name(paths)}")
     print(f"run folder: {run.folder}")
     run.start({"kind": "pretraining", **vars(args), "data": paths}, split)
@@ -88,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Method, epoch: int) -> dict[str, float]:
         return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
 
-    method.to(device)
-    memory.check(method, loaders["train"], amp=settings.amp, device=device)
-    draw_views(method, loaders["train"], run)
+    draw_views(method.to(device), loaders["train"], run)
     training.train(
         method,
         loaders["train"],
@@ -109,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @torch.inference_mode()
 def draw_views(method: Method, loader: Batches, run: Run) -> None:
-    """views.png: what the method sees of six training slices; drawn again when there is something to restore.
-    """
+    """views.png: what the method sees of six training slices; drawn again when it can restore."""
     method.eval()
     batch = next(iter(loader.in_order(6)))
     report.panel_sheet(

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cmrssp import flags
+import finetune
+import train_ssp
+from cmrssp import flags, memory
 from cmrssp.metrics import dice
 
 ROOT = Path(__file__).parents[1]
@@ -295,13 +297,98 @@ def test_broken_subjects_are_all_named_or_left_out(phantom_folder, tmp_path):
     assert sum(map(len, split.values())) == 6
 
 
-def test_a_flag_of_another_method_names_it(capsys):
-    from cmrssp.ssp.mim import MIM
+@pytest.mark.parametrize(
+    ("method", "words", "owner"),
+    [
+        ("mim", ("--threshold", "0.1"), "pcl"),
+        ("pcl", ("--mask-ratio=0.5",), "mim"),
+        ("simclr", ("--threshold", "0.1"), "pcl"),
+        ("mim", ("--export", "teacher"), "dino"),
+    ],
+)
+def test_a_flag_of_another_method_names_it(refused, method, words, owner):
+    line = refused("train_ssp.py", "--method", method, *words)
+    assert f"{words[0]} belongs to --method {owner}, and --method is {method}" in line
 
-    assert flags.explain_unknown(["--patch-size", "8"], "pcl", {"mim": MIM}) == (
-        "--patch-size belongs to --method mim, and --method is pcl"
+
+OPENED: list[str] = []
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("simclr", ("--lr", "0.02")),
+        ("pcl", ("--lr", "0.02")),
+        ("mim", ("--patch-size", "8")),
+        (
+            "dino",
+            (
+                "--outputs",
+                "32",
+                "--head-width",
+                "16",
+                "--local-crops",
+                "2",
+                "--lr",
+                "0.05",
+                "--freeze-last-epochs",
+                "0",
+                "--warmup-epochs",
+                "0",
+            ),
+        ),
+    ],
+)
+def test_every_method_learns_and_opens_no_label(phantom_folder, tmp_path, method, words):
+    OPENED.clear()
+    argv = [
+        "--method",
+        method,
+        "--data",
+        str(phantom_folder),
+        "--cache",
+        str(tmp_path / "cache"),
+        *TINY,
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--out",
+        str(tmp_path / "run"),
+        "--validate-every",
+        "1",
+        *words,
+    ]
+    assert train_ssp.main(argv) == 0
+    assert len([p for p in OPENED if p.endswith("_sa.nii.gz")]) == 8
+    assert not [p for p in OPENED if "_gt" in p or p.endswith(".labels")]
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert records[1]["loss"] < records[0]["loss"]
+    assert all(1 <= r["effective_rank"] <= 8 and "position_r2" in r for r in records)
+    state = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)["state_dict"]
+    assert {k.split(".")[0] for k in state} == ({"encoder", "decoder"} if method == "mim" else {"encoder"})
+    argv = [
+        "--init",
+        str(tmp_path / "run"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "fine"),
+    ]
+    assert finetune.main(argv) == 0
+
+
+def test_a_training_that_cannot_fit_is_refused(refused, phantom_folder, way, monkeypatch, tmp_path):
+    cwd, _ = way
+    monkeypatch.setattr(memory, "capacity", lambda device: 1e6)
+    line = refused(
+        "train_ssp.py", "--method", "simclr", "--data", phantom_folder, "--cache", cwd / "cache", *TINY
     )
-    assert flags.explain_unknown(["--x"], "pcl", {"mim": MIM}) == "unrecognized arguments: --x"
+    assert "this training needs about" in line and "try --batch-size" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_shows_the_methods_own_flags_and_defaults(tmp_path):
