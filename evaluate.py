@@ -3,6 +3,7 @@ python evaluate.py --split test --checkpoint runs/finetune-mim-phantom-n15-seed0
 
 import csv
 import io
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"checkpoint: {checkpoint.path}")
     method = segmentation.restore(checkpoint)
     paths = getattr(args, "data", checkpoint.provenance["data"])
-    flags.announce_data(paths)
+    data.announce(paths)
     device = flags.resolve_device(args.device)
     method.to(device)
 
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             + ", ".join(f"{part} {len(keys)}" for part, keys in split.items())
         )
     cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
+    out = Path(args.out) if args.out else checkpoint.path.parent / f"evaluation-{args.split}"
+    out.mkdir(parents=True, exist_ok=True)
     rows, unlabelled = score(method, cines, device)
     if unlabelled:
         print(f"left out, without labels: {', '.join(unlabelled)}")
@@ -68,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"\n{args.split} split, {len(report.per_subject(rows, 'both', CLASSES))} subjects, "
         f"mean ± standard deviation over subjects\n{table}"
     )
-    out = Path(args.out) if args.out else checkpoint.path.parent / f"evaluation-{args.split}"
-    out.mkdir(parents=True, exist_ok=True)
     write(out, rows, unlabelled, checkpoint, args.split)
     report.contour_sheet(cases(rows, cines, method, device), out / "contours.png")
     print(f"written: {out}/metrics.csv, summary.json, contours.png")
@@ -117,15 +118,15 @@ def write(
     with atomic(out / "metrics.csv") as file:
         file.write(text.getvalue().encode())
     groups = {"LV": ["LV"], "MYO": ["MYO"], "RV": ["RV"], "mean": CLASSES}
-    scores = {
-        phase: {
-            name: dict(
-                zip(("mean", "std"), report.spread(report.per_subject(rows, phase, classes)), strict=True)
-            )
-            for name, classes in groups.items()
+    scores: dict[str, dict[str, dict[str, float | None]]] = {}
+    for phase in ("ED", "ES", "both"):
+        figures = {
+            n: report.spread(report.per_subject(rows, phase, classes)) for n, classes in groups.items()
         }
-        for phase in ("ED", "ES", "both")
-    }
+        scores[phase] = {
+            name: {"mean": finite_or_none(mean), "std": finite_or_none(std)}
+            for name, (mean, std) in figures.items()
+        }
     run.Run(out).write_json(
         "summary.json",
         {
@@ -139,6 +140,11 @@ def write(
             "seed": checkpoint.provenance["seed"],
         },
     )
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def cases(rows: list[dict], cines: store.Store, method, device) -> list[dict]:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, checkpoint = parse(argv)
     inherited = checkpoint.provenance if checkpoint else {}
     paths = getattr(args, "data", inherited.get("data", [data.PHANTOM]))
-    flags.announce_data(paths)
+    data.announce(paths)
     device = flags.resolve_device(args.device)
     flags.prepare_torch(args.seed, args.deterministic)
     method = Segmentation.from_flags(args)
@@ -57,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{part}: {what}")
 
     subjects = data.find(paths, args.cache)
-    typed_seed = flags.typed(argv, "--split-seed")
+    anew = flags.typed(argv, "--split-seed")
+    split_seed = args.split_seed if anew else inherited.get("split_seed", args.split_seed)
     split = splits.choose(
         subjects,
         split_file=args.split_file,
-        split_seed=args.split_seed,
-        inherited=None if typed_seed else inherited.get("split"),
+        split_seed=split_seed,
+        inherited=None if anew else inherited.get("split"),
     )
     if checkpoint:
         weights.refuse_seen(checkpoint, split, ("validation", "test"))
@@ -88,10 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory.check(method, loader, amp=settings.amp, device=device)
 
     start = checkpoint.provenance["method"] if checkpoint else "scratch"
-    run = Run.create(args.out, f"finetune-{start}-{flags.data_name(paths)}-n{len(chosen)}-seed{args.seed}")
+    run = Run.create(args.out, f"finetune-{start}-{data.name(paths)}-n{len(chosen)}-seed{args.seed}")
     print(f"run folder: {run.folder}")
     run.start(
-        {"kind": "fine-tuning", **vars(args), "data": paths, "transfer": transferred, "subjects": chosen},
+        {
+            "kind": "fine-tuning",
+            **vars(args),
+            "split_seed": split_seed,
+            "data": paths,
+            "amp": settings.amp,
+            "device": str(device),
+            "transfer": transferred,
+            "subjects": chosen,
+        },
         split,
     )
     config = {
@@ -104,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "method": method.name,
         "data": data.absolute(paths),
         "split": split,
-        "split_seed": args.split_seed,
+        "split_seed": split_seed,
         "seed": args.seed,
         "subjects": chosen,
         "slices": len(slices),
@@ -117,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
         return mean_dice(method, cines, held_out, device) if held_out else {}
 
+    report.views(method.to(device), loader, run.folder / "views.png")
     training.train(
         method,
         loader,

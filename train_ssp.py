@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from cmrssp import data, flags, health, memory, report, training
 from cmrssp.data import splits, store
 from cmrssp.data.batches import Batches, Slices
@@ -42,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     method_class = METHODS[args.method]
     paths = getattr(args, "data", [data.PHANTOM])
-    flags.announce_data(paths)
+    data.announce(paths)
     device = flags.resolve_device(args.device)
     flags.prepare_torch(args.seed, args.deterministic)
     method = method_class.from_flags(args)
@@ -66,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     memory.check(method, loaders["train"], amp=settings.amp, device=device)
 
-    run = Run.create(args.out, f"{args.method}-{flags.data_name(paths)}")
+    run = Run.create(args.out, f"{args.method}-{data.name(paths)}")
     print(f"run folder: {run.folder}")
-    run.start({"kind": "pretraining", **vars(args), "data": paths}, split)
+    run.start(
+        {"kind": "pretraining", **vars(args), "data": paths, "amp": settings.amp, "device": str(device)},
+        split,
+    )
     config = {
         "channels": args.channels,
         "image_size": args.image_size,
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Method, epoch: int) -> dict[str, float]:
         return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
 
-    draw_views(method.to(device), loaders["train"], run)
+    report.views(method.to(device), loaders["train"], run.folder / "views.png")
     training.train(
         method,
         loaders["train"],
@@ -100,21 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate=validate,
         hint=flags.quick_hint(args, device),
     )
-    draw_views(method, loaders["train"], run)
+    report.views(method, loaders["train"], run.folder / "views.png")
     report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
     return 0
-
-
-@torch.inference_mode()
-def draw_views(method: Method, loader: Batches, run: Run) -> None:
-    """views.png: what the method sees of six training slices; drawn again when it can restore."""
-    method.eval()
-    batch = next(iter(loader.in_order(6)))
-    report.panel_sheet(
-        method.panels(method.views(batch, training.step_generator(0, 0, 0))), run.folder / "views.png"
-    )
-    method.train()
 
 
 if __name__ == "__main__":

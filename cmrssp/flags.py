@@ -4,7 +4,7 @@ Precedence: typed > checkpoint > --quick > the method's defaults, by `set_defaul
 """
 
 import argparse
-import re
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,13 +21,17 @@ PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 25
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The default behind the help, where there is one to tell."""
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Errors in one line; flags only as they are spelled; defaults in the help."""
 
     def __init__(self, **options) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -92,24 +96,19 @@ def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[M
     return f"unrecognized arguments: {' '.join(words)}"
 
 
-def announce_data(paths: Sequence[str]) -> None:
-    note = ""
-    if PHANTOM in paths:
-        note = " (synthetic: good for a first try, not for results; point --data at a folder of real cines)"
-    print(f"data: {' '.join(paths)}{note}", flush=True)
-
-
-def data_name(paths: Sequence[str]) -> str:
-    """For the name of a run folder."""
-    names = [Path(path).resolve().name for path in paths]
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(names)) or "data"
+def at_least_0(kind: type) -> Callable[[str], float]:
+    return _ranged(kind, lambda value: value >= 0, "of at least 0")
 
 
 def positive(kind: type) -> Callable[[str], float]:
+    return _ranged(kind, lambda value: value > 0, "above 0")
+
+
+def _ranged(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
     def parse(text: str):
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"expected a number {what}, got {text}")
         return value
 
     parse.__name__ = kind.__name__
@@ -128,7 +127,7 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
     )
     add_cache(group)
     group.add_argument(
-        "--split-seed", type=int, default=0, help="draws training, validation and test subjects"
+        "--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects"
     )
     group.add_argument(
         "--split-file", type=Path, metavar="JSON", help="a run's split.json, instead of drawing"
@@ -189,11 +188,15 @@ def add_optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--schedule", choices=("cosine", "poly"), help="cosine, or polynomial with power 0.9 to 0"
     )
-    group.add_argument("--final-lr", type=float, default=0.0, help="where the cosine schedule ends")
-    group.add_argument("--warmup-epochs", type=float, default=0.0, metavar="N", help="linear warm-up from 0")
-    group.add_argument("--momentum", type=float, help="of SGD")
+    group.add_argument(
+        "--final-lr", type=at_least_0(float), default=0.0, help="where the cosine schedule ends"
+    )
+    group.add_argument(
+        "--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0"
+    )
+    group.add_argument("--momentum", type=at_least_0(float), help="of SGD")
     group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
-    group.add_argument("--weight-decay", type=float, help="L2 penalty of SGD")
+    group.add_argument("--weight-decay", type=at_least_0(float), help="L2 penalty of SGD")
     group.add_argument("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
     group.add_argument(
         "--validate-every",
@@ -214,18 +217,20 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
     )
     if training:
         group.add_argument(
-            "--seed", type=int, default=0, help="initial weights, order of slices, augmentation"
+            "--seed", type=at_least_0(int), default=0, help="initial weights, order of slices, augmentation"
         )
         group.add_argument(
             "--deterministic",
             action="store_true",
-            help="bit-identical runs on one GPU too, slower (a CPU needs no flag)",
+            help="torch's deterministic algorithms on a GPU, slower (a CPU needs no flag)",
         )
-        group.add_argument(
-            "--quick",
-            action="store_true",
-            help="a small network, small images and few epochs: minutes on a laptop CPU",
-        )
+    group.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small network, small images and few epochs: minutes on a laptop CPU"
+        if training
+        else "for a run made with --quick; changes nothing, the network is that of the run",
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -234,9 +239,11 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: there is no CUDA GPU here, or torch is a CPU build; use --device cpu"
+            f"--device {name}: expected cpu, or one of {torch.cuda.device_count()} GPUs that torch sees"
         )
     if device.type == "cuda":
         print(f"device: {torch.cuda.get_device_name(device)}")
@@ -255,12 +262,15 @@ def resolve_amp(amp: str, device: torch.device) -> str:
 def prepare_torch(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
     if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = not deterministic
 
 
 def settings(args: argparse.Namespace, amp: str) -> Settings:
+    if args.nesterov and not args.momentum:
+        raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
     return Settings(
         epochs=args.epochs,
         lr=args.lr,

@@ -1,10 +1,13 @@
 """Is a pretraining healthy? Figures of frozen features, without labels."""
 
+import math
+
 import torch
 from tqdm import tqdm
 
 from cmrssp import augmentation
 from cmrssp.data.batches import Batches
+from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
 from cmrssp.training import step_generator
 
@@ -40,8 +43,11 @@ def position_probe(
     first = torch.isin(subject, ids[::2])
     residual = total = 0.0
     for fit, held in ((first, ~first), (~first, first)):
-        mean, std = x[fit].mean(dim=0), x[fit].std(dim=0, correction=0).clamp_min(1e-8)
-        a, b = (x[fit] - mean) / std, (x[held] - mean) / std
+        mean, scale = (
+            x[fit].mean(dim=0),
+            x[fit].std(dim=0, correction=0).square().mean().sqrt().clamp_min(1e-12),
+        )
+        a, b = (x[fit] - mean) / scale, (x[held] - mean) / scale
         gram = a.T @ a + penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
         weights = torch.linalg.solve(gram, a.T @ (y[fit] - y[fit].mean()))
         residual += (y[held] - y[fit].mean() - b @ weights).square().sum()
@@ -71,6 +77,11 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
         subjects.append(batch["subject"].cpu())
     method.train()
     pooled = torch.cat(features)
+    if not (pooled.isfinite().all() and math.isfinite(loss)):
+        raise UserError(
+            f"epoch {epoch}: loss or features are NaN or infinite on the validation slices; try a smaller "
+            "--lr. What was saved before stays"
+        )
     figures = {
         "validation_loss": loss / count,
         "effective_rank": effective_rank(pooled),
@@ -81,4 +92,6 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
             f"warning: the features collapse: effective rank {figures['effective_rank']:.2f} of "
             f"{pooled.shape[1]} after epoch {epoch}; try a smaller --lr, or stop and look at views.png"
         )
-    return {name: value for name, value in figures.items() if value == value}
+    if math.isnan(figures["position_r2"]):  # fewer than two validation subjects
+        del figures["position_r2"]
+    return figures

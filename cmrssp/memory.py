@@ -14,6 +14,12 @@ _GB = 1e9
 
 def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -> None:
     """Print the estimate; raise UserError with a batch size that fits when the device has less."""
+    bottleneck = (method.image_size // 2 ** (len(method.encoder.channels) - 1)) ** 2
+    if batches.batch_size * bottleneck < 2:
+        raise UserError(
+            "--batch-size 1: batch norm needs more than one value a channel, and the bottleneck of these "
+            "--channels and this --image-size has one; use --batch-size 2 or a larger --image-size"
+        )
     fixed, per_slice = estimate(method, batches, amp=amp)
     needed, present = fixed + per_slice * batches.batch_size, capacity(device)
     print(f"memory: about {needed / _GB:.1f} of {present / _GB:.1f} GB")
@@ -26,7 +32,8 @@ def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -
         )
         raise UserError(
             f"--batch-size {batches.batch_size}: this training needs about {needed / _GB:.0f} GB, "
-            f"{device} has {present / _GB:.0f} GB; {hint}" + ("" if amp != "off" else ", or --amp on a GPU")
+            f"{device} has {present / _GB:.0f} GB; {hint}"
+            + ("" if amp != "off" else ", or --amp fp16 on a GPU")
         )
 
 

@@ -7,8 +7,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from cmrssp.data.batches import Batches
 from cmrssp.data.subject import CLASSES
 from cmrssp.files import atomic
+from cmrssp.ssp.method import Method
+from cmrssp.training import step_generator
 
 _TRUTH, _PREDICTION = "#56B4E9", "#E69F00"  # two hues that colour-blind readers tell apart
 _SHEET_MM = 160.0
@@ -51,6 +54,15 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
 
 
+@torch.inference_mode()
+def views(method: Method, loader: Batches, path: Path) -> None:
+    """What a method sees of six slices, always the same ones; MIM shows what it restores, too."""
+    method.eval()
+    batch = next(iter(loader.in_order(6)))
+    panel_sheet(method.panels(method.views(batch, step_generator(0, 0, 0))), path)
+    method.train()
+
+
 def panel_sheet(panels: dict[str, torch.Tensor], path: Path, limit: int = 6) -> None:
     """One row per title, one column per image; every column in one grey scale. Images (B, 1, H, W)."""
     images = {title: image[:limit, 0].float().cpu().numpy() for title, image in panels.items()}
@@ -61,7 +73,8 @@ def panel_sheet(panels: dict[str, torch.Tensor], path: Path, limit: int = 6) -> 
     for row, (title, stack) in enumerate(images.items()):
         for column in range(columns):
             low, high = np.percentile(reference[column], (0.5, 99.5))
-            axes[row, column].imshow(stack[column], cmap="gray", vmin=low, vmax=high)
+            scale = {"cmap": "viridis", "vmin": 0, "vmax": len(CLASSES)} if title == "label" else {}
+            axes[row, column].imshow(stack[column], **{"cmap": "gray", "vmin": low, "vmax": high, **scale})
             axes[row, column].set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(title)
     save_figure(figure, path)

@@ -42,7 +42,7 @@ class Run:
 
     def write_json(self, name: str, content: Any) -> None:
         with atomic(self.folder / name) as file:
-            file.write((json.dumps(content, indent=1, default=str) + "\n").encode())
+            file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
     def start(self, args: dict[str, Any], split: dict[str, list[str]]) -> None:
         self.write_json("split.json", split)

@@ -13,6 +13,8 @@ from cmrssp.files import atomic
 from cmrssp.unet import UNet
 
 _PARTS = ("encoder", "decoder", "heads")
+_CONFIG = {"channels", "image_size", "spacing_mm", "classes"}
+_PROVENANCE = {"method", "data", "split", "split_seed", "seed", "subjects"}
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,12 @@ def load(path: str | Path) -> Checkpoint:
         raise UserError(f"{path}: no such checkpoint; give a unet.pt, a last.pt or a run folder")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return Checkpoint(
-            path, dict(content["state_dict"]), dict(content["config"]), dict(content["provenance"])
-        )
+        checkpoint = Checkpoint(path, *(dict(content[k]) for k in ("state_dict", "config", "provenance")))
+        if not all(set(link) >= _PROVENANCE for link in checkpoint.history):
+            raise KeyError("provenance")
+        if not set(checkpoint.config) >= _CONFIG:
+            raise KeyError("config")
+        return checkpoint
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
@@ -66,6 +71,7 @@ def load(path: str | Path) -> Checkpoint:
         TypeError,
         ValueError,
         AttributeError,
+        IndexError,
     ):
         raise UserError(
             f"{path}: expected a checkpoint of this package (unet.pt or last.pt), got another or a "

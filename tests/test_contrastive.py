@@ -47,7 +47,7 @@ def test_nt_xent_equals_a_slow_loop(temperature):
     embeddings, positives = sample()
     assert positives.sum(dim=1).min() < positives.sum(dim=1).max()
     ours = nt_xent(embeddings, positives, temperature).item()
-    assert ours == pytest.approx(slow_nt_xent(embeddings, positives, temperature), abs=1e-5)
+    assert ours == pytest.approx(slow_nt_xent(embeddings, positives, temperature), abs=1e-6)
 
 
 def test_nt_xent_gradient_equals_differences():
@@ -95,6 +95,15 @@ def test_nt_xent_is_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = nt_xent(embeddings, positives, 0.1)
     assert loss.dtype == torch.float32 and loss.item() == nt_xent(embeddings, positives, 0.1).item()
+
+
+@pytest.mark.parametrize("method", [SimCLR(**SMALL), PCL(**SMALL, threshold=0.1)])
+def test_bf16_stays_near_float32(method):
+    views = {"image": torch.randn(8, 1, 16, 16), "position": torch.arange(4).repeat(2) / 4}
+    plain = method(views, 0.0)[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method(views, 0.0)[0]
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain, abs=2e-2)
 
 
 def test_simclr_attracts_the_other_view_alone():

@@ -158,13 +158,14 @@ def test_no_weight_decay_on_biases_and_norms():
     method = dino()
     decayed, free = method.param_groups(0.1)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
-    trained = {id(p): n for n, p in method.named_parameters() if not n.startswith("teacher_")}
-    names = {id(p): n for group in (decayed, free) for p in group["params"] for n in [trained[id(p)]]}
-    assert names == trained
-    assert all(
-        trained[id(p)].endswith("bias") or "norm" in trained[id(p)] or ".layers." in trained[id(p)]
-        for p in free["params"]
-    )
+    names = {id(p): n for n, p in method.named_parameters()}
+    stages = [f"encoder.stages.{s}.{layer}{i}" for s in (0, 1) for layer in ("conv", "norm") for i in (1, 2)]
+    weights = {f"{name}.weight" for name in stages if "conv" in name}
+    weights |= {"head.last", *(f"head.layers.{i}.weight" for i in (0, 3, 6))}
+    biases = {f"{name}.bias" for name in stages} | {f"{name}.weight" for name in stages if "norm" in name}
+    biases |= {f"head.layers.{i}.bias" for i in (0, 1, 3, 4, 6)} | {f"head.layers.{i}.weight" for i in (1, 4)}
+    assert {names[id(p)] for p in decayed["params"]} == weights
+    assert {names[id(p)] for p in free["params"]} == biases
 
 
 def test_crops_have_the_papers_fields_of_view():
@@ -224,3 +225,12 @@ def test_bf16_stays_near_float32():
     with torch.autocast("cpu", torch.bfloat16):
         loss = method(views(0), 10.0)[0]
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain, abs=2e-2)
+
+
+def test_an_output_that_overflows_leaves_the_centre_finite():
+    method = dino()
+    with torch.no_grad():
+        method.teacher_head.layers[6].bias[0] = float("nan")
+    method(views(0), 10.0)
+    method.on_step_end(10.0)
+    assert method.centre.isfinite().all()

@@ -52,6 +52,16 @@ def test_mim_loss_is_that_of_the_masked_pixels(hearts):
     assert not torch.equal(method(changed, 0.0)[0], loss)  # what is masked is the target
 
 
+def test_mim_in_bf16_stays_near_float32(hearts):
+    torch.manual_seed(0)
+    method = mim()
+    views = method.views(collate(hearts, [(0, 0, 0), (1, 2, 1)], labelled=False), step_generator(0, 0, 0))
+    plain = method(views, 0.0)[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method(views, 0.0)[0]
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain, abs=2e-2)
+
+
 def test_mim_transfers_encoder_and_decoder(hearts):
     assert {k.split(".")[0] for k in mim().pretrained_state()} == {"encoder", "decoder"}
 

@@ -16,7 +16,11 @@ import torch
 import finetune
 import train_ssp
 from cmrssp import flags, memory
+from cmrssp.data import mnms, store
+from cmrssp.data.batches import Slices, collate
 from cmrssp.metrics import dice
+from cmrssp.ssp import METHODS
+from cmrssp.training import step_generator
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6"]
@@ -120,10 +124,32 @@ def test_evaluation_scores_every_labelled_volume_of_the_split(way):
     assert (run / "evaluation-test" / "contours.png").stat().st_size > 10000
 
 
+def test_the_logged_dice_is_that_of_the_evaluation(way):
+    cwd, _ = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    words = (
+        "--split",
+        "validation",
+        "--checkpoint",
+        run,
+        "--cache",
+        cwd / "cache",
+        "--quick",
+        "--out",
+        cwd / "again",
+    )
+    script("evaluate.py", *words, cwd=cwd)
+    dice = json.loads((cwd / "again" / "summary.json").read_text(), parse_constant=pytest.fail)["dice"][
+        "both"
+    ]
+    logged = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    for name in ("LV", "MYO", "RV"):
+        assert dice[name]["mean"] == pytest.approx(logged[f"dice_{name}"], abs=1e-9)
+
+
 def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
     """The Dice of metrics.csv again, from the files and the network alone, in the file's own axes."""
     from cmrssp import data, segmentation, weights
-    from cmrssp.data import store
 
     cwd, _ = way
     run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
@@ -255,6 +281,18 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
             ("does not fit this network", "--channels 4 8 8"),
         ),
         (("finetune.py", "--init", run, *data[2:], "--split-seed", 1), ("has been trained on", "subjects")),
+        (("finetune.py", *data, "--seed", -1), ("--seed", "expected a number of at least 0, got -1")),
+        (("finetune.py", *data, "--momentum", 0), ("--momentum 0", "--no-nesterov")),
+        (("finetune.py", *data, "--weight-decay", -1), ("--weight-decay", "of at least 0")),
+        ((*mim, *data, "--device", "meta"), ("--device: expected auto, cpu, cuda",)),
+        (
+            ("train_ssp.py", "--method", "dino", *data, "--local-crops", 0),
+            ("--local-crops: expected at least 1",),
+        ),
+        (
+            ("finetune.py", *data, "--image-size", 64, "--batch-size", 1),
+            ("--batch-size 1: batch norm needs",),
+        ),
         (("evaluate.py", "--split", "tset"), ("--split", "invalid choice: 'tset'")),
         (("evaluate.py",), ("no finished fine-tuned run", "finetune.py")),
         (
@@ -315,33 +353,31 @@ OPENED: list[str] = []
 sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" else None)
 
 
+SMALL_DINO = (
+    "--outputs",
+    "32",
+    "--head-width",
+    "16",
+    "--local-crops",
+    "2",
+    "--freeze-last-epochs",
+    "0",
+    "--warmup-epochs",
+    "0",
+)
+
+
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("simclr", ("--lr", "0.02")),
-        ("pcl", ("--lr", "0.02")),
-        ("mim", ("--patch-size", "8")),
-        (
-            "dino",
-            (
-                "--outputs",
-                "32",
-                "--head-width",
-                "16",
-                "--local-crops",
-                "2",
-                "--lr",
-                "0.05",
-                "--freeze-last-epochs",
-                "0",
-                "--warmup-epochs",
-                "0",
-            ),
-        ),
+        ("simclr", ("--lr", "0.2")),
+        ("pcl", ("--lr", "0.05")),
+        ("mim", ("--patch-size", "12")),
+        ("dino", ("--lr", "0.2", *SMALL_DINO)),
     ],
 )
 def test_every_method_learns_and_opens_no_label(phantom_folder, tmp_path, method, words):
-    OPENED.clear()
+    network = ["--channels", "16", "32", "64", "64", "--image-size", "48", "--spacing", "4.5"]
     argv = [
         "--method",
         method,
@@ -349,23 +385,26 @@ def test_every_method_learns_and_opens_no_label(phantom_folder, tmp_path, method
         str(phantom_folder),
         "--cache",
         str(tmp_path / "cache"),
-        *TINY,
+        *network,
         "--epochs",
         "2",
         "--batch-size",
         "4",
         "--out",
         str(tmp_path / "run"),
-        "--validate-every",
-        "1",
         *words,
     ]
+    OPENED.clear()
     assert train_ssp.main(argv) == 0
-    assert len([p for p in OPENED if p.endswith("_sa.nii.gz")]) == 8
+    assert len({p for p in OPENED if p.endswith("_sa.nii.gz")}) == 8
     assert not [p for p in OPENED if "_gt" in p or p.endswith(".labels")]
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert records[1]["loss"] < records[0]["loss"]
-    assert all(1 <= r["effective_rank"] <= 8 and "position_r2" in r for r in records)
+    assert len(records) == 2 and all(1 <= r["effective_rank"] <= 64 for r in records)
+
+    before, after = (
+        loss_on_training_slices(argv, tmp_path, phantom_folder, trained) for trained in (False, True)
+    )
+    assert after < before - 0.05
     state = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)["state_dict"]
     assert {k.split(".")[0] for k in state} == ({"encoder", "decoder"} if method == "mim" else {"encoder"})
     argv = [
@@ -381,9 +420,24 @@ def test_every_method_learns_and_opens_no_label(phantom_folder, tmp_path, method
     assert finetune.main(argv) == 0
 
 
+def loss_on_training_slices(argv, folder, data, trained):
+    """The loss of the same views of all training slices, before or after training."""
+    args = train_ssp.parse(argv)
+    torch.manual_seed(args.seed)
+    method = METHODS[args.method].from_flags(args)
+    if trained:
+        method.load_state_dict(torch.load(folder / "run" / "last.pt", weights_only=True)["method"])
+    cines = store.build(mnms.find(data), folder / "cache", labels=False, progress=False)
+    keys = json.loads((folder / "run" / "split.json").read_text())["train"]
+    slices = Slices(cines, keys, labelled=False)
+    batch = collate(cines, [slices.locate(i) for i in range(len(slices))], labelled=False)
+    with torch.no_grad():
+        return method(method.views(batch, step_generator(9, 9, 9)), 1.0)[0].item()
+
+
 def test_a_training_that_cannot_fit_is_refused(refused, phantom_folder, way, monkeypatch, tmp_path):
     cwd, _ = way
-    monkeypatch.setattr(memory, "capacity", lambda device: 1e6)
+    monkeypatch.setattr(memory, "capacity", lambda device: 5e6)
     line = refused(
         "train_ssp.py", "--method", "simclr", "--data", phantom_folder, "--cache", cwd / "cache", *TINY
     )

@@ -46,6 +46,13 @@ def test_full_mnms_gives_15_of_each_vendor_to_the_test():
     assert (len(split["train"]), len(split["validation"])) == (228, 57)
 
 
+def test_an_empty_cell_of_the_table_does_not_change_the_rule():
+    members = subjects(345, vendors=("A", "B", "C", "D"))
+    members[0] = Subject("mnms", "s0000", Path("x"))
+    split = splits.assign(members, 0)
+    assert (len(split["train"]), len(split["validation"]), len(split["test"])) == (228, 57, 60)
+
+
 def test_official_test_list_is_kept():
     members = subjects(100, "acdc") + [
         Subject("acdc", f"t{i}", Path("x"), official_test=True) for i in range(50)
@@ -94,9 +101,15 @@ def test_a_split_file_decides(tmp_path):
             splits.choose(members, split_file=file, split_seed=0)
 
 
-def test_an_inherited_split_holds_for_known_subjects_only():
+def test_an_inherited_split_holds_for_the_subjects_that_it_names(capsys):
     inherited = splits.assign(subjects(40), 7)
     assert splits.choose(subjects(40), split_file=None, split_seed=0, inherited=inherited) == inherited
-    assert splits.choose(subjects(41), split_file=None, split_seed=0, inherited=inherited) == splits.assign(
-        subjects(41), 0
+    assert capsys.readouterr().out == ""
+    assert splits.choose(subjects(43), split_file=None, split_seed=0, inherited=inherited) == inherited
+    assert "not used, because the split does not name them: 3 of 43 subjects" in capsys.readouterr().out
+    few = splits.choose(subjects(10), split_file=None, split_seed=0, inherited=inherited)
+    assert all(set(few[part]) <= set(inherited[part]) for part in few) and sum(map(len, few.values())) == 10
+    others = subjects(20, "acdc")
+    assert splits.choose(others, split_file=None, split_seed=5, inherited=inherited) == splits.assign(
+        others, 5
     )

@@ -18,8 +18,16 @@ def content(network, parts=("encoder", "decoder", "heads"), **provenance):
     state = {k: v for k, v in network.state_dict().items() if k.split(".")[0] in parts}
     return {
         "state_dict": state,
-        "config": {"channels": list(CHANNELS)},
-        "provenance": {"method": "mim", "data": ["phantom"], "split": {}, "subjects": ["x/a"], **provenance},
+        "config": {"channels": list(CHANNELS), "image_size": 32, "spacing_mm": 1.5, "classes": None},
+        "provenance": {
+            "method": "mim",
+            "data": ["phantom"],
+            "split": {},
+            "split_seed": 0,
+            "seed": 0,
+            "subjects": ["x/a"],
+            **provenance,
+        },
     }
 
 
@@ -101,7 +109,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
 
 
 def test_subjects_seen_anywhere_in_the_history_are_refused(tmp_path):
-    first = {"method": "pcl", "data": [], "split": {}, "subjects": ["x/b"]}
+    first = {"method": "pcl", "data": [], "split": {}, "split_seed": 0, "seed": 0, "subjects": ["x/b"]}
     checkpoint = saved(tmp_path, unet(), subjects=["x/a"], init=first)
     assert checkpoint.seen() == {"x/a": "mim", "x/b": "pcl"}
     weights.refuse_seen(

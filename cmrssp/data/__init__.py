@@ -1,6 +1,7 @@
 """From `--data PATH ...` to subjects: which layout a folder has, and the built-in phantom."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def find(paths: Sequence[str], cache: Path) -> list[Subject]:
                 f"--data {path}: no such folder; give the folder that holds the cines, or "
                 f"'{PHANTOM}' for the synthetic set"
             )
-        found = mnms.find(root, PHANTOM) if path == PHANTOM else acdc.find(root) or mnms.find(root)
+        found = mnms.find(root, PHANTOM) if path == PHANTOM else acdc.find(root) + mnms.find(root)
         if not found:
             raise FileNotFoundError(
                 f"--data {path}: no cine found; expected the M&Ms layout (<ID>_sa.nii.gz) or the "
@@ -54,6 +55,19 @@ def find(paths: Sequence[str], cache: Path) -> list[Subject]:
 def absolute(paths: Sequence[str]) -> list[str]:
     """As a checkpoint remembers them, so that a later script finds them from any folder."""
     return [path if path == PHANTOM else str(Path(path).expanduser().resolve()) for path in paths]
+
+
+def announce(paths: Sequence[str]) -> None:
+    note = ""
+    if PHANTOM in paths:
+        note = " (synthetic: good for a first try, not for results; point --data at a folder of real cines)"
+    print(f"data: {' '.join(paths)}{note}", flush=True)
+
+
+def name(paths: Sequence[str]) -> str:
+    """For the name of a run folder."""
+    names = [Path(path).resolve().name for path in paths]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(names)) or "data"
 
 
 def _phantom_folder(cache: Path) -> Path:

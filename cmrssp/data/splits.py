@@ -27,7 +27,7 @@ def assign(subjects: Sequence[Subject], seed: int) -> dict[str, list[str]]:
     for dataset in sorted({s.dataset for s in subjects}):
         members = [s for s in subjects if s.dataset == dataset]
         official = [s for s in members if s.official_test]
-        vendors = Counter(s.vendor for s in members)
+        vendors = Counter(s.vendor for s in members if s.vendor)  # a cell of the table can be empty
         if official:
             test += official
         elif dataset == "mnms" and len(vendors) == 4 and min(vendors.values()) > 2 * _MNMS_TEST_PER_VENDOR:
@@ -92,24 +92,24 @@ def choose(
     split_seed: int,
     inherited: dict[str, list[str]] | None = None,
 ) -> dict[str, list[str]]:
-    """The split of these subjects: that of the file, else the inherited one if it knows every subject, else
+    """The split of these subjects: that of the file, else the inherited one if it names any of them, else
     drawn.
 
-    Keys that are in the split and not among the subjects are dropped; subjects that a file does not name are
-    unused.
+    Keys that are in the split and not among the subjects are dropped; subjects that a file or an inherited
+    split does not name are not used, and that is said.
     """
     keys = {s.key for s in subjects}
-    if split_file is not None:
-        split = read(split_file)
-        if not keys & {key for part in PARTS for key in split[part]}:
-            raise UserError(
-                f"--split-file {split_file}: names none of the {len(keys)} subjects found; expected keys "
-                f"such as {min(keys)}"
-            )
-    elif inherited and keys <= {key for part in PARTS for key in inherited[part]}:
-        split = inherited
-    else:
-        split = assign(subjects, split_seed)
+    split = read(split_file) if split_file is not None else inherited
+    named = {key for part in PARTS for key in split[part]} if split else set()
+    if split_file is not None and not keys & named:
+        raise UserError(
+            f"--split-file {split_file}: names none of the {len(keys)} subjects found; expected keys such as "
+            f"{min(keys)}"
+        )
+    if not keys & named:
+        return assign(subjects, split_seed)
+    if keys - named:
+        print(f"not used, because the split does not name them: {len(keys - named)} of {len(keys)} subjects")
     return keep(split, keys)
 
 

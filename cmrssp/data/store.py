@@ -112,6 +112,8 @@ def build(
         return bool(cine and (label or not labels))
 
     missing = [subject for subject in subjects if not prepare(subject, write=False)]
+    if missing and progress:
+        print(f"storing {len(missing)} subjects in {folder}", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(
             tqdm(
@@ -119,7 +121,7 @@ def build(
                 "building the store",
                 len(missing),
                 unit="subject",
-                disable=not (progress and missing),
+                disable=None if progress and missing else True,
             )
         )
     if broken:

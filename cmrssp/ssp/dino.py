@@ -14,6 +14,7 @@ from torch import nn
 
 from cmrssp import augmentation
 from cmrssp.data.batches import Batch
+from cmrssp.errors import UserError
 from cmrssp.losses import dino_cross_entropy
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, check_image_size
@@ -65,6 +66,8 @@ class DINO(Method):
         super().__init__()
         check_image_size(image_size, channels)
         check_image_size(local_size, channels, flag="--local-size")
+        if local_crops < 1:
+            raise UserError(f"--local-crops: expected at least 1, got {local_crops}")
         self.image_size, self.spacing_mm, self.epochs, self.augment = image_size, spacing_mm, epochs, augment
         self.local_size, self.local_crops = local_size, local_crops
         self.student_temperature, self.teacher_temperatures = (
@@ -145,7 +148,7 @@ class DINO(Method):
             spacing_mm=args.spacing,
             augment=args.augmentation == "on",
             epochs=args.epochs,
-            local_size=args.local_size or args.image_size // 2,
+            local_size=args.image_size // 2 if args.local_size is None else args.local_size,
             local_crops=args.local_crops,
             outputs=args.outputs,
             hidden=args.head_width,
@@ -160,7 +163,9 @@ class DINO(Method):
         )
 
     def recipes(self) -> tuple[augmentation.Recipe, augmentation.Recipe, augmentation.Recipe]:
-        """Of the first global view, the second one, and the local crops."""
+        """Of the first global view, the second one, and the local crops. Uniform in the side, as in
+        the paper's code.
+        """
         side = self.image_size * self.spacing_mm
         widest = augmentation.paper_recipe(self.image_size, self.spacing_mm).zoom[1]
         base = replace(
@@ -199,7 +204,10 @@ class DINO(Method):
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher_encoder.pooled(views["global"])).float()
             if self.training:
-                self.batch_centre.copy_(teacher.mean(dim=0))
+                mean = teacher.mean(
+                    dim=0
+                )  # not finite where fp16 overflows, in a step that the scaler leaves out
+                self.batch_centre.copy_(torch.where(mean.isfinite(), mean, self.centre))
         pooled = [self.encoder.pooled(views["global"]), self.encoder.pooled(views["local"])]
         student = self.head(torch.cat(pooled))
         loss = dino_cross_entropy(
