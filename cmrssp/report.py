@@ -81,28 +81,25 @@ def panel_sheet(panels: dict[str, torch.Tensor], path: Path, limit: int = 6) -> 
 
 
 def curves(records: Sequence[dict], path: Path) -> None:
-    """Loss of every epoch; validation figures beside it where there are some."""
-    scores = [name for name in ("dice", *(f"dice_{c}" for c in CLASSES)) if any(name in r for r in records)]
-    figure = Figure(figsize=(10 if scores else 5, 3.4))
-    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
-    for name, label in (("loss", "training"), ("validation_loss", "validation")):
-        points = [(r["epoch"], r[name]) for r in records if name in r]
-        if points:
-            axes[0].plot(*zip(*points, strict=True), label=label)
-    axes[0].set(xlabel="epoch", ylabel="loss")
-    axes[0].legend()
-    for name in scores:
-        points = [(r["epoch"], r[name]) for r in records if name in r]
-        axes[1].plot(
-            *zip(*points, strict=True),
-            marker=".",
-            linewidth=2.5 if name == "dice" else 1,
-            label=name.removeprefix("dice_").replace("dice", "mean"),
-        )
-    if scores:
-        axes[1].set(xlabel="epoch", ylabel="3D Dice on the validation subjects", ylim=(0, 1))
-        axes[1].legend()
-    for axis in axes:
+    """Against the epoch: the losses; 3D Dice of a fine-tuning; health of a pretraining."""
+    dice = {"dice": "mean", **{f"dice_{name}": name for name in CLASSES}}
+    sheets = [
+        ("loss", {"loss": "training", "validation_loss": "validation"}, None),
+        ("3D Dice on the validation subjects", dice, (0, 1)),
+        ("effective rank of the features", {"effective_rank": "plain validation slices"}, (1, None)),
+        ("held-out R² of the slice's position", {"position_r2": "linear probe"}, (-0.2, 1)),
+    ]
+    sheets = [sheet for sheet in sheets if any(name in record for record in records for name in sheet[1])]
+    figure = Figure(figsize=(4.6 * len(sheets), 3.4), layout="constrained")
+    for axis, (title, names, limits) in zip(
+        figure.subplots(1, len(sheets), squeeze=False)[0], sheets, strict=True
+    ):
+        for name, label in names.items():
+            points = [(r["epoch"], r[name]) for r in records if name in r]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", label=label)
+        axis.set(xlabel="epoch", ylabel=title, ylim=limits)
+        axis.legend()
         axis.grid(alpha=0.3)
     save_figure(figure, path)
 
