@@ -12,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cmrssp import data, flags, report, run, segmentation, training, weights
-from cmrssp.data import splits, store
+from cmrssp.data import check, splits, store
 from cmrssp.data.subject import CLASSES
+from cmrssp.device import resolve_device
 from cmrssp.errors import UserError
 from cmrssp.files import atomic
 from cmrssp.metrics import dice
@@ -39,23 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     method = segmentation.restore(checkpoint)
     paths = getattr(args, "data", checkpoint.provenance["data"])
     data.announce(paths)
-    device = flags.resolve_device(args.device)
+    device = resolve_device(args.device)
     method.to(device)
 
-    subjects = data.find(paths, args.cache)
+    label_suffix = getattr(args, "label_suffix", checkpoint.provenance.get("label_suffix", data.LABEL_SUFFIX))
+    subjects, problems = data.find(paths, args.cache, label_suffix)
     inherited = None if flags.typed(argv, "--split-seed") else checkpoint.provenance["split"]
     split = splits.choose(
-        subjects, split_file=args.split_file, split_seed=args.split_seed, inherited=inherited
+        subjects,
+        split_file=args.split_file,
+        split_seed=args.split_seed,
+        inherited=inherited,
+        keep_overlap=args.keep_overlap,
     )
     if args.split != "train":
         weights.refuse_seen(checkpoint, split, (args.split,))
-    wanted = [s for s in subjects if s.key in set(split[args.split])]
+    wanted = splits.named(subjects, split, (args.split,))
     if not wanted:
         raise UserError(
             f"--split {args.split}: the split has no subject there; "
             + ", ".join(f"{part} {len(keys)}" for part, keys in split.items())
         )
     cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
+    print(check.summary(cines, problems))
     out = Path(args.out) if args.out else checkpoint.path.parent / f"evaluation-{args.split}"
     out.mkdir(parents=True, exist_ok=True)
     rows, unlabelled = score(method, cines, device)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from cmrssp import data, flags, memory, report, training, weights
-from cmrssp.data import splits, store
+from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.data.subject import CLASSES
+from cmrssp.data.subject import CLASSES, vendor_name
+from cmrssp.device import prepare_torch, resolve_amp, resolve_device
 from cmrssp.errors import UserError
 from cmrssp.metrics import dice
 from cmrssp.run import Run
@@ -32,6 +33,22 @@ def parse(argv: Sequence[str] | None):
         metavar="N",
         help="labelled training subjects, drawn by --seed, nested (default: all)",
     )
+    group.add_argument(
+        "--phases",
+        choices=("ed", "es", "both"),
+        default="both",
+        help="labelled frames to train on: end diastole, end systole, or every labelled frame (paper, table "
+        "2)",
+    )
+    group.add_argument(
+        "--vendors",
+        type=vendor_name,
+        nargs="+",
+        metavar="NAME",
+        help="train on the subjects of these vendors alone: Siemens, Philips, GE, Canon, or the letters A to "
+        "D that "
+        "M&Ms gives them (paper, table 3; default: all)",
+    )
     flags.add_network(parser)
     flags.add_optimisation(parser)
     flags.add_run(parser, training=True)
@@ -47,16 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, checkpoint = parse(argv)
     inherited = checkpoint.provenance if checkpoint else {}
     paths = getattr(args, "data", inherited.get("data", [data.PHANTOM]))
+    label_suffix = getattr(args, "label_suffix", inherited.get("label_suffix", data.LABEL_SUFFIX))
     data.announce(paths)
-    device = flags.resolve_device(args.device)
-    flags.prepare_torch(args.seed, args.deterministic)
+    device = resolve_device(args.device)
+    prepare_torch(args.seed, args.deterministic)
     method = Segmentation.from_flags(args)
-    settings = flags.settings(args, flags.resolve_amp(args.amp, device))
+    settings = flags.settings(args, resolve_amp(args.amp, device))
     transferred = weights.transfer(checkpoint, method.unet) if checkpoint else {}
     for part, what in transferred.items():
         print(f"{part}: {what}")
 
-    subjects = data.find(paths, args.cache)
+    subjects, problems = data.find(paths, args.cache, label_suffix)
     anew = flags.typed(argv, "--split-seed")
     split_seed = args.split_seed if anew else inherited.get("split_seed", args.split_seed)
     split = splits.choose(
@@ -64,26 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         split_file=args.split_file,
         split_seed=split_seed,
         inherited=None if anew else inherited.get("split"),
+        keep_overlap=args.keep_overlap,
     )
     if checkpoint:
         weights.refuse_seen(checkpoint, split, ("validation", "test"))
-    wanted = {*split["train"], *split["validation"]}
-    cines = store.build(
-        [s for s in subjects if s.key in wanted], args.cache, labels=True, skip_broken=args.skip_broken
-    )
+    every = store.build(splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken)
+    split = check.without_copies(every, split)
+    known = splits.named(every.subjects, split, ("train", "validation"))
+    cines = store.build(known, args.cache, labels=True, skip_broken=args.skip_broken)
+    print(check.summary(cines, problems))
     split = splits.keep(split, cines.index, parts=("train", "validation"))
-    labelled = [key for key in split["train"] if cines.labels[cines.index[key]].frames]
-    if not labelled:
-        raise UserError(
-            "none of the training subjects has a labelled frame; fine-tuning needs label files "
-            "beside the cines"
-        )
+    labelled = candidates(cines, split["train"], args)
     number = len(labelled) if args.n_subjects is None else args.n_subjects
     chosen = splits.subset(labelled, number, args.seed)
-    slices = Slices(cines, chosen, labelled=True)
+    slices = Slices(cines, chosen, phases=args.phases)
     print(
         splits.describe(split)
         + f"; {len(chosen)} labelled subjects to train on, {len(slices)} labelled slices"
+    )
+    print(
+        "labelled slices: "
+        + ", ".join(f"{n} in {subset}" for subset, n in sizes(cines, labelled, args).items())
     )
     loader = Batches(cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=True, device=device)
     memory.check(method, loader, amp=settings.amp, device=device)
@@ -113,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     provenance = {
         "method": method.name,
         "data": data.absolute(paths),
+        "label_suffix": label_suffix,
         "split": split,
         "split_seed": split_seed,
         "seed": args.seed,
@@ -123,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]
     if not held_out:
         print("no validation subject has labels: there will be no validation Dice")
+    elif unlabelled := [key for key in split["validation"] if cines.index[key] not in held_out]:
+        print(f"validation subjects without labels, left out of the Dice: {', '.join(unlabelled)}")
 
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
         return mean_dice(method, cines, held_out, device) if held_out else {}
@@ -141,6 +163,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}")
     return 0
+
+
+def candidates(cines: store.Store, keys: Sequence[str], args) -> list[str]:
+    """The training subjects with labels of the wanted phases, of the wanted vendors."""
+    labelled = [key for key in keys if cines.labels[cines.index[key]].frames_of(args.phases)]
+    if not labelled:
+        raise UserError(
+            f"none of the {len(keys)} training subjects has a labelled frame (--phases {args.phases}); "
+            "fine-tuning needs label files beside the cines"
+        )
+    vendors = {key: cines.subjects[cines.index[key]].vendor for key in labelled}
+    wanted = [key for key in labelled if args.vendors is None or vendors[key] in args.vendors]
+    if not wanted:
+        raise UserError(
+            f"--vendors {' '.join(args.vendors)}: none of the {len(labelled)} labelled training subjects; "
+            f"their vendors are {', '.join(sorted({v or 'unknown' for v in vendors.values()}))}"
+        )
+    return wanted
+
+
+def sizes(cines: store.Store, labelled: Sequence[str], args) -> dict[str, int]:
+    """{subset: its labelled slices}, of all subjects and of the paper's subsets of this seed."""
+    subsets = {f"all {len(labelled)} subjects": list(labelled)}
+    subsets |= {str(n): splits.subset(labelled, n, args.seed) for n in (50, 25, 15, 10) if n < len(labelled)}
+    return {name: len(Slices(cines, keys, phases=args.phases)) for name, keys in subsets.items()}
 
 
 def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int], device) -> dict[str, float]:

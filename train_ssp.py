@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from cmrssp import data, flags, health, memory, report, training
-from cmrssp.data import splits, store
+from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
+from cmrssp.device import prepare_torch, resolve_amp, resolve_device
 from cmrssp.errors import UserError
 from cmrssp.run import Run
 from cmrssp.ssp import METHODS
@@ -40,17 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     method_class = METHODS[args.method]
     paths = getattr(args, "data", [data.PHANTOM])
+    label_suffix = getattr(args, "label_suffix", data.LABEL_SUFFIX)
     data.announce(paths)
-    device = flags.resolve_device(args.device)
-    flags.prepare_torch(args.seed, args.deterministic)
+    device = resolve_device(args.device)
+    prepare_torch(args.seed, args.deterministic)
     method = method_class.from_flags(args)
-    settings = flags.settings(args, flags.resolve_amp(args.amp, device))
+    settings = flags.settings(args, resolve_amp(args.amp, device))
 
-    subjects = data.find(paths, args.cache)
-    split = splits.choose(subjects, split_file=args.split_file, split_seed=args.split_seed)
-    cines = store.build(subjects, args.cache, labels=False, skip_broken=args.skip_broken)
-    split = splits.keep(split, cines.index)
-    slices = {part: Slices(cines, split[part], labelled=False) for part in ("train", "validation")}
+    subjects, problems = data.find(paths, args.cache, label_suffix)
+    split = splits.choose(
+        subjects, split_file=args.split_file, split_seed=args.split_seed, keep_overlap=args.keep_overlap
+    )
+    cines = store.build(splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken)
+    print(check.summary(cines, problems))
+    split = check.without_copies(cines, splits.keep(split, cines.index))
+    slices = {part: Slices(cines, split[part]) for part in ("train", "validation")}
     print(splits.describe(split) + f"; {len(slices['train'])} slices to train on, no label is read")
     if not len(slices["train"]):
         raise UserError(
@@ -79,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     provenance = {
         "method": args.method,
         "data": data.absolute(paths),
+        "label_suffix": label_suffix,
         "split": split,
         "split_seed": args.split_seed,
         "seed": args.seed,

@@ -4,7 +4,6 @@ Precedence: typed > checkpoint > --quick > the method's defaults, by `set_defaul
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NoReturn
 
 import torch
 
-from cmrssp.data import PHANTOM, default_cache
+from cmrssp.data import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
@@ -104,6 +103,12 @@ def positive(kind: type) -> Callable[[str], float]:
     return _ranged(kind, lambda value: value > 0, "above 0")
 
 
+def _not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected some characters, got none")
+    return text
+
+
 def _ranged(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
     def parse(text: str):
         value = kind(text)
@@ -122,22 +127,41 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
         nargs="+",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help=f"folders with cines in the M&Ms or ACDC layout, or '{PHANTOM}', a synthetic set "
-        f"(default: {default})",
+        help="folders with cines, as downloaded: M&Ms, M&Ms-2, ACDC, or any tree of .nii / .nii.gz files; or "
+        f"'{PHANTOM}', a synthetic set (default: {default})",
     )
-    add_cache(group)
+    add_reading(group)
     group.add_argument(
         "--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects"
     )
     group.add_argument(
-        "--split-file", type=Path, metavar="JSON", help="a run's split.json, instead of drawing"
+        "--split-file",
+        type=Path,
+        metavar="FILE",
+        help="instead of drawing: a run's split.json, or a YAML of the paper's authors",
+    )
+    group.add_argument(
+        "--keep-overlap",
+        action="store_true",
+        help="with M&Ms and M&Ms-2 together: draw from all M&Ms-2 subjects, also from those with NOR, HCM or "
+        "LV, "
+        "which may repeat M&Ms subjects",
     )
     group.add_argument(
         "--skip-broken", action="store_true", help="leave unreadable subjects out, and name them"
     )
 
 
-def add_cache(parser: argparse._ActionsContainer) -> None:
+def add_reading(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--label-suffix",
+        type=_not_empty,
+        default=argparse.SUPPRESS,
+        metavar="END",
+        help="in a plain folder: what the names of label files have before .nii or .nii.gz, after that of "
+        "their cine "
+        f"(default: {LABEL_SUFFIX}, or as the checkpoint was trained with)",
+    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -231,41 +255,6 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
         if training
         else "for a run made with --quick; changes nothing, the network is that of the run",
     )
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Says what was taken."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: expected cpu, or one of {torch.cuda.device_count()} GPUs that torch sees"
-        )
-    if device.type == "cuda":
-        print(f"device: {torch.cuda.get_device_name(device)}")
-    else:
-        print(f"device: {device.type}, {torch.get_num_threads()} threads")
-    return device
-
-
-def resolve_amp(amp: str, device: torch.device) -> str:
-    if amp == "fp16" and device.type != "cuda":
-        print("mixed precision: off (fp16 needs a GPU)")
-        return "off"
-    return amp
-
-
-def prepare_torch(seed: int, deterministic: bool) -> None:
-    torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = not deterministic
 
 
 def settings(args: argparse.Namespace, amp: str) -> Settings:

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from scipy.ndimage import map_coordinates
 
 from cmrssp.data.batches import Batches
+from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.files import atomic
 from cmrssp.ssp.method import Method
@@ -15,6 +18,7 @@ from cmrssp.training import step_generator
 
 _TRUTH, _PREDICTION = "#56B4E9", "#E69F00"  # two hues that colour-blind readers tell apart
 _SHEET_MM = 160.0
+_CELL = 160  # px of a subject in the sheet of crop centres
 
 
 def dice_table(rows: Sequence[dict]) -> str:
@@ -141,3 +145,52 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
     legend = f"blue: reference, orange: prediction; {_SHEET_MM:.0f} mm square around the crop centre"
     axes[-1, 0].text(0, -0.25, legend, transform=axes[-1, 0].transAxes, fontsize=9)
     save_figure(figure, path)
+
+
+def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) -> None:
+    """A mid slice of every subject on one scale, with the crop centre found without labels, the crop's
+    square, and the box around its labels where it has any.
+    """
+    count = len(store.subjects)
+    if not count:
+        return
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    mm = crop_mm * 1.2 / _CELL  # of a pixel of the sheet: a little more than the crop is shown
+    sheet = np.zeros((rows * _CELL, columns * _CELL), np.float32)
+    lines: dict[str, list[np.ndarray]] = {"crop": [], "heart": []}
+    figure = Figure(figsize=(1.3 * columns, 1.3 * rows + 0.4), layout="constrained")
+    axis = figure.subplots()
+    for i, (subject, cine) in enumerate(zip(store.subjects, store.cines, strict=True)):
+        labels = store.labels[i] if store.labels else None
+        frame = labels.ed or 0 if labels else 0
+        image = store.slice(i, frame, cine.shape[1] // 2).astype(np.float32)
+        centre, spacing = np.array(cine.centre), np.array(cine.geometry.spacing_mm)
+        corner = np.array(divmod(i, columns)) * _CELL
+        at = (np.indices((_CELL, _CELL)) - _CELL / 2) * (mm / spacing)[:, None, None] + centre[:, None, None]
+        cell = map_coordinates(image, at, order=1)
+        sheet[corner[0] : corner[0] + _CELL, corner[1] : corner[1] + _CELL] = cell / max(
+            np.percentile(image, 99.5), 1
+        )
+        middle = corner + _CELL / 2
+        half = crop_mm / 2 / mm
+        lines["crop"].append(_square(*(middle - half), *(middle + half)))
+        if labels and labels.heart:
+            box = np.array(labels.heart.box, float).reshape(2, 2).T  # first corner, last corner
+            first, last = (box - centre) * spacing / mm + middle
+            lines["heart"].append(_square(*first, *last))
+        axis.plot(middle[1], middle[0], "+", color=_PREDICTION, markersize=6)
+        axis.text(*(corner[::-1] + 4), subject.key, color="white", fontsize=5, va="top")
+    axis.imshow(sheet, cmap="gray", vmin=0, vmax=1)
+    for name, colour in (("crop", _PREDICTION), ("heart", _TRUTH)):
+        axis.add_collection(LineCollection(lines[name], colors=colour, linewidths=0.8))
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(
+        f"orange: crop centre found without labels, and the {crop_mm:.0f} mm crop; blue: box of the labels",
+        fontsize=8, loc="left",
+    )  # fmt: skip
+    save_figure(figure, path)
+
+
+def _square(top: float, left: float, bottom: float, right: float) -> np.ndarray:
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)])

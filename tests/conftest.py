@@ -13,6 +13,20 @@ REAL = Path(__file__).parents[2] / "shared" / "data"
 torch.set_num_threads(2)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also the campaigns that take minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: a campaign that takes minutes; runs with --slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="a campaign that takes minutes: add --slow"))
+
+
 @pytest.fixture(scope="session")
 def acdc70() -> Path:
     if not (REAL / "acdc70").is_dir():
@@ -25,6 +39,13 @@ def bivme() -> Path:
     if not (REAL / "bivme").is_dir():
         pytest.skip(f"real cines are absent ({REAL / 'bivme'})")
     return REAL / "bivme"
+
+
+@pytest.fixture(scope="session")
+def published_split() -> Path:
+    if not (REAL / "published_split").is_dir():
+        pytest.skip(f"the published split is absent ({REAL / 'published_split'})")
+    return REAL / "published_split"
 
 
 @pytest.fixture(scope="session")

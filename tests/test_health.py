@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from cmrssp import health
-from cmrssp.data import mnms, store
+from cmrssp import data, health
+from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.health import effective_rank, position_probe
 from cmrssp.ssp.mim import MIM
@@ -51,10 +51,12 @@ def test_position_probe_of_noise_is_not_above_zero():
 
 @pytest.mark.parametrize("collapsed", [True, False])
 def test_a_collapse_is_said_when_it_happens(phantom_folder, tmp_path, capsys, collapsed):
-    cines = store.build(mnms.find(phantom_folder), tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(
+        data.find([phantom_folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False
+    )
     loader = Batches(
         cines,
-        Slices(cines, list(cines.index), labelled=False),
+        Slices(cines, list(cines.index)),
         batch_size=8,
         seed=0,
         labelled=False,

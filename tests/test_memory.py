@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from cmrssp import memory
-from cmrssp.data import mnms, store
+from cmrssp import data, memory
+from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.segmentation import Segmentation
@@ -11,11 +11,11 @@ from cmrssp.segmentation import Segmentation
 @pytest.fixture
 def loader(write_mnms, beating, tmp_path):
     cines = store.build(
-        mnms.find(write_mnms("A", *beating())), tmp_path / "cache", labels=True, progress=False
+        data.find([write_mnms("A", *beating())], tmp_path)[0], tmp_path / "cache", labels=True, progress=False
     )
     return Batches(
         cines,
-        Slices(cines, ["mnms/A"], labelled=True),
+        Slices(cines, ["mnms/A"], phases="both"),
         batch_size=4,
         seed=0,
         labelled=True,

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cmrssp.data import mnms, store
+from cmrssp import data
+from cmrssp.data import store
 from cmrssp.data.batches import collate
 from cmrssp.errors import UserError
 from cmrssp.segmentation import Segmentation, predict_frames
@@ -15,7 +16,7 @@ SMALL = {"channels": (4, 8, 8), "image_size": 32, "spacing_mm": 1.5}
 def hearts(write_mnms, beating, tmp_path):
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    return store.build(mnms.find(folder), tmp_path / "cache", labels=True, progress=False)
+    return store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
 
 
 def mim(**changes):

@@ -15,8 +15,8 @@ import torch
 
 import finetune
 import train_ssp
-from cmrssp import flags, memory
-from cmrssp.data import mnms, store
+from cmrssp import data, flags, memory
+from cmrssp.data import store
 from cmrssp.data.batches import Slices, collate
 from cmrssp.metrics import dice
 from cmrssp.ssp import METHODS
@@ -155,7 +155,7 @@ def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
     run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
     method = segmentation.restore(weights.load(run))
     row = next(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
-    subject = next(s for s in data.find([str(phantom_folder)], cwd) if s.key == row["subject"])
+    subject = next(s for s in data.find([str(phantom_folder)], cwd)[0] if s.key == row["subject"])
     cines = store.build([subject], cwd / "cache", labels=False, progress=False)
     (labels,) = segmentation.predict_frames(method, cines, 0, [int(row["frame"])], torch.device("cpu"))
     ours = cines.cines[0].geometry.from_canonical(labels[None])[..., 0]
@@ -261,7 +261,7 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
     mim = ("train_ssp.py", "--method", "mim")
     for words, parts in (
         ((*mim, "--data", "nowhere"), ("--data nowhere: no such folder",)),
-        ((*mim, "--data", "empty"), ("--data empty: no cine found", "M&Ms layout")),
+        ((*mim, "--data", "empty"), ("--data empty: no cine found", "expected .nii or .nii.gz files")),
         (
             (*mim, *data, *TINY, "--patch-size", 5),
             ("--patch-size: expected a divisor of --image-size 32, got 5",),
@@ -420,16 +420,16 @@ def test_every_method_learns_and_opens_no_label(phantom_folder, tmp_path, method
     assert finetune.main(argv) == 0
 
 
-def loss_on_training_slices(argv, folder, data, trained):
+def loss_on_training_slices(argv, folder, hearts, trained):
     """The loss of the same views of all training slices, before or after training."""
     args = train_ssp.parse(argv)
     torch.manual_seed(args.seed)
     method = METHODS[args.method].from_flags(args)
     if trained:
         method.load_state_dict(torch.load(folder / "run" / "last.pt", weights_only=True)["method"])
-    cines = store.build(mnms.find(data), folder / "cache", labels=False, progress=False)
+    cines = store.build(data.find([hearts], folder)[0], folder / "cache", labels=False, progress=False)
     keys = json.loads((folder / "run" / "split.json").read_text())["train"]
-    slices = Slices(cines, keys, labelled=False)
+    slices = Slices(cines, keys)
     batch = collate(cines, [slices.locate(i) for i in range(len(slices))], labelled=False)
     with torch.no_grad():
         return method(method.views(batch, step_generator(9, 9, 9)), 1.0)[0].item()

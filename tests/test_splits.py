@@ -54,9 +54,7 @@ def test_an_empty_cell_of_the_table_does_not_change_the_rule():
 
 
 def test_official_test_list_is_kept():
-    members = subjects(100, "acdc") + [
-        Subject("acdc", f"t{i}", Path("x"), official_test=True) for i in range(50)
-    ]
+    members = subjects(100, "acdc") + [Subject("acdc", f"t{i}", Path("x"), part="test") for i in range(50)]
     split = splits.assign(members, 0)
     assert split["test"] == sorted(f"acdc/t{i}" for i in range(50))
     assert (len(split["train"]), len(split["validation"])) == (80, 20)
@@ -113,3 +111,67 @@ def test_an_inherited_split_holds_for_the_subjects_that_it_names(capsys):
     assert splits.choose(others, split_file=None, split_seed=5, inherited=inherited) == splits.assign(
         others, 5
     )
+
+
+def test_parts_that_the_data_set_assigns_are_kept():
+    members = subjects(10, "folder")
+    members[0] = Subject("folder", "s0000", Path("x"), part="validation")
+    members[1] = Subject("folder", "s0001", Path("x"), part="train")
+    split = splits.assign(members, 0)
+    assert split["validation"] == ["folder/s0000"] and "folder/s0001" in split["train"]
+    assert len(split["test"]) == 2  # a quarter of the 8 that are free
+
+
+PUBLISHED = """"test":
+  "mm1":
+  - "A1D9Z7"
+  - 'A4R4T0'
+  "mm2":
+  - "281"
+train:
+  mm1: [B0, C1]
+  mm2: [7, "8"]
+valid:
+  mm1:
+  - D2
+  mm2: []
+"""
+
+
+def test_the_published_form_of_a_split(tmp_path):
+    file = tmp_path / "split.yaml"
+    file.write_text(PUBLISHED)
+    assert splits.read(file) == {
+        "train": ["mnms/B0", "mnms/C1", "mnms2/007", "mnms2/008"],
+        "validation": ["mnms/D2"],
+        "test": ["mnms/A1D9Z7", "mnms/A4R4T0", "mnms2/281"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("train:", "training:", 7),
+        ("  mm2: [7", "  acdc: [7", 9),
+        ('  - "281"', "  - {a: 1}", 6),
+        ('"test":', "- A1", 1),
+        ("  mm2: []", "  mm2: !!python/object/apply:os.system [ls]", 13),
+        ("valid:", "valid: [A]", 10),
+    ],
+)
+def test_anything_else_in_a_yaml_is_refused(tmp_path, old, new, line):
+    file = tmp_path / "split.yaml"
+    assert old in PUBLISHED
+    file.write_text(PUBLISHED.replace(old, new, 1))
+    with pytest.raises(
+        UserError, match=rf"split.yaml, line {line}: expected train, valid, test, below them mm1"
+    ):
+        splits.read(file)
+
+
+def test_the_published_split_of_the_paper(published_split):
+    split = splits.read(published_split / "default-cine-split.yaml")
+    assert {part: len(keys) for part, keys in split.items()} == {"train": 296, "validation": 74, "test": 140}
+    ten = splits.read(published_split / "default-cine-split-nr10-seed0.yaml")
+    assert len(ten["train"]) == 10 and set(ten["train"]) < set(split["train"])
+    assert (ten["validation"], ten["test"]) == (split["validation"], split["test"])

@@ -5,18 +5,20 @@ import numpy as np
 import pytest
 import torch
 
-from cmrssp.data import mnms, store
+from cmrssp import data
+from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices, collate
-from cmrssp.data.subject import BrokenSubject, read_cine
+from cmrssp.data.cine import read_cine
+from cmrssp.data.subject import BrokenSubject
 
 
 @pytest.fixture
-def three(write_mnms, beating):
+def three(write_mnms, beating, tmp_path):
     """Three subjects, B without labels; 40 x 32 pixels, 3 slices, 3 frames."""
     for i, id in enumerate("ABC"):
         cine, labels = beating(i)
         folder = write_mnms(id, cine, None if id == "B" else labels)
-    return mnms.find(folder)
+    return data.find([folder], tmp_path)[0]
 
 
 def built(path):
@@ -93,15 +95,15 @@ def test_a_batch_holds_native_slices_padded(three, tmp_path):
 
 def test_position_of_a_single_slice_is_nan(write_mnms, beating, tmp_path):
     folder = write_mnms("S", beating()[0][:, :, :1])
-    cines = store.build(mnms.find(folder), tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False)
     assert torch.isnan(collate(cines, [(0, 0, 0)], labelled=False)["position"]).all()
 
 
 def test_an_epoch_visits_every_slice_at_most_once(three, tmp_path):
     cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
     keys = [s.key for s in three]
-    every = Slices(cines, keys, labelled=False)
-    assert len(every) == 27 and len(Slices(cines, keys, labelled=True)) == 12
+    every = Slices(cines, keys)
+    assert len(every) == 27 and len(Slices(cines, keys, phases="both")) == 12
     assert {every.locate(i) for i in range(27)} == {
         (s, t, z) for s in range(3) for t in range(3) for z in range(3)
     }
@@ -125,12 +127,7 @@ def test_an_epoch_visits_every_slice_at_most_once(three, tmp_path):
 def test_a_batch_larger_than_the_data_is_the_only_one(three, tmp_path):
     cines = store.build(three, tmp_path / "cache", labels=False, progress=False)
     loader = Batches(
-        cines,
-        Slices(cines, ["mnms/A"], labelled=False),
-        batch_size=64,
-        seed=0,
-        labelled=False,
-        device=torch.device("cpu"),
+        cines, Slices(cines, ["mnms/A"]), batch_size=64, seed=0, labelled=False, device=torch.device("cpu")
     )
     assert len(loader) == 1 and [len(b["image"]) for b in loader.epoch(0)] == [9]
 
@@ -138,12 +135,7 @@ def test_a_batch_larger_than_the_data_is_the_only_one(three, tmp_path):
 def test_the_reader_hands_its_errors_over_and_ends_with_the_consumer(three, tmp_path):
     cines = store.build(three, tmp_path / "cache", labels=False, progress=False)
     loader = Batches(
-        cines,
-        Slices(cines, ["mnms/A"], labelled=False),
-        batch_size=1,
-        seed=0,
-        labelled=False,
-        device=torch.device("cpu"),
+        cines, Slices(cines, ["mnms/A"]), batch_size=1, seed=0, labelled=False, device=torch.device("cpu")
     )
     for _ in loader.epoch(0):
         break  # leaves early

@@ -3,17 +3,18 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 
-from cmrssp.data import acdc, mnms
-from cmrssp.data.subject import (
-    BrokenSubject,
-    Geometry,
-    Subject,
-    heart_centre,
-    intensity_statistics,
-    read_cine,
-    read_labels,
-)
+from cmrssp import data
+from cmrssp.data import store
+from cmrssp.data.batches import collate
+from cmrssp.data.cine import heart_centre, intensity_statistics, read_cine
+from cmrssp.data.geometry import Geometry
+from cmrssp.data.labels import read_labels
+from cmrssp.data.subject import BrokenSubject, Subject
+from cmrssp.segmentation import Segmentation, predict_frames
+
+CACHE = Path()  # only the phantom is written there
 
 
 def affine(columns, spacing=(1.2, 1.4, 8.0)):
@@ -80,19 +81,21 @@ def test_read_mnms_subject(write_mnms, beating):
     (folder / "table.csv").write_text(
         ",External code,VendorName,Vendor,ED,ES,Pathology\n0,A0S9V9,GE,C,2,1,HCM\n"
     )
-    (subject,) = mnms.find(folder)
+    (subject,) = data.find([folder], CACHE)[0]
     assert (subject.key, subject.vendor, subject.pathology, subject.ed) == ("mnms/A0S9V9", "GE", "HCM", 2)
     read = read_cine(subject)
     assert read.minimum == cine.min() - 7 and read.scale == 1.0
     # RAS axes: columns are x reversed, rows y reversed
     assert (read.stored == (cine - cine.min())[::-1, ::-1].transpose(3, 2, 1, 0)).all()
-    found = read_labels(subject, read.geometry, read.stored.shape)
+    found = read_labels(subject, read.stored, read.geometry)
     assert (found.frames, found.ed, found.es) == (
         (0, 2),
         2,
         0,
     )  # the larger blood pool is ED, whatever the order
-    assert found.problems == ("ES is frame 0, the table says 1 (both counted from 0)",)
+    (problem,) = found.problems
+    assert problem.what.startswith("ES is frame 0 by the labels' blood pool, the data set says 1")
+    assert (problem.subject, problem.done) == ("mnms/A0S9V9", "used with correction")
     assert (found.masks[1] == labels[::-1, ::-1, :, 2].transpose(2, 1, 0)).all()
 
 
@@ -128,15 +131,142 @@ def test_broken_files_are_named(tmp_path, write_mnms, beating):
     whole = (folder / "A_sa.nii.gz").read_bytes()
     (folder / "A_sa.nii.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BrokenSubject, match=r"A_sa\.nii\.gz: cannot be read as NIfTI, it may be truncated"):
-        read_cine(mnms.find(folder)[0])
+        read_cine(data.find([folder], CACHE)[0][0])
     nibabel.save(nibabel.Nifti1Image(np.full((4, 4, 2, 2), 7, np.int16), np.eye(4)), folder / "A_sa.nii.gz")
     with pytest.raises(BrokenSubject, match="constant 7 everywhere"):
-        read_cine(mnms.find(folder)[0])
+        read_cine(data.find([folder], CACHE)[0][0])
     bad = cine.astype(np.float32)
-    bad[0, 0, 0, 0] = np.nan
+    bad[0] = np.nan
     nibabel.save(nibabel.Nifti1Image(bad, np.eye(4)), folder / "A_sa.nii.gz")
-    with pytest.raises(BrokenSubject, match="NaN or infinity"):
-        read_cine(mnms.find(folder)[0])
+    with pytest.raises(BrokenSubject, match="NaN or infinity in"):
+        read_cine(data.find([folder], CACHE)[0][0])
+
+
+def test_odd_cines_are_used_and_reported(write_mnms, beating):
+    cine, _ = beating()
+    odd = cine.astype(np.float32)
+    odd[3, 4, 1, 0], odd[5, 6, 2, 1] = np.nan, np.inf
+    odd[..., 2] = 7
+    (subject,) = data.find([write_mnms("A", odd)], CACHE)[0]
+    read = read_cine(subject)
+    assert [(p.what, p.done) for p in read.problems] == [
+        ("constant frames: 2 of 3, counted from 0", "used"),
+        ("2 voxels are NaN or infinite: set to the minimum", "used with correction"),
+    ]
+    back = read.geometry.from_canonical(read.stored)
+    assert back[3, 4, 1, 0] == back[5, 6, 2, 1] == 0 and back[5, 6, 2, 0] == cine[5, 6, 2, 0] - cine.min()
+    (subject,) = data.find([write_mnms("A", cine[..., 0])], CACHE)[0]
+    read = read_cine(subject)
+    assert read.stored.shape == (1, 3, 32, 40) and read.centre == (15.5, 19.5)
+    assert "one frame where a cine has many" in read.problems[0].what
+
+
+def header_of(tmp_path, **fields):
+    """A cine file with these header fields, and what is found in it."""
+    image = nibabel.Nifti1Image(
+        np.arange(60, dtype=np.int16).reshape(5, 4, 3, 1), np.diag([1.2, 1.4, 8.0, 1.0])
+    )
+    raw = bytearray(image.to_bytes())
+    header = nibabel.Nifti1Header(bytes(raw[:348]), check=False)
+    header["sform_code"], header["qform_code"] = 1, 0
+    for name, value in fields.items():
+        header[name] = value
+    raw[:348] = header.binaryblock
+    (tmp_path / "a.nii").write_bytes(raw)
+    read = read_cine(Subject("folder", "a", tmp_path / "a.nii"))
+    return read.geometry, [(p.what, p.done) for p in read.problems]
+
+
+UNSET = [1, 1, 1, 1, 1, 1, 1, 1]
+NO_AFFINE = {"srow_x": 0, "srow_y": 0, "srow_z": 0}
+IDENTITY = {"srow_x": [1, 0, 0, 0], "srow_y": [0, 1, 0, 0], "srow_z": [0, 0, 1, 0]}
+SKEW = {"srow_x": [1.2, 0.14, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "spacing", "said"),
+    [
+        ({}, (1.4, 1.2, 8), ""),
+        ({"pixdim": [-1, 1.2, 1.4, 8, 1, 1, 1, 1]}, (1.4, 1.2, 8), ""),
+        ({"pixdim": UNSET}, (1.4, 1.2, 8), "the affine was believed"),
+        (
+            {"pixdim": [1, 1.2, 1.4, 10, 1, 1, 1, 1]},
+            (1.4, 1.2, 8),
+            "pixdim says 1.2 x 1.4 x 10 mm, the affine 1.2",
+        ),
+        (NO_AFFINE, (1.4, 1.2, 8), "the affine is empty: spacing 1.2 x 1.4 x 8 mm from pixdim"),
+        (IDENTITY, (1.4, 1.2, 8), "the affine has no spacing: 1.2 x 1.4 x 8 mm from pixdim"),
+        ({**IDENTITY, "pixdim": UNSET}, (1, 1, 1), "spacing 1 x 1 x 1 mm (rows, columns, slices) is unusual"),
+        (SKEW, (np.hypot(1.4, 0.14), 1.2, 8), "the direction cosines are not orthogonal (cosine 0.10)"),
+    ],
+)
+def test_affine_and_voxel_sizes(tmp_path, fields, spacing, said):
+    geometry, problems = header_of(tmp_path, **fields)
+    assert (*geometry.spacing_mm, geometry.slice_pitch_mm) == pytest.approx(spacing)
+    if said:
+        assert any(said in what for what, _ in problems), problems
+    else:
+        assert problems == []
+
+
+def test_no_spacing_at_all(tmp_path):
+    with pytest.raises(BrokenSubject, match=r"a\.nii: expected a spacing in the affine or in pixdim"):
+        header_of(tmp_path, **NO_AFFINE, pixdim=UNSET)
+
+
+def test_a_header_that_claims_more_than_the_file_holds(tmp_path):
+    with pytest.raises(BrokenSubject, match="its header claims 3932040 bytes of voxels, the file has"):
+        header_of(tmp_path, dim=[4, 5, 4, 3, 32767, 1, 1, 1])
+
+
+def test_the_same_heart_in_every_storage_order(tmp_path, beating):
+    """One oblique heart stored with its in-plane axes swapped or not and each axis reversed or not: the same
+    slices, positions and crop centre, and label maps that fit each file's own voxels, worked out by numpy
+    alone.
+    """
+    cine, labels = beating()
+    first = affine((LEFT, BACK, APEX))
+    first[:3, 3] = (40, -20, 30)
+    torch.manual_seed(1)
+    method = Segmentation(channels=[4, 8, 8], image_size=32, spacing_mm=3.0, augment=False).eval()
+    seen, number = [], 0
+    for swapped in (False, True):
+        for flips in np.ndindex(2, 2, 2):
+            order = (1, 0, 2, 3) if swapped else (0, 1, 2, 3)
+            axes = [axis for axis in range(3) if flips[axis]]
+
+            def restored(array, order=order, axes=axes):  # noqa: B023
+                return np.flip(array.transpose(order[: array.ndim]), axes)
+
+            turn = np.eye(4)[:, order]
+            for axis in axes:
+                turn[:, 3] += turn[:, axis] * (np.array(cine.shape)[list(order)][axis] - 1)
+                turn[:, axis] *= -1
+            folder = tmp_path / f"{number}"
+            folder.mkdir()
+            for name, array in (("h_sa", cine), ("h_sa_gt", labels)):
+                nibabel.save(nibabel.Nifti1Image(restored(array), first @ turn), folder / f"{name}.nii.gz")
+            subjects, _ = data.find([folder], CACHE)
+            cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+            record = cines.cines[0]
+            batch = collate(cines, [(0, 2, z) for z in range(3)], labelled=True)
+            (predicted,) = predict_frames(method, cines, 0, [2], torch.device("cpu"))
+            back = record.geometry.from_canonical(predicted[None])[..., 0]
+            seen.append((record, batch, predicted))
+            assert [p.what for p in record.problems] == []
+            assert (batch["image"] == seen[0][1]["image"]).all() and (
+                batch["label"] == seen[0][1]["label"]
+            ).all()
+            assert batch["position"].tolist() == pytest.approx([0, 1 / 3, 2 / 3])
+            assert (
+                record.geometry.spacing_mm == pytest.approx((1.4, 1.2)) and record.centre == seen[0][0].centre
+            )
+            own = seen[0][0].geometry.from_canonical(seen[0][2][None])[
+                ..., 0
+            ]  # on the grid of the first file
+            assert len(np.unique(back)) > 1 and (back == restored(own)).all()
+            number += 1
+    assert number == 16
 
 
 @pytest.mark.parametrize(
@@ -145,18 +275,18 @@ def test_broken_files_are_named(tmp_path, write_mnms, beating):
 def test_labels_that_do_not_fit_are_named(write_mnms, beating, change, message):
     cine, labels = beating()
     labels = labels[:-1] if change == "shape" else labels * 3
-    (subject,) = mnms.find(write_mnms("A", cine, labels))
+    (subject,) = data.find([write_mnms("A", cine, labels)], CACHE)[0]
     read = read_cine(subject)
     with pytest.raises(BrokenSubject, match=message):
-        read_labels(subject, read.geometry, read.stored.shape)
+        read_labels(subject, read.stored, read.geometry)
 
 
 def test_real_acdc_patient(acdc70):
-    subjects = acdc.find(acdc70)
+    subjects = data.find([acdc70], CACHE)[0]
     assert len(subjects) == 70
     subject = next(s for s in subjects if s.id == "patient003")
     read = read_cine(subject)
-    labels = read_labels(subject, read.geometry, read.stored.shape)
+    labels = read_labels(subject, read.stored, read.geometry)
     raw = np.asanyarray(nibabel.load(acdc70 / "patient003" / "patient003_frame02_gt.nii.gz").dataobj)
     assert (labels.frames, labels.ed, labels.es) == ((0, 1), 0, 1)
     for theirs, ours in ((1, 3), (2, 2), (3, 1)):  # RV, MYO, LV
@@ -164,12 +294,12 @@ def test_real_acdc_patient(acdc70):
 
 
 def test_real_oblique_cine_runs_from_apex_to_base(bivme):
-    (subject,) = mnms.find(bivme)
+    (subject,) = data.find([bivme], CACHE)[0]
     read = read_cine(subject)
     assert read.stored.shape == (25, 6, 208, 256)
     assert read.geometry.flip[0]
     assert read.geometry.slice_pitch_mm == pytest.approx(17.7, abs=1e-3)  # the README of the data
-    labels = read_labels(subject, read.geometry, read.stored.shape)
+    labels = read_labels(subject, read.stored, read.geometry)
     areas = (labels.masks[labels.frames.index(labels.ed)] == 1).sum(axis=(1, 2))
     assert areas[:2].mean() > areas[-2:].mean()
 
@@ -177,9 +307,9 @@ def test_real_oblique_cine_runs_from_apex_to_base(bivme):
 def test_centre_without_labels_on_real_patients(acdc70):
     """At least 68 of 70 whole hearts inside a 200 mm square, at the nominal spacing of these data."""
     inside = 0
-    for subject in acdc.find(acdc70):
+    for subject in data.find([acdc70], CACHE)[0]:
         read = read_cine(subject)
-        heart = read_labels(subject, read.geometry, read.stored.shape).masks.any(axis=(0, 1))
+        heart = read_labels(subject, read.stored, read.geometry).masks.any(axis=(0, 1))
         rows, columns = np.nonzero(heart)
         reach = max(
             np.abs(rows - read.centre[0]).max() * read.geometry.spacing_mm[0],
@@ -191,4 +321,5 @@ def test_centre_without_labels_on_real_patients(acdc70):
 
 def test_layouts_ignore_what_is_not_theirs(tmp_path):
     Path(tmp_path / "notes.txt").write_text("")
-    assert acdc.find(tmp_path) == [] and mnms.find(tmp_path) == []
+    with pytest.raises(FileNotFoundError, match="no cine found; expected .nii or .nii.gz files"):
+        data.find([tmp_path], CACHE)

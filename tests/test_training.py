@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from cmrssp import training
-from cmrssp.data import mnms, store
+from cmrssp import data, training
+from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.run import Run
@@ -37,12 +37,12 @@ def settings(**changes):
 def loaders(write_mnms, beating, tmp_path):
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    cines = store.build(mnms.find(folder), tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
 
     def make(labelled, batch_size=4):
         return Batches(
             cines,
-            Slices(cines, ["mnms/A", "mnms/B"], labelled=labelled),
+            Slices(cines, ["mnms/A", "mnms/B"], phases="both" if labelled else None),
             batch_size=batch_size,
             seed=4,
             labelled=labelled,

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmrssp.data import acdc, mnms
-from cmrssp.data.subject import Subject
+from cmrssp.data import acdc, folder, mnms, mnms2
+from cmrssp.data.subject import Problem, Subject
 from cmrssp.errors import UserError
+from cmrssp.files import below
 
 PHANTOM = "phantom"
+LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
 _PHANTOM_VERSION = (
     1  # part of the folder's name: a phantom of an older version is not taken for the present one
 )
@@ -20,13 +22,17 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmrssp"
 
 
-def find(paths: Sequence[str], cache: Path) -> list[Subject]:
-    """The subjects of all data sets, sorted by key. `phantom` stands for the built-in synthetic set, which is
-    written below the cache on first use. Opens no image.
+def find(
+    paths: Sequence[str], cache: Path, label_suffix: str = LABEL_SUFFIX
+) -> tuple[list[Subject], list[Problem]]:
+    """The subjects of all data sets, sorted by key, and what is odd about their files. `phantom` stands for
+    the built-in synthetic set, which is written below the cache on first use; a folder without a known layout
+    is taken as a plain one. Opens no image.
 
     Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
     """
     subjects: list[Subject] = []
+    problems: list[Problem] = []
     for path in paths:
         root = _phantom_folder(cache) if path == PHANTOM else Path(path).expanduser()
         if not root.is_dir():
@@ -34,22 +40,31 @@ def find(paths: Sequence[str], cache: Path) -> list[Subject]:
                 f"--data {path}: no such folder; give the folder that holds the cines, or "
                 f"'{PHANTOM}' for the synthetic set"
             )
-        found = mnms.find(root, PHANTOM) if path == PHANTOM else acdc.find(root) + mnms.find(root)
-        if not found:
+        files = below(root, (".nii.gz", ".nii", ".csv"))
+        if path == PHANTOM:
+            layouts = [mnms.find(files, PHANTOM)]
+        else:
+            layouts = [layout.find(files) for layout in (mnms, mnms2, acdc)]
+            if not any(found for found, _ in layouts):
+                layouts = [folder.find(files, root, label_suffix)]
+        if not any(found for found, _ in layouts):
+            hint = "; DICOM files must be converted first (dcm2niix)" if below(root, (".dcm", ".IMA")) else ""
             raise FileNotFoundError(
-                f"--data {path}: no cine found; expected the M&Ms layout (<ID>_sa.nii.gz) or the "
-                "ACDC layout (patientNNN/patientNNN_4d.nii.gz) in this folder or below"
+                f"--data {path}: no cine found; expected .nii or .nii.gz files in this folder or below{hint}"
             )
-        subjects += found
+        for found, odd in layouts:
+            subjects += found
+            problems += odd
     counts = Counter(s.key for s in subjects)
     twice = sorted(key for key, count in counts.items() if count > 1)
     if twice:
         files = ", ".join(str(s.cine) for s in subjects if s.key == twice[0])
         raise UserError(
             f"--data: {len(twice)} subjects are found more than once, the first is {twice[0]} ({files}); "
-            "remove the copies or give a smaller folder"
+            "remove the copies or give a smaller folder (several plain folders: give the folder that holds "
+            "them)"
         )
-    return sorted(subjects, key=lambda s: s.key)
+    return sorted(subjects, key=lambda s: s.key), problems
 
 
 def absolute(paths: Sequence[str]) -> list[str]:

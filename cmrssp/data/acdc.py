@@ -3,42 +3,48 @@
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from cmrssp.data.subject import LabelFile, Subject
-from cmrssp.files import below
+from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, frame_number
 
 DATASET = "acdc"
 _OFFICIAL_TEST = range(101, 151)
+_NAME = re.compile(r"(patient(\d+))_(4d|frame(\d+)_gt)\.nii(\.gz)?")
 
 
-def find(root: Path) -> list[Subject]:
-    """All patients below `root`, [] if it is not an ACDC folder. Opens Info.cfg only."""
-    cines = below(root, ("_4d.nii.gz", "_4d.nii"))
-    return [_subject(cine) for cine in cines if cine.name.startswith("patient")]
-
-
-def _subject(cine: Path) -> Subject:
-    patient = cine.name.split("_4d.nii")[0]
-    labels = []
-    for path in sorted(cine.parent.glob(f"{patient}_frame*_gt.nii*")):
-        number = re.fullmatch(rf"{re.escape(patient)}_frame(\d+)_gt\.nii(\.gz)?", path.name)
-        if number:
-            labels.append(LabelFile(path, int(number[1]) - 1))
-    info = _info(cine.parent / "Info.cfg")
-    ed, es = (int(info[k]) - 1 if info.get(k, "").isdigit() else None for k in ("ED", "ES"))
-    digits = patient.removeprefix("patient")
-    return Subject(
-        dataset=DATASET,
-        id=patient,
-        cine=cine,
-        labels=tuple(labels),
-        label_ids=(0, 3, 2, 1),
-        pathology=info.get("Group", ""),
-        ed=ed,
-        es=es,
-        official_test=digits.isdigit() and int(digits) in _OFFICIAL_TEST,
-    )
+def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
+    """The patients among the files of a folder. Opens Info.cfg only."""
+    parts: dict[tuple[Path, str], dict[str, Path]] = {}
+    for path in files:
+        if name := _NAME.fullmatch(path.name):
+            parts.setdefault((path.parent, name[1]), {})[name[4] or name[3]] = path
+    subjects, problems = [], []
+    for (folder, patient), found in sorted(parts.items()):
+        key = f"{DATASET}/{patient}"
+        if "4d" not in found:
+            name = next(iter(found.values())).name
+            problems.append(Problem(key, name, f"no {patient}_4d.nii.gz beside it", LEFT_OUT))
+            continue
+        info = _info(folder / "Info.cfg")
+        if not info:
+            what = "missing or empty: ED and ES are found by the labels alone"
+            problems.append(Problem(key, "Info.cfg", what, USED))
+        labels = [LabelFile(p, int(number) - 1) for number, p in sorted(found.items()) if number != "4d"]
+        subjects.append(
+            Subject(
+                dataset=DATASET,
+                id=patient,
+                cine=found["4d"],
+                labels=tuple(labels),
+                label_ids=(0, 3, 2, 1),
+                pathology=info.get("Group", ""),
+                ed=frame_number(info.get("ED", ""), first=1),
+                es=frame_number(info.get("ES", ""), first=1),
+                part="test" if int(patient.removeprefix("patient")) in _OFFICIAL_TEST else "",
+            )
+        )
+    return subjects, problems
 
 
 def _info(path: Path) -> dict[str, str]:

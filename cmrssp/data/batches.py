@@ -22,11 +22,14 @@ class Slices:
     slices.
     """
 
-    def __init__(self, store: Store, keys: Sequence[str], *, labelled: bool) -> None:
-        """All slices of all frames of the subjects `keys`; of their labelled frames only with `labelled`."""
+    def __init__(self, store: Store, keys: Sequence[str], *, phases: str | None = None) -> None:
+        """All slices of all frames of the subjects `keys`; with `phases` (ed, es, both) of labelled frames
+        only.
+        """
         self.subjects = np.array([store.index[key] for key in keys], np.int64)
         frames = [
-            store.labels[i].frames if labelled else range(store.cines[i].shape[0]) for i in self.subjects
+            store.labels[i].frames_of(phases) if phases else range(store.cines[i].shape[0])
+            for i in self.subjects
         ]
         self.frames = frames
         self.depths = np.array([store.cines[i].shape[1] for i in self.subjects], np.int64)
@@ -44,8 +47,7 @@ class Slices:
 
 
 class Batches:
-    """The batches of an epoch. The order depends on (seed, epoch) alone; every slice is visited at most once.
-    """
+    """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice is visited twice."""
 
     def __init__(
         self,

@@ -4,51 +4,59 @@ As distributed (Training/Labeled, Training/Unlabeled, Validation, Testing) or fl
 nothing here, its label file does.
 """
 
-import csv
+from collections.abc import Sequence
 from pathlib import Path
 
-from cmrssp.data.subject import LabelFile, Subject
-from cmrssp.files import below
+from cmrssp.data import table
+from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, frame_number, vendor_name
 
 DATASET = "mnms"
 
 
-def find(root: Path, dataset: str = DATASET) -> list[Subject]:
-    """All subjects below `root`, [] if it is not an M&Ms folder. Opens the CSV only."""
-    table = _table(root)
-    subjects = []
-    for cine in below(root, ("_sa.nii.gz", "_sa.nii")):
-        id, suffix = cine.name.split("_sa.nii")[0], cine.name.split("_sa", 1)[1]
-        row = table.get(id, {})
-        gt = cine.with_name(f"{id}_sa_gt{suffix}")
+def find(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[Subject], list[Problem]]:
+    """The subjects among the files of a folder. Opens the CSV only."""
+    cines = {path: id for path in files if (id := _id(path, "_sa")) is not None}
+    if not cines:
+        return [], []
+    present = set(files)
+    table_rows = table.find(files, "External code")
+    rows = {row["External code"]: row for row in table_rows or ()}
+    subjects, problems = [], []
+    for cine, id in cines.items():
+        row = rows.get(id, {})
+        gt = [p for end in (".nii.gz", ".nii") if (p := cine.with_name(f"{id}_sa_gt{end}")) in present][:1]
         subjects.append(
             Subject(
                 dataset=dataset,
                 id=id,
                 cine=cine,
-                labels=(LabelFile(gt),) if gt.is_file() else (),
-                vendor=row.get("VendorName") or row.get("Vendor") or "",
-                pathology=row.get("Pathology") or "",
-                ed=_frame(row, "ED"),
-                es=_frame(row, "ES"),
+                labels=tuple(map(LabelFile, gt)),
+                vendor=vendor_name(row.get("VendorName") or row.get("Vendor") or ""),
+                pathology=row.get("Pathology", ""),
+                ed=frame_number(row.get("ED", "")),
+                es=frame_number(row.get("ES", "")),
             )
         )
-    return subjects
+        if rows and not row:
+            problems.append(
+                Problem(f"{dataset}/{id}", cine.name, "no row in the table: vendor unknown", USED)
+            )
+    for path in files:
+        id = _id(path, "_sa_gt")
+        if id is not None and not {path.with_name(f"{id}_sa{end}") for end in (".nii", ".nii.gz")} & present:
+            problems.append(Problem(f"{dataset}/{id}", path.name, f"no {id}_sa.nii.gz beside it", LEFT_OUT))
+    if table_rows is None:
+        problems.append(Problem("", "", f"{dataset}: no CSV with a column 'External code' was found, so "
+                                        "vendors and "
+                                "pathologies are unknown", USED))  # fmt: skip
+    elif missing := table.unmatched(list(rows), list(cines.values())):
+        problems.append(Problem("", "", f"{dataset}: {missing}", LEFT_OUT))
+    return subjects, problems
 
 
-def _table(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of the CSV in `root` that has an `External code` column, by that code; {} where there is none.
-    """
-    for path in sorted(root.glob("*.csv")):
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = list(csv.DictReader(file))
-        if rows and "External code" in rows[0]:
-            return {row["External code"].strip(): row for row in rows if (row["External code"] or "").strip()}
-    return {}
-
-
-def _frame(row: dict[str, str], column: str) -> int | None:
-    try:
-        return int(float(row.get(column) or ""))
-    except (ValueError, OverflowError):
-        return None
+def _id(path: Path, end: str) -> str | None:
+    """What stands before `end` and .nii or .nii.gz in a file's name."""
+    for suffix in (f"{end}.nii.gz", f"{end}.nii"):
+        if path.name.endswith(suffix) and len(path.name) > len(suffix):
+            return path.name.removesuffix(suffix)
+    return None

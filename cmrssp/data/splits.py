@@ -6,10 +6,12 @@ the place of the data matters, and the same subjects are drawn on every machine.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cmrssp.data import mnms, mnms2
 from cmrssp.data.subject import Subject
 from cmrssp.errors import UserError
 
@@ -18,29 +20,61 @@ TEST_FRACTION, VALIDATION_FRACTION = 0.25, 0.20  # the latter of what the test l
 _MNMS_TEST_PER_VENDOR = 15
 
 
-def assign(subjects: Sequence[Subject], seed: int) -> dict[str, list[str]]:
-    """{part: sorted subject keys}. A data set's own test list is kept (ACDC 101-150); the full M&Ms gives 15
-    test subjects of each of its four vendors (the paper's rule); any other data set gives 25 %, stratified by
-    vendor and pathology. 20 % of the rest validates.
+def assign(subjects: Sequence[Subject], seed: int, *, keep_overlap: bool = False) -> dict[str, list[str]]:
+    """{part: sorted subject keys}. Parts that a data set itself assigns are kept (ACDC 101-150, M&Ms-2
+    201-360); the full M&Ms gives 15 test subjects of each of its four vendors (the paper's rule); any other
+    data set without a test list of its own gives 25 %, stratified by vendor and pathology. 20 % of the rest
+    validates.
+
+    With M&Ms and M&Ms-2 together, the M&Ms-2 subjects that may repeat M&Ms subjects get no part, unless
+    `keep_overlap`.
     """
+    if not keep_overlap:
+        subjects = _without_overlap(subjects)
     test: list[Subject] = []
+    rest: list[Subject] = []  # from here the validation subjects are drawn
     for dataset in sorted({s.dataset for s in subjects}):
         members = [s for s in subjects if s.dataset == dataset]
-        official = [s for s in members if s.official_test]
-        vendors = Counter(s.vendor for s in members if s.vendor)  # a cell of the table can be empty
+        official = [s for s in members if s.part == "test"]
+        free = [s for s in members if not s.part]
+        vendors = Counter(s.vendor for s in free if s.vendor)  # a cell of the table can be empty
         if official:
-            test += official
-        elif dataset == "mnms" and len(vendors) == 4 and min(vendors.values()) > 2 * _MNMS_TEST_PER_VENDOR:
-            for vendor in vendors:
-                ranked = _ranked((s for s in members if s.vendor == vendor), seed)
-                test += ranked[:_MNMS_TEST_PER_VENDOR]
+            drawn = []
+        elif (
+            dataset == mnms.DATASET
+            and len(vendors) == 4
+            and min(vendors.values()) > 2 * _MNMS_TEST_PER_VENDOR
+        ):
+            drawn = [
+                s
+                for vendor in vendors
+                for s in _ranked((s for s in free if s.vendor == vendor), seed)[:_MNMS_TEST_PER_VENDOR]
+            ]
         else:
-            test += _stratified(members, TEST_FRACTION, seed)
+            drawn = _stratified(free, TEST_FRACTION, seed)
+        test += official + drawn
+        if not any(s.part == "validation" for s in members):
+            rest += free
     taken = {s.key for s in test}
-    rest = [s for s in subjects if s.key not in taken]
+    rest = [s for s in rest if s.key not in taken]
     validation = {s.key for s in _stratified(rest, VALIDATION_FRACTION, seed)}
-    train = {s.key for s in rest} - validation
+    validation |= {s.key for s in subjects if s.part == "validation"}
+    train = {s.key for s in subjects} - taken - validation
     return {"train": sorted(train), "validation": sorted(validation), "test": sorted(taken)}
+
+
+def _without_overlap(subjects: Sequence[Subject]) -> list[Subject]:
+    if not {mnms.DATASET, mnms2.DATASET} <= {s.dataset for s in subjects}:
+        return list(subjects)
+    kept = [
+        s for s in subjects if s.dataset != mnms2.DATASET or s.pathology.upper() not in mnms2.MAY_REPEAT_MNMS
+    ]
+    if len(kept) < len(subjects):
+        print(
+            f"not used: {len(subjects) - len(kept)} M&Ms-2 subjects with {', '.join(mnms2.MAY_REPEAT_MNMS)}, "
+            "which may repeat M&Ms subjects (--keep-overlap keeps them)"
+        )
+    return kept
 
 
 def subset(keys: Iterable[str], num_subjects: int, seed: int) -> list[str]:
@@ -54,17 +88,52 @@ def subset(keys: Iterable[str], num_subjects: int, seed: int) -> list[str]:
 
 
 def read(path: Path) -> dict[str, list[str]]:
-    """A split.json as this package writes it. Raises UserError with what is wrong."""
-    try:
-        split = json.loads(Path(path).read_text())
-        lists = {part: list(map(str, split[part])) for part in PARTS}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: expected JSON with the lists {', '.join(PARTS)} of subject keys ({error!r})"
-        ) from None
+    """A split.json as this package writes it, or the YAML that the paper's authors publish. Raises UserError
+    with what is wrong.
+    """
+    text = Path(path).read_text(errors="replace")
+    if Path(path).suffix.lower() in (".yaml", ".yml"):
+        lists = _published(path, text)
+    else:
+        try:
+            split = json.loads(text)
+            lists = {part: list(map(str, split[part])) for part in PARTS}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: expected JSON with the lists {', '.join(PARTS)} of subject keys ({error!r})"
+            ) from None
     twice = [key for key, count in Counter(k for keys in lists.values() for k in keys).items() if count > 1]
     if twice:
         raise UserError(f"{path}: expected every subject once, got {', '.join(twice[:5])} more than once")
+    return lists
+
+
+_YAML_PARTS = {"train": "train", "valid": "validation", "test": "test"}
+_YAML_DATASETS = {"mm1": mnms.DATASET, "mm2": mnms2.DATASET}
+
+
+def _published(path: Path, text: str) -> dict[str, list[str]]:
+    """`test:`, below it `mm1:` and `mm2:`, below these `- id` lines or one list in brackets; quotes do not
+    matter.
+    """
+    lists: dict[str, list[str]] = {part: [] for part in PARTS}
+    part = dataset = None
+    for number, line in enumerate(text.splitlines(), 1):
+        words = re.fullmatch(
+            r"(?:(\w+):)?\s*(?:- *(\w+)|\[([\w ,]*)\])?", line.replace('"', "").replace("'", "").strip()
+        )
+        key, ids = words and words[1], words and (words[2] or words[3] or "").replace(",", " ").split()
+        if key in _YAML_PARTS and not ids:
+            part, dataset = _YAML_PARTS[key], None
+        elif words and part and (key in _YAML_DATASETS if key else dataset or not ids):
+            dataset = _YAML_DATASETS.get(key, dataset)
+            lists[part] += [f"{dataset}/{id.zfill(3) if dataset == mnms2.DATASET else id}" for id in ids]
+        elif line.strip():
+            raise UserError(
+                f"{path}, line {number}: expected {', '.join(_YAML_PARTS)}, below them "
+                f"{' and '.join(_YAML_DATASETS)}, below these a list of subject ids; got "
+                f"{line.strip()[:60]!r}"
+            )
     return lists
 
 
@@ -91,6 +160,7 @@ def choose(
     split_file: Path | None,
     split_seed: int,
     inherited: dict[str, list[str]] | None = None,
+    keep_overlap: bool = False,
 ) -> dict[str, list[str]]:
     """The split of these subjects: that of the file, else the inherited one if it names any of them, else
     drawn.
@@ -107,7 +177,7 @@ def choose(
             f"{min(keys)}"
         )
     if not keys & named:
-        return assign(subjects, split_seed)
+        return assign(subjects, split_seed, keep_overlap=keep_overlap)
     if keys - named:
         print(f"not used, because the split does not name them: {len(keys - named)} of {len(keys)} subjects")
     return keep(split, keys)
@@ -119,6 +189,14 @@ def keep(
     """The split with only these keys in the given parts."""
     keys = set(keys)
     return {part: [key for key in split[part] if part not in parts or key in keys] for part in PARTS}
+
+
+def named(
+    subjects: Sequence[Subject], split: dict[str, list[str]], parts: Sequence[str] = PARTS
+) -> list[Subject]:
+    """The subjects that are in these parts of the split."""
+    keys = {key for part in parts for key in split[part]}
+    return [s for s in subjects if s.key in keys]
 
 
 def describe(split: dict[str, list[str]]) -> str:

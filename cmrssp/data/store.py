@@ -10,17 +10,20 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from cmrssp.data.subject import BrokenSubject, Geometry, Subject, read_cine, read_labels
+from cmrssp.data.cine import read_cine
+from cmrssp.data.geometry import Geometry
+from cmrssp.data.labels import Heart, read_labels
+from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.files import atomic
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class CineRecord:
     mean: float
     std: float
     max: float
+    digest: str
+    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,32 @@ class LabelRecord:
     frames: tuple[int, ...]
     ed: int | None
     es: int | None
-    problems: tuple[str, ...]
+    heart: Heart | None
+    problems: tuple[Problem, ...]
 
     @property
     def phases(self) -> dict[str, int]:
         """{"ED": cine frame, "ES": cine frame}, without the one that has no labels."""
         return {name: frame for name, frame in (("ED", self.ed), ("ES", self.es)) if frame is not None}
 
+    def frames_of(self, phases: str) -> tuple[int, ...]:
+        """The labelled frames that `ed`, `es` or `both` means; `both` is every one."""
+        return self.frames if phases == "both" else tuple({self.ed if phases == "ed" else self.es} - {None})
+
 
 class Store:
     """Read access to the stored subjects. Holds one record a subject and no open file."""
 
     def __init__(
-        self, subjects: Sequence[Subject], cines: Sequence[CineRecord], labels: Sequence[LabelRecord] | None
+        self,
+        subjects: Sequence[Subject],
+        cines: Sequence[CineRecord],
+        labels: Sequence[LabelRecord] | None,
+        left_out: Sequence[Problem] = (),
     ) -> None:
         self.subjects, self.cines = list(subjects), list(cines)
         self.labels = None if labels is None else list(labels)
+        self.left_out = list(left_out)
         self.index = {subject.key: i for i, subject in enumerate(self.subjects)}
 
     def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
@@ -90,12 +105,13 @@ def build(
     *,
     labels: bool,
     skip_broken: bool = False,
+    name_broken: bool = True,
     progress: bool = True,
 ) -> Store:
     """Open the store of these subjects; what is missing or out of date in it is built first, on all cores.
 
     With `labels` False no label file is opened. Raises BrokenSubject with every broken subject in it, unless
-    `skip_broken`: then they are left out and named.
+    `skip_broken`: then they are left out, and printed if `name_broken`.
     """
     folder = Path(cache) / "store"
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,13 +143,19 @@ def build(
     if broken:
         names = "".join(f"\n  {key}: {why}" for key, why in sorted(broken.items()))
         verdict = f"{len(broken)} of {len(subjects)} subjects cannot be used"
-        if not skip_broken or len(broken) == len(subjects):
+        if not skip_broken:
             raise BrokenSubject(
                 f"{verdict}; mend or remove them, or leave them out with --skip-broken:{names}"
             )
-        print(f"{verdict}, left out:{names}")
+        if name_broken:
+            print(f"{verdict}, left out:{names}")
     kept = [s for s in subjects if s.key not in broken]
-    return Store(kept, [cines[s.key] for s in kept], [label_records[s.key] for s in kept] if labels else None)
+    return Store(
+        kept,
+        [cines[s.key] for s in kept],
+        [label_records[s.key] for s in kept] if labels else None,
+        [Problem(key, "", why, LEFT_OUT) for key, why in sorted(broken.items())],
+    )
 
 
 def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
@@ -149,22 +171,18 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
             cine.stored,
             {
                 "sources": sources,
-                "key": subject.key,
                 "centre": cine.centre,
                 "mean": cine.mean,
                 "std": cine.std,
                 "max": cine.max,
                 "minimum": cine.minimum,
                 "scale": cine.scale,
-                "rows_axis": cine.geometry.rows_axis,
-                "flip": cine.geometry.flip,
-                "spacing_mm": cine.geometry.spacing_mm,
-                "slice_pitch_mm": cine.geometry.slice_pitch_mm,
+                "digest": cine.digest,
+                "geometry": asdict(cine.geometry),
+                "problems": _plain(cine.problems),
             },
         )
-    geometry = Geometry(
-        header["rows_axis"], tuple(header["flip"]), tuple(header["spacing_mm"]), header["slice_pitch_mm"]
-    )
+    geometry = Geometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["geometry"].items()})
     return CineRecord(
         path,
         header["offset"],
@@ -174,30 +192,36 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
         header["mean"],
         header["std"],
         header["max"],
+        header["digest"],
+        _problems(subject, header),
     )
 
 
 def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> LabelRecord | None:
     path = _path(folder, subject, ".labels")
-    # the cine binds the labels' shape and axes, the data set's table what is reported of their phases
-    sources = [*_fingerprint([subject.cine, *(f.path for f in subject.labels)]), [subject.ed, subject.es]]
+    files = [subject.cine, *(p for f in subject.labels for p in (f.path, f.image) if p)]
+    # the cine binds the labels' shape and axes, the layout their ids and frames
+    said = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
+    sources = [*_fingerprint(files), json.loads(json.dumps(said))]
     header = _valid_header(path, sources)
     if header is None and not write:
         return None
     if header is None:
-        labels = read_labels(subject, cine.geometry, cine.shape)
+        volumes = np.memmap(cine.path, "<i2", "r", cine.offset, cine.shape)
+        labels = read_labels(subject, volumes, cine.geometry)
         header = _write(
             path,
             labels.masks,
             {
                 "sources": sources,
-                "key": subject.key,
                 "frames": labels.frames,
                 "ed": labels.ed,
                 "es": labels.es,
-                "problems": labels.problems,
+                "heart": asdict(labels.heart) if labels.heart else None,
+                "problems": _plain(labels.problems),
             },
         )
+    heart = header["heart"]
     return LabelRecord(
         path,
         header["offset"],
@@ -205,13 +229,22 @@ def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> La
         tuple(header["frames"]),
         header["ed"],
         header["es"],
-        tuple(header["problems"]),
+        Heart(tuple(heart["centre"]), tuple(heart["box"])) if heart else None,
+        _problems(subject, header),
     )
+
+
+def _plain(problems: Sequence[Problem]) -> list[list[str]]:
+    return [[problem.file, problem.what, problem.done] for problem in problems]
+
+
+def _problems(subject: Subject, header: dict) -> tuple[Problem, ...]:
+    return tuple(Problem(subject.key, *entry) for entry in header["problems"])
 
 
 def _path(folder: Path, subject: Subject, suffix: str) -> Path:
     place = sha256(str(subject.cine.resolve()).encode()).hexdigest()[:12]
-    return folder / f"{subject.id}-{place}{suffix}"
+    return folder / f"{subject.id.replace('/', '_')[:80]}-{place}{suffix}"
 
 
 def _fingerprint(paths: Sequence[Path]) -> list[list]:
@@ -245,8 +278,7 @@ def _valid_header(path: Path, sources: list) -> dict | None:
 
 
 def _read_slice(record: CineRecord | LabelRecord, volume: int, slice: int, dtype: str) -> np.ndarray:
-    """One read and no open file left behind: 50,000 subjects exhaust neither file handles nor address space.
-    """
+    """One read, and no file stays open: 50,000 subjects exhaust neither file handles nor address space."""
     _, slices, height, width = record.shape
     size = height * width
     offset = record.offset + (volume * slices + slice) * size * np.dtype(dtype).itemsize

@@ -1,0 +1,209 @@
+"""From a NIfTI file to a cine: read, made uniform, measured, and checked."""
+
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from cmrssp.data.geometry import Geometry, believe
+from cmrssp.data.subject import CORRECTED, PLAIN, USED, BrokenSubject, Problem, Subject
+
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
+               struct.error, zlib.error, nibabel.filebasedimages.ImageFileError,
+               nibabel.spatialimages.HeaderDataError)  # fmt: skip
+nibabel.imageglobals.logger.setLevel("CRITICAL")  # what is odd in a header is reported here, once
+_MAX_COMPRESSION = 1032  # of deflate: what a header claims beyond that, the file cannot hold
+_MAX_STORED = 32767
+_MAX_NOT_FINITE = 0.01  # of the voxels
+
+
+@dataclass(frozen=True)
+class Cine:
+    """One read cine. `stored = (raw - minimum) * scale`; scale is 1 for whole numbers that fit int16."""
+
+    stored: np.ndarray  # (T, Z, H, W) int16, not negative
+    geometry: Geometry
+    minimum: float
+    scale: float
+    centre: tuple[float, float]  # crop centre, (row, column) in native pixels
+    mean: float
+    std: float
+    max: float
+    digest: str  # of `stored`: the same image under two names is found by it
+    problems: tuple[Problem, ...] = ()
+
+
+@np.errstate(all="ignore")
+def load(path: Path) -> nibabel.Nifti1Image:
+    """A NIfTI file whose header has been checked against the file's size; its voxels are not read yet."""
+    try:
+        image = nibabel.load(path, mmap=False)
+        kind, shape = image.get_data_dtype(), image.shape
+        if len(shape) == 5 and shape[3] == 1:
+            shape = (*shape[:3], shape[4])
+        if len(shape) not in (3, 4) or min(shape) < 1:
+            raise BrokenSubject(f"{path}: expected a 3D or 4D image, got shape {image.shape}")
+        if kind.kind not in "iuf":
+            raise BrokenSubject(f"{path}: expected grey values, got voxels of type {kind}")
+        claimed, size = math.prod(shape) * kind.itemsize, path.stat().st_size
+        if claimed > size * (_MAX_COMPRESSION if path.suffix == ".gz" else 1):
+            raise BrokenSubject(
+                f"{path}: cannot be read as NIfTI: its header claims {claimed} bytes of voxels, the file has "
+                f"{size}"
+            )
+        return image
+    except BrokenSubject:
+        raise
+    except _UNREADABLE as error:
+        raise BrokenSubject(
+            f"{path}: cannot be read as NIfTI, it may be truncated ({_line(error)})"
+        ) from None
+
+
+@np.errstate(all="ignore")
+def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarray:
+    """(X, Y, Z, T), a 3D file with T = 1; `scaled` by the header's slope and intercept, or as they are
+    stored.
+    """
+    try:
+        array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
+        return array.reshape(*image.shape[:3], -1)
+    except _UNREADABLE as error:
+        raise BrokenSubject(
+            f"{path}: cannot be read as NIfTI, it may be truncated ({_line(error)})"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@np.errstate(all="ignore")
+def read_cine(subject: Subject) -> Cine:
+    """Read, make uniform and measure one cine. Raises BrokenSubject. Opens no label file."""
+    path = subject.cine
+    image = load(path)
+    slope, intercept = (float(v) for v in (image.dataobj.slope, image.dataobj.inter))
+    # a positive slope changes no proportions, and whole numbers stay whole
+    keep = slope > 0 and math.isfinite(intercept)
+    raw = voxels(path, image, scaled=not keep)
+    try:
+        geometry, odd = believe(image.affine, image.header.get_zooms()[:3])
+    except ValueError as error:
+        raise BrokenSubject(f"{path}: {error}") from None
+    raw, minimum, maximum, repaired = _finite(path, raw)
+    if minimum == maximum:
+        raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
+    stored, scale = _stored(geometry.to_canonical(raw), minimum, maximum)
+    constant = [t for t, frame in enumerate(stored) if frame.min() == frame.max()]
+    if len(constant) == len(stored):
+        raise BrokenSubject(f"{path}: expected images, got a constant in each of the {len(stored)} frames")
+    if constant:
+        odd.append((f"constant frames: {_some(constant)} of {len(stored)}, counted from 0", USED))
+    odd += [(repaired, CORRECTED)] if repaired else []
+    if len(stored) == 1 and subject.dataset != PLAIN:
+        odd.append(("one frame where a cine has many: nothing moves, its crop centre is the image's", USED))
+    mean, std = intensity_statistics(stored)
+    if keep:
+        minimum, scale = minimum * slope + intercept, scale / slope
+    return Cine(
+        stored=stored,
+        geometry=geometry,
+        minimum=minimum,
+        scale=scale,
+        centre=heart_centre(stored, geometry.spacing_mm),
+        mean=mean,
+        std=std,
+        max=float(stored.max()),
+        digest=hashlib.blake2b(stored.data, digest_size=16).hexdigest(),
+        problems=tuple(Problem(subject.key, path.name, what, done) for what, done in odd),
+    )
+
+
+def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, float, float, str]:
+    """(voxels, minimum, maximum, what was repaired): few voxels that are no number become the minimum."""
+    lowest, highest = float(raw.min()), float(raw.max())
+    if math.isfinite(lowest) and math.isfinite(highest):  # NaN and infinity would show in one of them
+        return raw, lowest, highest, ""
+    finite = np.isfinite(raw)
+    bad = raw.size - int(np.count_nonzero(finite))
+    if bad > _MAX_NOT_FINITE * raw.size:
+        raise BrokenSubject(
+            f"{path}: expected finite intensities, got NaN or infinity in {bad} of {raw.size} voxels"
+        )
+    lowest, highest = (float(v) for v in (raw.min(where=finite, initial=np.inf),
+                                          raw.max(where=finite, initial=-np.inf)))  # fmt: skip
+    return (
+        np.where(finite, raw, lowest),
+        lowest,
+        highest,
+        f"{bad} voxels are NaN or infinite: set to the minimum",
+    )
+
+
+def _stored(array: np.ndarray, minimum: float, maximum: float) -> tuple[np.ndarray, float]:
+    """(T, Z, H, W) of any type as contiguous int16 from 0 on, and the factor; a frame at a time, to save
+    memory.
+    """
+    integer = array.dtype.kind in "iu"
+    whole = integer or all((frame == np.round(frame)).all() for frame in array)
+    stored = np.empty(array.shape, np.int16)
+    if whole and maximum - minimum <= _MAX_STORED:
+        wide = np.int32 if array.dtype.itemsize <= 2 else np.int64
+        for frame, out in zip(array, stored, strict=True):
+            np.subtract(frame, int(minimum), out=out, dtype=wide, casting="unsafe")
+        return stored, 1.0
+    scale = _MAX_STORED / (maximum - minimum)
+    for frame, out in zip(array, stored, strict=True):
+        out[...] = np.round((frame.astype(np.float64) - minimum) * scale)
+    return stored, scale
+
+
+def _some(numbers: Sequence[int], limit: int = 8) -> str:
+    return ", ".join(map(str, numbers[:limit])) + (", ..." if len(numbers) > limit else "")
+
+
+def intensity_statistics(cine: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of a (T, Z, H, W) cine, all-zero borders in space left out."""
+    occupied = cine.any(axis=0)
+    box = []
+    for axis in range(3):
+        line = np.flatnonzero(occupied.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(line[0], line[-1] + 1))
+    inside = cine[(slice(None), *box)]
+    mean = float(inside.mean(dtype=np.float64))
+    square = np.mean([np.square(frame - mean, dtype=np.float64).mean() for frame in inside])
+    return mean, math.sqrt(square)
+
+
+def heart_centre(cine: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
+    """Where the heart beats, found without labels: (row, column) in native pixels of a (T, Z, H, W) cine.
+
+    The temporal standard deviation, blurred (sigma 4 mm), averaged over the slices and squared, times a
+    Gaussian prior (sigma 50 mm) at the image centre; its centroid. The image centre where nothing moves or T
+    is 1.
+    """
+    rows, columns = cine.shape[2:]
+    middle = ((rows - 1) / 2, (columns - 1) / 2)
+    motion = np.mean(
+        [
+            gaussian_filter(cine[:, z].std(axis=0, dtype=np.float32), [4 / s for s in spacing_mm])
+            for z in range(cine.shape[1])
+        ],
+        axis=0,
+        dtype=np.float64,
+    )
+    distance = [(np.arange(n) - m) * s for n, m, s in zip((rows, columns), middle, spacing_mm, strict=True)]
+    prior = np.exp(-(distance[0][:, None] ** 2 + distance[1][None, :] ** 2) / (2 * 50.0**2))
+    weight = motion**2 * prior
+    if not weight.sum() > 0:
+        return middle
+    weight /= weight.sum()
+    return float(weight.sum(axis=1) @ np.arange(rows)), float(weight.sum(axis=0) @ np.arange(columns))

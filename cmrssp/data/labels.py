@@ -1,0 +1,201 @@
+"""The labels of one subject: read, brought to the frames of its cine, and checked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cmrssp.data.cine import load, voxels
+from cmrssp.data.geometry import Geometry
+from cmrssp.data.subject import CLASSES, CORRECTED, USED, BrokenSubject, LabelFile, Problem, Subject
+
+_SAME, _ALIKE = 0.9999, 0.9  # correlation of a labelled image with a frame of its cine
+_STRIDE = 3  # of the pixels that are compared
+
+
+@dataclass(frozen=True)
+class Heart:
+    """Where the labels of a subject lie, over all its labelled frames and slices; in native pixels."""
+
+    centre: tuple[float, float]  # centroid, (row, column)
+    box: tuple[int, int, int, int]  # first and last row, first and last column
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labelled frames of one subject: (F, Z, H, W) uint8 with ids 0..3, and the cine frame of each."""
+
+    masks: np.ndarray
+    frames: tuple[int, ...]
+    ed: int | None  # cine frames of end diastole and end systole, None where unlabelled
+    es: int | None
+    heart: Heart | None
+    problems: tuple[Problem, ...] = ()
+
+
+@np.errstate(all="ignore")
+def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Labels:
+    """Read the label files of a subject with the stored cine (T, Z, H, W). Raises BrokenSubject.
+
+    A frame counts as labelled when anything in it is. ED is the labelled frame with the larger LV blood pool,
+    ES the one with the smaller; what the data set says otherwise is reported, not believed.
+    """
+    masks: dict[int, np.ndarray] = {}
+    named: dict[str, int] = {}  # phase: frame, according to the files' names
+    problems: list[Problem] = []
+    for file in subject.labels:
+
+        def note(what: str, done: str = USED, file: LabelFile = file) -> None:
+            problems.append(Problem(subject.key, file.path.name, what, done))
+
+        array = _label_ids(subject, file.path, cine.shape, geometry)
+        if not array.any():
+            note("holds no label")
+            continue
+        for frame, mask in _place(subject, file, array, cine, geometry, note):
+            if not mask.any():
+                continue
+            if frame in masks:
+                note(f"belongs to frame {frame}, for which there are labels already: not used")
+                continue
+            masks[frame] = mask
+            named.update({file.phase: frame} if file.phase else {})
+    frames = tuple(sorted(masks))
+    stacked = np.stack([masks[f] for f in frames]) if frames else np.zeros((0, *cine.shape[1:]), np.uint8)
+    table = {"ED": subject.ed, "ES": subject.es} | named
+    ed, es, odd = _phases(table, stacked, frames)
+    odd += _gaps(stacked, frames, {"ED": ed, "ES": es}) + _order(stacked)
+    problems += [Problem(subject.key, subject.labels[0].path.name, what, done) for what, done in odd]
+    return Labels(np.ascontiguousarray(stacked), frames, ed, es, _heart(stacked), tuple(problems))
+
+
+def _label_ids(subject: Subject, path: Path, shape: Sequence[int], geometry: Geometry) -> np.ndarray:
+    """(frames, Z, H, W) uint8 with our ids, in the cine's canonical axes."""
+    array = geometry.to_canonical(voxels(path, load(path), scaled=True))
+    if array.shape[1:] != tuple(shape[1:]) or len(array) not in (1, shape[0]):
+        raise BrokenSubject(
+            f"{path}: expected the cine's shape (frames, slices, rows, columns) = {tuple(shape)}, got "
+            f"{array.shape}"
+        )
+    known = np.arange(len(subject.label_ids))
+    if array.dtype.kind == "f" or array.min() < 0 or array.max() >= len(known):
+        ids = np.unique(array)
+        if not np.isin(ids, known).all():
+            raise BrokenSubject(
+                f"{path}: expected label ids 0 to {len(known) - 1}, got "
+                f"{', '.join(f'{i:g}' for i in ids[:8])}" + ("" if len(ids) <= 8 else ", ...")
+            )
+    return np.array(subject.label_ids, np.uint8)[array.astype(np.uint8)]
+
+
+def _place(
+    subject: Subject, file: LabelFile, array: np.ndarray, cine: np.ndarray, geometry: Geometry, note
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(cine frame, mask (Z, H, W)) of each volume of a label file."""
+    if file.frame is None and file.image is None and len(array) == len(cine):
+        yield from enumerate(array)
+        return
+    frame, only = file.frame, [f for f in (subject.ed, subject.es) if f is not None]
+    if file.image is not None:
+        frame = _matching(subject, file, cine, geometry, note)
+        if frame is None:
+            return
+    elif frame is None and len(only) == 1:
+        frame = only[0]
+    if frame is None:
+        raise BrokenSubject(
+            f"{file.path}: expected labels of all {len(cine)} frames, got a 3D file; give a 4D file (zeros "
+            "where there are no labels), or say which frame it is: the ED or the ES of the data set's table"
+        )
+    if not 0 <= frame < len(cine) or len(array) != 1:
+        raise BrokenSubject(
+            f"{file.path}: expected one of the cine's {len(cine)} frames, got frame {frame} (counted from 0) "
+            f"with {len(array)} volumes"
+        )
+    yield frame, array[0]
+
+
+def _matching(subject: Subject, file: LabelFile, cine: np.ndarray, geometry: Geometry, note) -> int | None:
+    """The cine frame that shows the same as the labelled image: the one that correlates best with it, where
+    one does at all; None, and a problem, where none does.
+    """
+    image = geometry.to_canonical(voxels(file.image, load(file.image), scaled=True))
+    if image.shape[1:] != cine.shape[1:] or len(image) != 1:
+        note(
+            f"{file.image.name} has shape {image.shape}, the cine {cine.shape}: the frame is not known, not "
+            "used"
+        )
+        return None
+
+    def standard(volume: np.ndarray) -> np.ndarray:
+        values = volume[:, ::_STRIDE, ::_STRIDE].astype(np.float64).ravel()
+        values -= values.mean()
+        return values / max(float(np.linalg.norm(values)), 1e-9)
+
+    wanted = standard(image[0])
+    alike = np.nan_to_num([float(standard(frame) @ wanted) for frame in cine])
+    frame = int(alike.argmax())
+    if alike[frame] < _ALIKE:
+        note(
+            f"no frame of the cine looks like {file.image.name} (best correlation {alike[frame]:.2f}): not "
+            "used"
+        )
+        return None
+    if alike[frame] < _SAME:
+        note(f"{file.image.name} is not in the cine; frame {frame} is the most alike "
+             f"(correlation {alike[frame]:.4f})", CORRECTED)  # fmt: skip
+    return frame
+
+
+def _phases(
+    table: dict[str, int | None], masks: np.ndarray, frames: tuple[int, ...]
+) -> tuple[int | None, int | None, list[tuple[str, str]]]:
+    """(ED frame, ES frame, problems) from the LV blood pools of the labelled frames."""
+    said = (table["ED"], table["ES"])
+    if not frames:
+        return None, None, []
+    if len(frames) == 1:  # nothing to compare with: the table decides, ED where it says nothing
+        return (None, frames[0], []) if frames[0] == said[1] else (frames[0], None, [])
+    pools = (masks == 1).sum(axis=(1, 2, 3))
+    if pools.min() == pools.max():  # nothing to tell them apart by
+        return (*said, []) if set(said) <= set(frames) else (frames[0], frames[-1], [])
+    found = (frames[int(pools.argmax())], frames[int(pools.argmin())])
+    wrong = [
+        (
+            f"{phase} is frame {f} by the labels' blood pool, the data set says {t} (both counted from 0)",
+            CORRECTED,
+        )
+        for phase, f, t in zip(("ED", "ES"), found, said, strict=True)
+        if t is not None and f != t
+    ]
+    return *found, wrong
+
+
+def _gaps(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | None]) -> list[tuple[str, str]]:
+    """What is missing where there are labels at all."""
+    gaps = [f"{phase} has no labels" for phase, frame in phases.items() if frame is None] if frames else []
+    for phase, frame in phases.items():
+        if frame is not None:
+            found = np.bincount(masks[frames.index(frame)].ravel(), minlength=len(CLASSES) + 1)
+            gaps += [f"{phase} has no {name}" for id, name in enumerate(CLASSES, 1) if not found[id]]
+    return [(gap, USED) for gap in gaps]
+
+
+def _order(masks: np.ndarray) -> list[tuple[str, str]]:
+    """The LV is wider at the base, which comes first, than at the apex."""
+    areas = (masks == 1).sum(axis=(0, 2, 3))
+    third = len(areas) // 3
+    if third and areas[:third].mean() < areas[-third:].mean():
+        return [("the slice order is contradicted by the labels: the LV is wider in the last third of the "
+                 "stack than in the first", USED)]  # fmt: skip
+    return []
+
+
+def _heart(masks: np.ndarray) -> Heart | None:
+    counts = (masks > 0).sum(axis=(0, 1))
+    if not counts.any():
+        return None
+    lines = [counts.sum(axis=1), counts.sum(axis=0)]  # over rows, over columns
+    centre = tuple(float(line @ np.arange(len(line)) / line.sum()) for line in lines)
+    return Heart(centre, tuple(int(i) for line in lines for i in np.flatnonzero(line)[[0, -1]]))

@@ -1,0 +1,42 @@
+"""Which device a run takes, and how torch is set up on it."""
+
+import os
+
+import torch
+
+from cmrssp.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Says what was taken."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: expected cpu, or one of {torch.cuda.device_count()} GPUs that torch sees"
+        )
+    if device.type == "cuda":
+        print(f"device: {torch.cuda.get_device_name(device)}")
+    else:
+        print(f"device: {device.type}, {torch.get_num_threads()} threads")
+    return device
+
+
+def resolve_amp(amp: str, device: torch.device) -> str:
+    if amp == "fp16" and device.type != "cuda":
+        print("mixed precision: off (fp16 needs a GPU)")
+        return "off"
+    return amp
+
+
+def prepare_torch(seed: int, deterministic: bool) -> None:
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = not deterministic
