@@ -12,7 +12,7 @@ from cmrssp.data.__main__ import main
 
 @pytest.fixture
 def reported(tmp_path, write_mnms, capsys):
-    """reported() -> (exit status, the report) on the M&Ms folder that write_mnms wrote; a CSV keeps it quiet."""
+    """reported() -> (exit status, the report) on the M&Ms folder of write_mnms; a CSV keeps it quiet."""
 
     def run(*words):
         folder = tmp_path / "mnms"
@@ -72,7 +72,7 @@ def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_
     assert lines[0] == "4 left out, 6 used"
     expected = (
         r"left out: mnms/F: .*F_sa_gt.nii.gz: expected the cine's shape .* = \(3, 3, 32, 40\), got \(3, 3, "
-        "32, 39\)",
+        "32, 39",
         r"left out: mnms/G: .*G_sa_gt.nii.gz: expected label ids 0 to 3, got 0, 3, 6, 9",
         r"left out: mnms/I: .*I_sa.nii.gz: expected an image, got the constant 5 everywhere",
         r"left out: mnms/K: K_sa_gt.nii.gz: no K_sa.nii.gz beside it",
@@ -88,7 +88,7 @@ def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_
 
 
 def test_hearts_far_from_the_crop(tmp_path, write_mnms, beating):
-    """Labels in the corner of a large image: the beating middle is at pixel 220 of 400, the labels end at 30."""
+    """Labels in the corner of a large image: the middle beats at pixel 220 of 400, the labels end at 30."""
     cine = np.zeros((400, 400, 2, 2), np.int16)
     cine[218:223, 218:223, :, 1] = 99
     labels = np.zeros(cine.shape, np.uint8)

@@ -45,7 +45,7 @@ MNMS_HEADER = ",External code,VendorName,Vendor,Centre,ED,ES,Age,Pathology,Sex,H
 
 def test_mnms_as_distributed(tmp_path, beating):
     root = tmp_path / "MnM"
-    cine, labels = beating()  # ED is frame 2, ES frame 0
+    _, labels = beating()  # ED is frame 2, ES frame 0
     for i, (id, place) in enumerate(
         {"A0": "Training/Labeled", "B1": "Training/Unlabeled", "C2": "Validation", "D3": "Testing"}.items()
     ):

@@ -305,6 +305,42 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
     assert {p.name for p in tmp_path.iterdir()} == {"empty", "text.pt"}  # nothing half-written
 
 
+def test_fine_tuning_on_chosen_phases_and_vendors(way, phantom_folder, tmp_path, refused, capsys):
+    """Table 2 and table 3 of the paper: the labelled slices that are left, counted from the files."""
+    cwd, _ = way
+    rows = list(csv.DictReader(next(phantom_folder.glob("*.csv")).open()))
+    vendor = {f"mnms/{row['External code']}": row["VendorName"] for row in rows}
+    train = json.loads((cwd / "runs" / "mim-hearts" / "split.json").read_text())["train"]
+    depth = {
+        key: nibabel.load(next(phantom_folder.rglob(f"{key[5:]}_sa_gt.nii.gz"))).shape[2] for key in train
+    }
+    common = (
+        "--init",
+        cwd / "runs" / "mim-hearts",
+        "--cache",
+        cwd / "cache",
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+    )
+    name = vendor[train[0]]
+    letter = {"Siemens": "A", "Philips": "B", "GE": "C", "Canon": "D"}[name]
+    for out, words, expected in (
+        ("ed", ("--phases", "ed"), sum(depth.values())),
+        ("es", ("--phases", "es"), sum(depth.values())),
+        ("one", ("--vendors", letter), 2 * sum(depth[k] for k in train if vendor[k] == name)),
+    ):
+        assert finetune.main([*map(str, (*common, "--out", tmp_path / out)), *words]) == 0
+        said = capsys.readouterr().out
+        assert f", {expected} labelled slices\n" in said
+        assert torch.load(tmp_path / out / "unet.pt", weights_only=True)["provenance"]["slices"] == expected
+        if out == "ed":
+            assert f"labelled slices: {expected} in all {len(train)} subjects\n" in said
+    line = refused("finetune.py", *common, "--vendors", "Hitachi")
+    assert "--vendors Hitachi: none of the" in line and name in line
+
+
 def test_broken_subjects_are_all_named_or_left_out(phantom_folder, tmp_path):
     folder = shutil.copytree(phantom_folder, tmp_path / "hearts")
     cines = sorted(folder.rglob("*_sa.nii.gz"))

@@ -235,7 +235,7 @@ def test_the_same_heart_in_every_storage_order(tmp_path, beating):
             order = (1, 0, 2, 3) if swapped else (0, 1, 2, 3)
             axes = [axis for axis in range(3) if flips[axis]]
 
-            def restored(array, order=order, axes=axes):  # noqa: B023
+            def restored(array, order=order, axes=axes):
                 return np.flip(array.transpose(order[: array.ndim]), axes)
 
             turn = np.eye(4)[:, order]
@@ -321,5 +321,5 @@ def test_centre_without_labels_on_real_patients(acdc70):
 
 def test_layouts_ignore_what_is_not_theirs(tmp_path):
     Path(tmp_path / "notes.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match="no cine found; expected .nii or .nii.gz files"):
+    with pytest.raises(FileNotFoundError, match=r"no cine found; expected \.nii or"):
         data.find([tmp_path], CACHE)
