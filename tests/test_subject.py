@@ -108,6 +108,19 @@ def test_fractional_and_large_intensities_keep_their_proportions(tmp_path):
     assert np.abs(read.geometry.from_canonical(back)[..., 0] - values).max() <= 0.5 / read.scale + 1e-9
 
 
+@pytest.mark.parametrize("kind", ["i1", "u1", "<i2", ">i2", "u2", "<i4", ">i4", "i8", "u8", "f4", ">f8"])
+def test_whole_numbers_of_every_type_stay_exact(tmp_path, kind):
+    """From the type's smallest value (or -30000) on, over as much as it or int16 holds."""
+    limits = np.iinfo(kind) if np.dtype(kind).kind in "iu" else np.iinfo(np.int16)
+    low = max(limits.min, -30000)
+    values = np.linspace(low, min(limits.max, low + 32767), 60).round().reshape(5, 4, 3)
+    image = nibabel.Nifti1Image(values.astype(kind), np.diag([1.5, 1.5, 8, 1]), dtype=kind)
+    nibabel.save(image, tmp_path / "a.nii")
+    read = read_cine(Subject("folder", "a", tmp_path / "a.nii"))
+    assert read.scale == 1.0 and read.minimum == low
+    assert (read.geometry.from_canonical(read.stored)[..., 0] == values - low).all()
+
+
 def test_statistics_leave_zero_borders_out():
     cine = np.zeros((2, 1, 4, 5), np.int16)
     cine[:, 0, 1:3, 1:3] = [[1, 2], [3, 6]]

@@ -98,11 +98,12 @@ def read_cine(subject: Subject) -> Cine:
         geometry, odd = believe(image.affine, image.header.get_zooms()[:3])
     except ValueError as error:
         raise BrokenSubject(f"{path}: {error}") from None
-    raw, minimum, maximum, repaired = _finite(path, raw)
+    raw, lowest, highest, repaired = _finite(path, raw)
+    minimum, maximum = float(lowest.min()), float(highest.max())
     if minimum == maximum:
         raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
     stored, scale = _stored(geometry.to_canonical(raw), minimum, maximum)
-    constant = [t for t, frame in enumerate(stored) if frame.min() == frame.max()]
+    constant = np.flatnonzero(lowest == highest).tolist()
     if len(constant) == len(stored):
         raise BrokenSubject(f"{path}: expected images, got a constant in each of the {len(stored)} frames")
     if constant:
@@ -122,15 +123,17 @@ def read_cine(subject: Subject) -> Cine:
         mean=mean,
         std=std,
         max=float(stored.max()),
-        digest=hashlib.blake2b(stored.data, digest_size=16).hexdigest(),
+        digest=hashlib.sha256(stored.data).hexdigest(),
         problems=tuple(Problem(subject.key, path.name, what, done) for what, done in odd),
     )
 
 
-def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, float, float, str]:
-    """(voxels, minimum, maximum, what was repaired): few voxels that are no number become the minimum."""
-    lowest, highest = float(raw.min()), float(raw.max())
-    if math.isfinite(lowest) and math.isfinite(highest):  # NaN and infinity would show in one of them
+def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """(voxels, minimum of each frame, maximum of each, what was repaired): a few voxels that are no number
+    become the minimum of all.
+    """
+    lowest, highest = _extremes(raw)
+    if np.isfinite([lowest, highest]).all():  # NaN and infinity would show
         return raw, lowest, highest, ""
     finite = np.isfinite(raw)
     bad = raw.size - int(np.count_nonzero(finite))
@@ -138,27 +141,26 @@ def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, float, float, str]
         raise BrokenSubject(
             f"{path}: expected finite intensities, got NaN or infinity in {bad} of {raw.size} voxels"
         )
-    lowest, highest = (float(v) for v in (raw.min(where=finite, initial=np.inf),
-                                          raw.max(where=finite, initial=-np.inf)))  # fmt: skip
-    return (
-        np.where(finite, raw, lowest),
-        lowest,
-        highest,
-        f"{bad} voxels are NaN or infinite: set to the minimum",
-    )
+    raw = np.where(finite, raw, raw[finite].min())
+    return raw, *_extremes(raw), f"{bad} voxels are NaN or infinite: set to the minimum"
+
+
+def _extremes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Minimum and maximum of each frame, (T,) each."""
+    frames = [raw[..., t] for t in range(raw.shape[3])]
+    return np.array([frame.min() for frame in frames]), np.array([frame.max() for frame in frames])
 
 
 def _stored(array: np.ndarray, minimum: float, maximum: float) -> tuple[np.ndarray, float]:
     """(T, Z, H, W) of any type as contiguous int16 from 0 on, and the factor; a frame at a time, to save
     memory.
     """
-    integer = array.dtype.kind in "iu"
-    whole = integer or all((frame == np.round(frame)).all() for frame in array)
+    whole = array.dtype.kind in "iu" or all((frame == np.round(frame)).all() for frame in array)
     stored = np.empty(array.shape, np.int16)
     if whole and maximum - minimum <= _MAX_STORED:
-        wide = np.int32 if array.dtype.itemsize <= 2 else np.int64
+        kind = np.promote_types(array.dtype, np.int16)  # may wrap on the way: the difference fits
         for frame, out in zip(array, stored, strict=True):
-            np.subtract(frame, int(minimum), out=out, dtype=wide, casting="unsafe")
+            np.subtract(frame, kind.type(minimum), out=out, dtype=kind, casting="unsafe")
         return stored, 1.0
     scale = _MAX_STORED / (maximum - minimum)
     for frame, out in zip(array, stored, strict=True):
@@ -179,27 +181,21 @@ def intensity_statistics(cine: np.ndarray) -> tuple[float, float]:
         box.append(slice(line[0], line[-1] + 1))
     inside = cine[(slice(None), *box)]
     mean = float(inside.mean(dtype=np.float64))
-    square = np.mean([np.square(frame - mean, dtype=np.float64).mean() for frame in inside])
+    square = np.mean([np.square(frame - np.float32(mean)).mean(dtype=np.float64) for frame in inside])
     return mean, math.sqrt(square)
 
 
 def heart_centre(cine: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
     """Where the heart beats, found without labels: (row, column) in native pixels of a (T, Z, H, W) cine.
 
-    The temporal standard deviation, blurred (sigma 4 mm), averaged over the slices and squared, times a
+    The temporal standard deviation, averaged over the slices, blurred (sigma 4 mm) and squared, times a
     Gaussian prior (sigma 50 mm) at the image centre; its centroid. The image centre where nothing moves or T
     is 1.
     """
     rows, columns = cine.shape[2:]
     middle = ((rows - 1) / 2, (columns - 1) / 2)
-    motion = np.mean(
-        [
-            gaussian_filter(cine[:, z].std(axis=0, dtype=np.float32), [4 / s for s in spacing_mm])
-            for z in range(cine.shape[1])
-        ],
-        axis=0,
-        dtype=np.float64,
-    )
+    moving = np.mean([cine[:, z].std(axis=0, dtype=np.float32) for z in range(cine.shape[1])], axis=0)
+    motion = gaussian_filter(moving.astype(np.float64), [4 / s for s in spacing_mm])
     distance = [(np.arange(n) - m) * s for n, m, s in zip((rows, columns), middle, spacing_mm, strict=True)]
     prior = np.exp(-(distance[0][:, None] ** 2 + distance[1][None, :] ** 2) / (2 * 50.0**2))
     weight = motion**2 * prior

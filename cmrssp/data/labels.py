@@ -86,7 +86,9 @@ def _label_ids(subject: Subject, path: Path, shape: Sequence[int], geometry: Geo
                 f"{path}: expected label ids 0 to {len(known) - 1}, got "
                 f"{', '.join(f'{i:g}' for i in ids[:8])}" + ("" if len(ids) <= 8 else ", ...")
             )
-    return np.array(subject.label_ids, np.uint8)[array.astype(np.uint8)]
+    array = array.astype(np.uint8, copy=False)
+    same = subject.label_ids == tuple(known)
+    return array if same else np.take(np.array(subject.label_ids, np.uint8), array)
 
 
 def _place(
@@ -177,8 +179,8 @@ def _gaps(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | No
     gaps = [f"{phase} has no labels" for phase, frame in phases.items() if frame is None] if frames else []
     for phase, frame in phases.items():
         if frame is not None:
-            found = np.bincount(masks[frames.index(frame)].ravel(), minlength=len(CLASSES) + 1)
-            gaps += [f"{phase} has no {name}" for id, name in enumerate(CLASSES, 1) if not found[id]]
+            mask = masks[frames.index(frame)]
+            gaps += [f"{phase} has no {name}" for id, name in enumerate(CLASSES, 1) if not (mask == id).any()]
     return [(gap, USED) for gap in gaps]
 
 
