@@ -1,51 +1,111 @@
-"""Score a fine-tuned network in 3D on the original grid of every file:
-python evaluate.py --split test --checkpoint runs/finetune-mim-phantom-n15-seed0"""
+"""Score a fine-tuned network in 3D on the original grid of every file, compare runs, or segment new cines:
+python evaluate.py --split test --checkpoint runs/finetune-mim-phantom-n15-seed0
+python evaluate.py --predict scan.nii.gz --checkpoint runs/finetune-mim-phantom-n15-seed0
+"""
 
-import csv
-import io
-import math
-import time
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
-from cmrssp import data, flags, report, run, segmentation, training, weights
+from cmrssp import (
+    comparison,
+    data,
+    evaluation,
+    figures,
+    flags,
+    prediction,
+    report,
+    run,
+    segmentation,
+    statistics,
+    tables,
+    weights,
+)
 from cmrssp.data import check, splits, store
-from cmrssp.data.subject import CLASSES
+from cmrssp.data.subject import CLASSES, BrokenSubject, vendor_name
 from cmrssp.device import resolve_device
 from cmrssp.errors import UserError
-from cmrssp.files import atomic
-from cmrssp.metrics import dice
 
 
-def parse(argv: Sequence[str] | None):
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = flags.Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--split", choices=splits.PARTS, default="test", help="which subjects")
     parser.add_argument(
         "--checkpoint",
+        nargs="+",
         metavar="PATH",
-        help="unet.pt, last.pt or a run folder (default: the newest finished fine-tuned run below runs/)",
+        help="unet.pt, last.pt or a run folder (default: the newest finished fine-tuned run below runs/); of "
+        "several "
+        "the probabilities are averaged",
+    )
+    what = parser.add_argument_group("instead of scoring a split").add_mutually_exclusive_group()
+    what.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="PATH",
+        help="segment every frame of these cines: NIfTI files or folders",
+    )
+    what.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RUN",
+        help="runs evaluated on one split, paired by subject, all against the first; runs that differ in the "
+        "seed "
+        "alone are averaged first",
+    )
+    what.add_argument(
+        "--tables",
+        type=Path,
+        metavar="RUNS",
+        help="the paper's tables from all evaluated runs below this folder",
     )
     flags.add_data(parser, default="data and split of the evaluated run")
+    group = parser.add_argument_group("prediction and scores")
+    group.add_argument("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
+    group.add_argument(
+        "--vendors",
+        type=vendor_name,
+        nargs="+",
+        metavar="NAME",
+        help="score the subjects of these vendors alone",
+    )
+    group.add_argument(
+        "--flips", action="store_true", help="average over the image and its three mirror images"
+    )
+    group.add_argument(
+        "--largest-component", action="store_true", help="keep the largest 3D component of each class alone"
+    )
+    group.add_argument("--save-predictions", action="store_true", help="write the label maps of a split, too")
     flags.add_run(parser, training=False)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    checkpoint = weights.load(args.checkpoint or run.newest_finished("fine-tuning"))
-    print(f"checkpoint: {checkpoint.path}")
-    method = segmentation.restore(checkpoint)
-    paths = getattr(args, "data", checkpoint.provenance["data"])
+    if args.tables:
+        return print_tables(args.tables)
+    if args.compare:
+        return compare(args.compare, args.split)
+    checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finished("fine-tuning")]]
+    print(f"checkpoint: {', '.join(str(c.path) for c in checkpoints)}")
+    methods = [segmentation.restore(checkpoint) for checkpoint in checkpoints]
+    if args.predict:
+        return predict(args, methods)
+    return score(args, argv, checkpoints, methods)
+
+
+def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segmentation.Segmentation]) -> int:
+    first = checkpoints[0]
+    paths = getattr(args, "data", first.provenance["data"])
     data.announce(paths)
     device = resolve_device(args.device)
-    method.to(device)
+    methods = [method.to(device) for method in methods]
 
-    label_suffix = getattr(args, "label_suffix", checkpoint.provenance.get("label_suffix", data.LABEL_SUFFIX))
+    label_suffix = getattr(args, "label_suffix", first.provenance.get("label_suffix", data.LABEL_SUFFIX))
     subjects, problems = data.find(paths, args.cache, label_suffix)
-    inherited = None if flags.typed(argv, "--split-seed") else checkpoint.provenance["split"]
+    inherited = None if flags.typed(argv, "--split-seed") else first.provenance["split"]
     split = splits.choose(
         subjects,
         split_file=args.split_file,
@@ -54,127 +114,120 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_overlap=args.keep_overlap,
     )
     if args.split != "train":
-        weights.refuse_seen(checkpoint, split, (args.split,))
+        for checkpoint in checkpoints:
+            weights.refuse_seen(checkpoint, split, (args.split,))
     wanted = splits.named(subjects, split, (args.split,))
+    if args.vendors:
+        vendors = sorted({s.vendor or "unknown" for s in wanted})
+        wanted = [s for s in wanted if s.vendor in args.vendors]
     if not wanted:
         raise UserError(
-            f"--split {args.split}: the split has no subject there; "
-            + ", ".join(f"{part} {len(keys)}" for part, keys in split.items())
-        )
+            f"--split {args.split}: "
+            + (f"its subjects have other --vendors: {', '.join(vendors)}" if args.vendors else "the split "
+                                                                                               "has no "
+               "subject there; " + ", ".join(f"{part} {len(keys)}" for part, keys in split.items()))
+        )  # fmt: skip
     cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
     print(check.summary(cines, problems))
-    out = Path(args.out) if args.out else checkpoint.path.parent / f"evaluation-{args.split}"
-    out.mkdir(parents=True, exist_ok=True)
-    rows, unlabelled = score(method, cines, device)
-    if unlabelled:
-        print(f"left out, without labels: {', '.join(unlabelled)}")
-    if not rows:
+    out = Path(args.out) if args.out else first.path.parent / default_folder(args, checkpoints)
+    saved = out / "predictions" if args.save_predictions else None
+    (saved or out).mkdir(parents=True, exist_ok=True)
+    scores = evaluation.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
+    if scores.unlabelled:
+        print(f"left out, without labels: {', '.join(scores.unlabelled)}")
+    if not scores.rows:
         raise UserError(
-            f"--split {args.split}: none of its {len(wanted)} subjects has a labelled ED or ES frame"
+            f"--split {args.split}: none of its {len(wanted)} subjects has a labelled frame (--phases "
+            f"{args.phases})"
         )
-
-    table = report.dice_table(rows)
+    table = evaluation.breakdown(scores)
     print(
-        f"\n{args.split} split, {len(report.per_subject(rows, 'both', CLASSES))} subjects, "
-        f"mean ± standard deviation over subjects\n{table}"
+        f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects\n"
+        f"{report.dice_table(scores.rows)}\n\n{report.breakdown_table(table)}\n\n"
+        f"{report.agreement_table(scores.clinical, evaluation.AGREEMENT)}"
     )
-    write(out, rows, unlabelled, checkpoint, args.split)
-    report.contour_sheet(cases(rows, cines, method, device), out / "contours.png")
-    print(f"written: {out}/metrics.csv, summary.json, contours.png")
+    lost = {name: count for name, count in evaluation.missed(scores.rows).items() if count}
+    if lost:
+        print("missed (in one of the two label maps alone, no distance): "
+              + ", ".join(f"{name} in {count} volumes" for name, count in lost.items()))  # fmt: skip
+    summary = {
+        "split": args.split,
+        "checkpoints": [str(c.path) for c in checkpoints],
+        "phases": args.phases,
+        "vendors": args.vendors,
+        **options(args),
+        "arm": evaluation.arm(first),
+    }
+    names = evaluation.write(out, scores, table, summary)
+    sheet = evaluation.cases(scores, cines, methods, device, **options(args))
+    report.contour_sheet(sheet, out / "contours.png")
+    print(f"written: {out}/" + ", ".join([*names, "contours.png", *(["predictions/"] if saved else [])]))
     return 0
 
 
-def score(method: segmentation.Segmentation, cines: store.Store, device) -> tuple[list[dict], list[str]]:
-    """(one row a subject and phase, with the Dice of each class; keys of the subjects without labels)."""
-    rows, unlabelled = [], []
-    slices = sum(len(r.phases) * r.shape[1] for r in cines.labels)
-    print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
-    bar = tqdm(cines.subjects, "predicting", unit="subject", disable=None)
-    for i, subject in enumerate(bar):
-        began = time.monotonic()
-        phases = cines.labels[i].phases
-        if not phases:
-            unlabelled.append(subject.key)
-        predictions = segmentation.predict_frames(method, cines, i, list(phases.values()), device)
-        for (phase, frame), labels in zip(phases.items(), predictions, strict=True):
-            rows.append(
-                {
-                    "subject": subject.key,
-                    "phase": phase,
-                    "frame": frame,
-                    "vendor": subject.vendor,
-                    "pathology": subject.pathology,
-                    **dice(labels, cines.label_volume(i, frame)),
-                }
-            )
-        if i == 0 and len(cines.subjects) > 1:
-            left = (time.monotonic() - began) * (len(cines.subjects) - 1)
-            bar.write(f"estimated time: {training.duration(left)}")
-    return rows, unlabelled
+def options(args) -> dict[str, bool]:
+    return {"flips": args.flips, "largest_component": args.largest_component}
 
 
-def write(
-    out: Path, rows: list[dict], unlabelled: list[str], checkpoint: weights.Checkpoint, split: str
-) -> None:
-    """metrics.csv: one line a subject, phase and class. summary.json: the table's numbers."""
-    text = io.StringIO()
-    columns = ["subject", "vendor", "pathology", "phase", "frame", "class", "dice"]
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "class": name, "dice": f"{row[name]:.6f}"} for row in rows for name in CLASSES)
-    with atomic(out / "metrics.csv") as file:
-        file.write(text.getvalue().encode())
-    groups = {"LV": ["LV"], "MYO": ["MYO"], "RV": ["RV"], "mean": CLASSES}
-    scores: dict[str, dict[str, dict[str, float | None]]] = {}
-    for phase in ("ED", "ES", "both"):
-        figures = {
-            n: report.spread(report.per_subject(rows, phase, classes)) for n, classes in groups.items()
-        }
-        scores[phase] = {
-            name: {"mean": finite_or_none(mean), "std": finite_or_none(std)}
-            for name, (mean, std) in figures.items()
-        }
-    run.Run(out).write_json(
-        "summary.json",
-        {
-            "split": split,
-            "checkpoint": str(checkpoint.path),
-            "subjects": sorted({row["subject"] for row in rows}),
-            "without_labels": unlabelled,
-            "dice": scores,
-            "method": checkpoint.history[-1]["method"],
-            "trained_on": len(checkpoint.provenance["subjects"]),
-            "seed": checkpoint.provenance["seed"],
-        },
-    )
+def default_folder(args, checkpoints: Sequence) -> str:
+    """Beside the run; what was changed from the plain evaluation of one run is in the name."""
+    changed = [
+        *([args.phases] if args.phases != "both" else []),
+        *(args.vendors or []),
+        *(["flips"] if args.flips else []),
+        *(["largest"] if args.largest_component else []),
+        *([f"ensemble{len(checkpoints)}"] if len(checkpoints) > 1 else []),
+    ]
+    return "-".join([f"evaluation-{args.split}", *changed])
 
 
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
+def predict(args, methods: list[segmentation.Segmentation]) -> int:
+    """0, or 2 where a cine could not be read; the others are predicted all the same."""
+    device = resolve_device(args.device)
+    methods = [method.to(device) for method in methods]
+    subjects = prediction.find(args.predict, args.cache, getattr(args, "label_suffix", data.LABEL_SUFFIX))
+    out = Path(args.out or "predictions")
+    out.mkdir(parents=True, exist_ok=True)
+    rows, broken = [], []
+    for subject in tqdm(subjects, "predicting", unit="cine", disable=None):
+        try:
+            rows.append(prediction.predict(subject, methods, device, out, **options(args)))
+        except BrokenSubject as error:
+            broken.append(str(error).partition(":\n")[2].strip() or str(error))
+    rows.sort(key=lambda row: (-len(row["flags"]), row["cine"]))
+    if rows:
+        evaluation.write_csv(out / "clinical.csv", rows)
+        print(report.prediction_table(rows))
+        print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")
+    if broken:
+        raise UserError(
+            f"--predict: {len(broken)} of {len(subjects)} cines cannot be used: {'; '.join(broken)}"
+        )
+    return 0
 
 
-def cases(rows: list[dict], cines: store.Store, method, device) -> list[dict]:
-    """Worst, median and best subject by mean Dice, ED and ES of each."""
-    ranked = sorted(report.per_subject(rows, "both", CLASSES).items(), key=lambda item: item[1])
-    chosen = {ranked[i][0]: name for name, i in (("median", len(ranked) // 2), ("best", -1), ("worst", 0))}
-    sheet = []
-    for key, name in sorted(chosen.items(), key=lambda item: ("worst", "median", "best").index(item[1])):
-        i = cines.index[key]
-        for row in (row for row in rows if row["subject"] == key):
-            mean = np.mean([row[c] for c in CLASSES])
-            prediction = next(segmentation.predict_frames(method, cines, i, [row["frame"]], device))
-            sheet.append(
-                {
-                    "title": f"{name}: {key}, {row['phase']}, Dice {mean:.3f}",
-                    "image": cines.volume(i, row["frame"]),
-                    "truth": cines.label_volume(i, row["frame"]),
-                    "prediction": prediction,
-                    "spacing_mm": cines.cines[i].geometry.spacing_mm,
-                    "centre": cines.cines[i].centre,
-                }
-            )
-    return sheet
+def compare(runs: Sequence[str], split: str) -> int:
+    arms = comparison.arms(runs, split)
+    for group in ("mean", *CLASSES):
+        scores = comparison.arm_scores(arms, CLASSES if group == "mean" else [group])
+        found = statistics.compare(scores, seed=0)
+        print(f"{split} split, 3D Dice, {group}\n{report.comparison_table(found, next(iter(scores)))}\n")
+    return 0
+
+
+def print_tables(runs: Path) -> int:
+    found = tables.collect(runs)
+    made = tables.tables(found)
+    print("\n\n".join(tables.markdown(table) for table in made))
+    missing = tables.missing(found, runs)
+    if missing:
+        print("\nto fill the empty cells:\n" + "\n".join(missing))
+    out = runs / "tables"
+    out.mkdir(exist_ok=True)
+    tables.write_csv(made, out)
+    figures.learning_curves(tables.learning_curves(found), out / "learning_curves.png")
+    print(f"\nwritten: {out}/*.csv, learning_curves.png")
+    return 0
 
 
 if __name__ == "__main__":

@@ -138,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "subjects": chosen,
         "slices": len(slices),
+        "all_subjects": len(chosen) == len(labelled),
+        "phases": args.phases,
+        "vendors": args.vendors and sorted(args.vendors),
+        "augmentation": args.augmentation,
         "init": checkpoint.provenance if checkpoint else None,
     }
     held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]
@@ -198,7 +202,9 @@ def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int],
     for subject in subjects:
         record = cines.labels[subject]
         frames = sorted({record.ed, record.es} - {None})
-        for frame, labels in zip(frames, predict_frames(method, cines, subject, frames, device), strict=True):
+        for frame, labels in zip(
+            frames, predict_frames([method], cines, subject, frames, device), strict=True
+        ):
             scores.append(dice(labels, cines.label_volume(subject, frame)))
     means = {f"dice_{name}": float(np.mean([s[name] for s in scores])) for name in CLASSES}
     return {"dice": float(np.mean(list(means.values()))), **means}

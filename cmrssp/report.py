@@ -9,6 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from scipy.ndimage import map_coordinates
 
+from cmrssp import statistics
 from cmrssp.data.batches import Batches
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
@@ -22,26 +23,89 @@ _CELL = 160  # px of a subject in the sheet of crop centres
 
 
 def dice_table(rows: Sequence[dict]) -> str:
-    """Mean and sample standard deviation of Dice over subjects, per class and phase.
+    """Mean and sample standard deviation over subjects, per class: 3D Dice by phase, then the distances in
+    mm.
 
-    rows: dicts with subject, phase (ED or ES), and a Dice for each class. `mean` averages the classes of a
-    subject, `both` its phases.
+    rows: dicts with subject, phase (ED or ES), class, dice, hd95_mm and assd_mm. `mean` averages the classes
+    of a subject, `both` its phases; structures without a distance are left out of it.
     """
     lines = [f"{'3D Dice':<8}" + "".join(f"{name:>16}" for name in (*CLASSES, "mean"))]
-    for phase in ("ED", "ES", "both"):
-        cells = [spread(per_subject(rows, phase, [name])) for name in CLASSES]
-        cells.append(spread(per_subject(rows, phase, CLASSES)))
-        lines.append(f"{phase:<8}" + "".join(f"{mean:>8.3f} ± {std:.3f}" for mean, std in cells))
+    phases = [phase for phase in ("ED", "ES") if any(row["phase"] == phase for row in rows)]
+    for phase in (*phases, *(["both"] if len(phases) > 1 else [])):
+        lines.append(f"{phase:<8}" + _line(rows, phase, "dice", 3))
+    for metric, title in (("hd95_mm", "HD95 mm"), ("assd_mm", "ASSD mm")):
+        lines.append(f"{title:<8}" + _line(rows, "both", metric, 2))
     return "\n".join(lines)
 
 
-def per_subject(rows: Sequence[dict], phase: str, classes: Sequence[str]) -> dict[str, float]:
-    """{subject: mean Dice over the classes, and over its phases where `phase` is "both"}."""
+def _line(rows: Sequence[dict], phase: str, metric: str, digits: int) -> str:
+    cells = [spread(per_subject(rows, phase, [name], metric)) for name in CLASSES]
+    cells.append(spread(per_subject(rows, phase, CLASSES, metric)))
+    return "".join(f"{f'{mean:.{digits}f} ± {std:.{digits}f}':>16}" for mean, std in cells)
+
+
+def per_subject(
+    rows: Sequence[dict], phase: str, classes: Sequence[str], metric: str = "dice"
+) -> dict[str, float]:
+    """{subject: mean over the classes, and over its phases where `phase` is "both"}; NaN is left out."""
     scores: dict[str, list[float]] = {}
     for row in rows:
-        if phase in (row["phase"], "both"):
-            scores.setdefault(row["subject"], []).append(float(np.mean([row[name] for name in classes])))
+        if phase in (row["phase"], "both") and row["class"] in classes and not np.isnan(row[metric]):
+            scores.setdefault(row["subject"], []).append(row[metric])
     return {subject: float(np.mean(values)) for subject, values in scores.items()}
+
+
+def breakdown_table(rows: Sequence[dict], metric: str = "dice") -> str:
+    """The mean over classes of each group of `evaluation.breakdown`, a line a group; what has one group is
+    left out.
+    """
+    groups = {row["by"]: {r["group"] for r in rows if r["by"] == row["by"]} for row in rows}
+    rows = [row for row in rows if row["by"] == "all" or len(groups[row["by"]]) > 1]
+    lines = [f"{'':<32}{'n':>4}{'mean':>8}{'std':>8}{'median':>8}{'5 %':>8}   95 % interval of the mean"]
+    for row in rows:
+        if row["class"] == "mean" and row["metric"] == metric:
+            figures = "".join(f"{row[k]:>8.3f}" for k in ("mean", "std", "median", "percentile_5"))
+            name = f"{row['by']} {row['group']}".strip()
+            lines.append(f"{name:<32}{row['number']:>4}{figures}   {row['low']:.3f} to {row['high']:.3f}")
+    return "\n".join(lines)
+
+
+def agreement_table(clinical: Sequence[dict], names: Sequence[str]) -> str:
+    """Bias and limits of agreement of the clinical numbers, predicted minus reference."""
+    lines = [f"{'predicted - reference':<24}{'n':>4}{'bias':>9}   limits of agreement"]
+    for name in names:
+        found = statistics.bland_altman(
+            *([row[name + end] for row in clinical] for end in ("", "_reference"))
+        )
+        lines.append(
+            f"{name:<24}{found['number']:>4}{found['bias']:>9.2f}   {found['lower']:.2f} to "
+            f"{found['upper']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def prediction_table(rows: Sequence[dict]) -> str:
+    """Volumes and function of predicted cines, those with the most flags first."""
+    columns = {"lv_edv_ml": "EDV ml", "lv_esv_ml": "ESV ml", "lv_ef_percent": "EF %", "lv_mass_g": "mass g",
+               "rv_edv_ml": "RV EDV", "rv_ef_percent": "RV EF %"}  # fmt: skip
+    lines = [f"{'cine':<32}" + "".join(f"{title:>9}" for title in columns.values()) + "   flags"]
+    for row in rows:
+        cells = "".join(f"{'-':>9}" if row[c] is None else f"{row[c]:>9.1f}" for c in columns)
+        lines.append(f"{row['cine']:<32}{cells}   {row['flags'] or 'none'}")
+    return "\n".join(lines)
+
+
+def comparison_table(rows: dict[str, dict], first: str) -> str:
+    """Every run against the first, as `statistics.compare` gives it."""
+    lines = [
+        f"{'against ' + first:<40}{'n':>4}{'difference':>11}   95 % interval       p       Holm p  effect"
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<40}{row['number']:>4}{row['difference']:>+11.4f}   {row['lower']:+.4f} to "
+            f"{row['upper']:+.4f}  {row['p']:<8.2g}{row['p_holm']:<8.2g}{row['effect']:+.2f}"
+        )
+    return "\n".join(lines)
 
 
 def spread(scores: dict[str, float]) -> tuple[float, float]:
@@ -108,6 +172,12 @@ def curves(records: Sequence[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
+def around(centre: Sequence[float], spacing_mm: Sequence[float]) -> tuple[slice, slice]:
+    """Rows and columns of a 160 mm square around a centre in pixels, as far as the image reaches."""
+    half = [_SHEET_MM / 2 / spacing for spacing in spacing_mm]
+    return tuple(slice(max(0, int(c - h)), int(c + h) + 1) for c, h in zip(centre, half, strict=True))
+
+
 def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
     """Contours of truth and prediction on evenly spread slices, base on the left; one row per case.
 
@@ -120,13 +190,12 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
         shown = case["prediction"] if case["truth"] is None else case["truth"]
         slices = np.flatnonzero(shown.any(axis=(1, 2)))
         slices = slices if len(slices) else np.arange(len(shown))
-        chosen = slices[np.linspace(0, len(slices) - 1, columns).round().astype(int)]
-        box = [
-            slice(max(0, int(c - _SHEET_MM / 2 / s)), int(c + _SHEET_MM / 2 / s) + 1)
-            for c, s in zip(case["centre"], case["spacing_mm"], strict=True)
-        ]
+        chosen = slices[np.unique(np.linspace(0, len(slices) - 1, columns).round().astype(int))]
+        box = around(case["centre"], case["spacing_mm"])
         high = np.percentile(case["image"][(slice(None), *box)], 99.5)
-        for axis, z in zip(row, chosen, strict=True):
+        for axis in row[len(chosen) :]:
+            axis.set_axis_off()
+        for axis, z in zip(row, chosen, strict=False):
             axis.imshow(
                 case["image"][(z, *box)],
                 cmap="gray",
@@ -142,7 +211,8 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
             axis.set(xticks=[], yticks=[], xlabel=f"slice {z + 1} of {len(case['image'])}")
             axis.xaxis.label.set_fontsize(7)
         row[0].set_title(case["title"], loc="left", fontsize=9)
-    legend = f"blue: reference, orange: prediction; {_SHEET_MM:.0f} mm square around the crop centre"
+    reference = "blue: reference, " if any(case["truth"] is not None for case in cases) else ""
+    legend = f"{reference}orange: prediction; {_SHEET_MM:.0f} mm square around the crop centre"
     axes[-1, 0].text(0, -0.25, legend, transform=axes[-1, 0].transAxes, fontsize=9)
     save_figure(figure, path)
 

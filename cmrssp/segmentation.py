@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from cmrssp import augmentation, weights
 from cmrssp.data.batches import Batch, collate, to_device
@@ -72,18 +73,20 @@ class Segmentation(Method):
         return self.unet.state_dict()
 
     @torch.inference_mode()
-    def predict(self, batch: Batch) -> torch.Tensor:
-        """Label ids (B, Hmax, Wmax) uint8 on the batch's native grid; background outside the crop.
+    def probabilities(self, batch: Batch, *, flips: bool = False) -> torch.Tensor:
+        """(B, 4, Hmax, Wmax) float32 on the batch's native grid; all 0 outside the crop.
 
-        The plain centred crop goes through the network; its probabilities are sampled back linearly.
+        The plain centred crop goes through the network; its probabilities, with `flips` the mean over the
+        image and its three mirror images, are sampled back linearly.
         """
         image = self.views(batch, None)["image"]
-        logits = self.unet.full_resolution(image.contiguous(memory_format=torch.channels_last))
+        total = 0.0
+        mirrored = ((), (2,), (3,), (2, 3)) if flips else ((),)
+        for axes in mirrored:
+            seen = image.flip(axes).contiguous(memory_format=torch.channels_last)
+            total = total + self.unet.full_resolution(seen).float().softmax(dim=1).flip(axes)
         grid = augmentation.native_grid(batch, image_size=self.image_size, spacing_mm=self.spacing_mm)
-        probabilities = F.grid_sample(
-            logits.float().softmax(dim=1), grid, mode="bilinear", align_corners=True
-        )
-        return probabilities.argmax(dim=1).to(torch.uint8)
+        return F.grid_sample(total / len(mirrored), grid, mode="bilinear", align_corners=True)
 
 
 def restore(checkpoint: weights.Checkpoint) -> Segmentation:
@@ -105,21 +108,48 @@ def restore(checkpoint: weights.Checkpoint) -> Segmentation:
 
 
 def predict_frames(
-    method: Segmentation, store: Store, subject: int, frames: Sequence[int], device: torch.device
+    methods: Sequence[Segmentation],
+    store: Store,
+    subject: int,
+    frames: Sequence[int],
+    device: torch.device,
+    *,
+    flips: bool = False,
+    largest_component: bool = False,
 ) -> Iterator[np.ndarray]:
-    """The label map (Z, H, W) uint8 of each of the cine frames, on the subject's canonical native grid."""
+    """The label map (Z, H, W) uint8 of each of the cine frames, on the subject's canonical native grid.
+
+    Of several networks the probabilities are averaged; with `flips` also over mirror images. What lies
+    outside every crop is background. With `largest_component` only the largest 3D component of each class
+    stays.
+    """
     _, slices, height, width = store.cines[subject].shape
     places = [(subject, frame, z) for frame in frames for z in range(slices)]
-    training = method.training
-    method.eval()
+    training = [method.training for method in methods]
+    for method in methods:
+        method.eval()
     try:
         done: list[np.ndarray] = []
         for start in range(0, len(places), _SLICES_AT_ONCE):
-            batch = collate(store, places[start : start + _SLICES_AT_ONCE], labelled=False)
-            labels = method.predict(to_device(batch, device))
-            done.extend(labels[:, :height, :width].cpu().numpy())
+            batch = to_device(collate(store, places[start : start + _SLICES_AT_ONCE], labelled=False), device)
+            mean = sum(method.probabilities(batch, flips=flips) for method in methods)
+            done.extend(mean.argmax(dim=1).to(torch.uint8)[:, :height, :width].cpu().numpy())
             while len(done) >= slices:
-                yield np.stack(done[:slices])
+                labels = np.stack(done[:slices])
+                yield keep_largest(labels) if largest_component else labels
                 done = done[slices:]
     finally:
-        method.train(training)
+        for method, mode in zip(methods, training, strict=True):
+            method.train(mode)
+
+
+def keep_largest(labels: np.ndarray) -> np.ndarray:
+    """(Z, H, W) with the largest component of each class alone, voxels that touch at a corner belonging
+    together; the others become background.
+    """
+    kept = np.zeros_like(labels)
+    for id in range(1, NUM_OUTPUTS):
+        components, count = ndimage.label(labels == id, structure=np.ones((3, 3, 3)))
+        if count:
+            kept[components == 1 + np.argmax(np.bincount(components.ravel())[1:])] = id
+    return kept

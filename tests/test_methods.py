@@ -100,7 +100,7 @@ def test_prediction_lies_on_the_native_grid(hearts):
     level = (120 - hearts.cines[1].mean) / hearts.cines[1].std
     threshold = ThresholdAt(level)
     method.unet = threshold
-    (labels,) = predict_frames(method, hearts, 1, [2], torch.device("cpu"))
+    (labels,) = predict_frames([method], hearts, 1, [2], torch.device("cpu"))
     image = torch.from_numpy(hearts.volume(1, 2).copy())
     assert labels.shape == image.shape
     agree = torch.from_numpy(labels) == (image > 120)
@@ -122,7 +122,7 @@ class ThresholdAt(torch.nn.Module):
 def test_outside_the_crop_is_background(hearts):
     method = Segmentation(channels=(4, 8), image_size=8, spacing_mm=1.5, augment=False).eval()
     method.unet = ThresholdAt(-1e6)  # class 1 everywhere
-    (labels,) = predict_frames(method, hearts, 0, [0], torch.device("cpu"))
+    (labels,) = predict_frames([method], hearts, 0, [0], torch.device("cpu"))
     row, column = hearts.cines[0].centre
     rows, columns = torch.meshgrid(torch.arange(32), torch.arange(40), indexing="ij")
     inside = ((rows - row).abs() < 3.5) & ((columns - column).abs() < 3.5)

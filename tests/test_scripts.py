@@ -157,7 +157,7 @@ def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
     row = next(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
     subject = next(s for s in data.find([str(phantom_folder)], cwd)[0] if s.key == row["subject"])
     cines = store.build([subject], cwd / "cache", labels=False, progress=False)
-    (labels,) = segmentation.predict_frames(method, cines, 0, [int(row["frame"])], torch.device("cpu"))
+    (labels,) = segmentation.predict_frames([method], cines, 0, [int(row["frame"])], torch.device("cpu"))
     ours = cines.cines[0].geometry.from_canonical(labels[None])[..., 0]
     truth = np.asanyarray(nibabel.load(subject.labels[0].path).dataobj)[..., int(row["frame"])]
     assert dice(ours, truth)[row["class"]] == pytest.approx(float(row["dice"]), abs=1e-6)

@@ -263,7 +263,7 @@ def test_the_same_heart_in_every_storage_order(tmp_path, beating):
             cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
             record = cines.cines[0]
             batch = collate(cines, [(0, 2, z) for z in range(3)], labelled=True)
-            (predicted,) = predict_frames(method, cines, 0, [2], torch.device("cpu"))
+            (predicted,) = predict_frames([method], cines, 0, [2], torch.device("cpu"))
             back = record.geometry.from_canonical(predicted[None])[..., 0]
             seen.append((record, batch, predicted))
             assert [p.what for p in record.problems] == []

@@ -2,24 +2,17 @@
 
 import hashlib
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from cmrssp.data.geometry import Geometry, believe
+from cmrssp.data.nifti import load, time_step, voxels
 from cmrssp.data.subject import CORRECTED, PLAIN, USED, BrokenSubject, Problem, Subject
 
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
-               struct.error, zlib.error, nibabel.filebasedimages.ImageFileError,
-               nibabel.spatialimages.HeaderDataError)  # fmt: skip
-nibabel.imageglobals.logger.setLevel("CRITICAL")  # what is odd in a header is reported here, once
-_MAX_COMPRESSION = 1032  # of deflate: what a header claims beyond that, the file cannot hold
 _MAX_STORED = 32767
 _MAX_NOT_FINITE = 0.01  # of the voxels
 
@@ -36,53 +29,9 @@ class Cine:
     mean: float
     std: float
     max: float
+    time_step_s: float | None  # between frames, where the file says it
     digest: str  # of `stored`: the same image under two names is found by it
     problems: tuple[Problem, ...] = ()
-
-
-@np.errstate(all="ignore")
-def load(path: Path) -> nibabel.Nifti1Image:
-    """A NIfTI file whose header has been checked against the file's size; its voxels are not read yet."""
-    try:
-        image = nibabel.load(path, mmap=False)
-        kind, shape = image.get_data_dtype(), image.shape
-        if len(shape) == 5 and shape[3] == 1:
-            shape = (*shape[:3], shape[4])
-        if len(shape) not in (3, 4) or min(shape) < 1:
-            raise BrokenSubject(f"{path}: expected a 3D or 4D image, got shape {image.shape}")
-        if kind.kind not in "iuf":
-            raise BrokenSubject(f"{path}: expected grey values, got voxels of type {kind}")
-        claimed, size = math.prod(shape) * kind.itemsize, path.stat().st_size
-        if claimed > size * (_MAX_COMPRESSION if path.suffix == ".gz" else 1):
-            raise BrokenSubject(
-                f"{path}: cannot be read as NIfTI: its header claims {claimed} bytes of voxels, the file has "
-                f"{size}"
-            )
-        return image
-    except BrokenSubject:
-        raise
-    except _UNREADABLE as error:
-        raise BrokenSubject(
-            f"{path}: cannot be read as NIfTI, it may be truncated ({_line(error)})"
-        ) from None
-
-
-@np.errstate(all="ignore")
-def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarray:
-    """(X, Y, Z, T), a 3D file with T = 1; `scaled` by the header's slope and intercept, or as they are
-    stored.
-    """
-    try:
-        array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
-        return array.reshape(*image.shape[:3], -1)
-    except _UNREADABLE as error:
-        raise BrokenSubject(
-            f"{path}: cannot be read as NIfTI, it may be truncated ({_line(error)})"
-        ) from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @np.errstate(all="ignore")
@@ -123,6 +72,7 @@ def read_cine(subject: Subject) -> Cine:
         mean=mean,
         std=std,
         max=float(stored.max()),
+        time_step_s=time_step(image),
         digest=hashlib.sha256(stored.data).hexdigest(),
         problems=tuple(Problem(subject.key, path.name, what, done) for what, done in odd),
     )

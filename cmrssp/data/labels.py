@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cmrssp.data.cine import load, voxels
 from cmrssp.data.geometry import Geometry
+from cmrssp.data.nifti import load, voxels
 from cmrssp.data.subject import CLASSES, CORRECTED, USED, BrokenSubject, LabelFile, Problem, Subject
 
 _SAME, _ALIKE = 0.9999, 0.9  # correlation of a labelled image with a frame of its cine

@@ -23,7 +23,7 @@ from cmrssp.data.labels import Heart, read_labels
 from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.files import atomic
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class CineRecord:
     mean: float
     std: float
     max: float
+    time_step_s: float | None
     digest: str
     problems: tuple[Problem, ...]
 
@@ -177,6 +178,7 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
                 "max": cine.max,
                 "minimum": cine.minimum,
                 "scale": cine.scale,
+                "time_step_s": cine.time_step_s,
                 "digest": cine.digest,
                 "geometry": asdict(cine.geometry),
                 "problems": _plain(cine.problems),
@@ -192,6 +194,7 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
         header["mean"],
         header["std"],
         header["max"],
+        header["time_step_s"],
         header["digest"],
         _problems(subject, header),
     )

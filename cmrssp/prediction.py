@@ -1,0 +1,181 @@
+"""New cines, without masks or frame numbers: every frame segmented, volumes over the cycle, odd results."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from cmrssp import data, figures, metrics, report
+from cmrssp.animation import animate
+from cmrssp.data import store
+from cmrssp.data.nifti import write_labels
+from cmrssp.data.store import CineRecord
+from cmrssp.data.subject import CLASSES, PLAIN, Subject
+from cmrssp.errors import UserError
+from cmrssp.segmentation import Segmentation, predict_frames
+
+_OPEN, _SCATTERED, _JUMP = 0.1, 0.01, 0.1  # of the cavity's border, of a class's voxels, of the EDV
+
+
+def find(paths: Sequence[str], cache: Path, label_suffix: str) -> list[Subject]:
+    """The cines that the paths name: NIfTI files, and folders in any layout. Raises UserError,
+    FileNotFoundError.
+    """
+    subjects = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            subjects += data.find([str(path)], cache, label_suffix)[0]
+        elif not path.exists():
+            raise FileNotFoundError(f"--predict {path}: no such file or folder")
+        elif path.name.endswith((".nii", ".nii.gz")):
+            subjects.append(Subject(PLAIN, path.name.removesuffix(".gz").removesuffix(".nii"), path))
+        else:
+            raise UserError(
+                f"--predict {path}: expected .nii or .nii.gz files, or folders of them; convert DICOM first, "
+                "for example with dcm2niix"
+            )
+    names = [name(s) for s in subjects]
+    for one in subjects:
+        if names.count(name(one)) > 1:
+            raise UserError(
+                f"--predict: two cines would both be written as {name(one)}; give their folders one by one"
+            )
+    return subjects
+
+
+def name(subject: Subject) -> str:
+    """What the files of a cine are called."""
+    return subject.id.replace("/", "_")
+
+
+def predict(
+    subject: Subject, methods: Sequence[Segmentation], device: torch.device, out: Path, **options: bool
+) -> dict:
+    """Segment every frame of a cine; write its label map and pictures to `out`; the row of clinical.csv.
+
+    Raises BrokenSubject. `options` are those of `segmentation.predict_frames`.
+    """
+    with tempfile.TemporaryDirectory(prefix=".", dir=out) as folder:
+        cines = store.build([subject], Path(folder), labels=False, progress=False)
+        record = cines.cines[0]
+        frames = list(range(record.shape[0]))
+        labels = np.stack(list(predict_frames(methods, cines, 0, frames, device, **options)))
+        write_labels(out / f"{name(subject)}_labels.nii.gz", labels, record.geometry, subject.cine)
+        spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
+        volumes = [metrics.volumes_ml(frame, spacing) for frame in labels]
+        lv = np.array([v["LV"] for v in volumes])
+        ed, es = int(lv.argmax()), int(lv.argmin())
+        phases = {"ED": volumes[ed], "ES": volumes[es]} if len(frames) > 1 else {"ED": volumes[0]}
+        reach = min(method.image_size * method.spacing_mm for method in methods) / 2
+        _pictures(cines, labels, volumes, ed, es, out / name(subject))
+    step = record.time_step_s
+    return {
+        "cine": name(subject),
+        "frames": len(frames),
+        "ed_frame": ed,
+        "es_frame": es if len(frames) > 1 else None,
+        **metrics.clinical(phases),
+        "heart_rate_per_min": 60 / (step * len(frames)) if step and len(frames) > 1 else None,
+        "flags": "; ".join(flags(labels, volumes, record, reach)),
+    }
+
+
+def _pictures(cines: store.Store, labels: np.ndarray, volumes: list, ed: int, es: int, stem: Path) -> None:
+    record, key = cines.cines[0], cines.subjects[0].id
+    cases = [
+        {"title": f"{key}, {phase}, frame {frame}", "image": cines.volume(0, frame), "truth": None,
+         "prediction": labels[frame], "spacing_mm": record.geometry.spacing_mm, "centre": record.centre}
+        for phase, frame in {"ED": ed, "ES": es}.items() if phase == "ED" or es != ed
+    ]  # fmt: skip
+    report.contour_sheet(cases, stem.with_name(f"{stem.name}_contours.png"), columns=6)
+    if len(labels) == 1:
+        return
+    step = record.time_step_s
+    curve = {
+        "time_ms": np.arange(len(labels)) * step * 1000 if step else None,
+        "lv_ml": np.array([v["LV"] for v in volumes]),
+        "rv_ml": np.array([v["RV"] for v in volumes]),
+        "ed": ed,
+        "es": es,
+    }
+    figures.volume_curve({key: curve}, stem.with_name(f"{stem.name}_volumes.png"))
+    found = np.flatnonzero((labels[ed] == 1).any(axis=(1, 2)))
+    z = int(found[len(found) // 2]) if len(found) else record.shape[1] // 2
+    images = np.stack([cines.slice(0, t, z) for t in range(len(labels))])
+    box = report.around(record.centre, record.geometry.spacing_mm)
+    animate(
+        images[(slice(None), *box)],
+        labels[(slice(None), z, *box)],
+        record.geometry.spacing_mm,
+        stem.with_name(f"{stem.name}.gif"),
+        step or 0.04,
+    )
+
+
+def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach_mm: float) -> list[str]:
+    """What looks wrong in the label maps (T, Z, H, W) of a cine, worst first; [] where nothing does.
+
+    `reach_mm` is half the side of the crop that the network saw.
+    """
+    found = []
+    absent = [n for id, n in enumerate(CLASSES, 1) if not (labels == id).any()]
+    if absent:
+        found.append(f"no {' and no '.join(absent)} in any frame")
+    lost = [t for t, v in enumerate(volumes) if "LV" not in absent and v["LV"] == 0]
+    if lost:
+        found.append(f"no LV in {len(lost)} of {len(labels)} frames")
+    border, open_to_others = _cavity_border(labels)
+    if border and open_to_others > _OPEN * border:
+        found.append(
+            f"LV cavity not enclosed by myocardium ({100 * open_to_others / border:.0f} % of its border)"
+        )
+    scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_largest(labels == id) > _SCATTERED]
+    if scattered:
+        found.append(f"more than one component: {', '.join(scattered)}")
+    lv = np.array([v["LV"] for v in volumes])
+    if len(lv) > 4:
+        smooth = np.median([np.roll(lv, 1), lv, np.roll(lv, -1)], axis=0)
+        # what the turn of a sound curve may be, with systole in a third of the cycle
+        turn = np.ptp(lv) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(lv))))
+        jumps = np.flatnonzero(np.abs(lv - smooth) > _JUMP * lv.max() + turn)
+        if len(jumps):
+            found.append(f"jump in the LV volume at frame {', '.join(map(str, jumps[:5]))}")
+    rows, columns = (np.flatnonzero(labels.any(axis=axes)) for axes in ((0, 1, 3), (0, 1, 2)))
+    at = [
+        np.abs(line - centre).max() * spacing
+        for line, centre, spacing in zip(
+            (rows, columns), record.centre, record.geometry.spacing_mm, strict=True
+        )
+        if len(line)
+    ]
+    if at and max(at) > reach_mm - 2 * max(record.geometry.spacing_mm):
+        found.append("touches the edge of the crop")
+    return found
+
+
+def _cavity_border(labels: np.ndarray) -> tuple[int, int]:
+    """In-plane neighbours of LV pixels that are not LV, and those of them that are not myocardium either."""
+    border = open_to_others = 0
+    for axis in (2, 3):
+        ahead, behind = (
+            np.take(labels, range(*r), axis) for r in ((1, labels.shape[axis]), (0, labels.shape[axis] - 1))
+        )
+        for inside, outside in ((ahead, behind), (behind, ahead)):
+            beside = outside[(inside == 1) & (outside != 1)]
+            border += len(beside)
+            open_to_others += int((beside != 2).sum())
+    return border, open_to_others
+
+
+def _outside_largest(masks: np.ndarray) -> float:
+    """The largest share, over the frames (T, Z, H, W), of voxels that are not in the largest 3D component."""
+    worst = 0.0
+    for mask in masks:
+        components, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+        if count > 1:
+            sizes = np.bincount(components.ravel())[1:]
+            worst = max(worst, 1 - sizes.max() / sizes.sum())
+    return worst
