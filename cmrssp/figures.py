@@ -295,4 +295,4 @@ def _write(figure: Figure, path: Path) -> None:
         axis.tick_params(labelsize=_POINTS)
     for text in figure.findobj(Text):
         text.set_fontsize(_POINTS)
-    save_figure(figure, path)
+    save_figure(figure, path, dpi=300)
