@@ -117,9 +117,9 @@ def spread(scores: dict[str, float]) -> tuple[float, float]:
     )
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
     with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+        figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight")
 
 
 @torch.inference_mode()
