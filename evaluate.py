@@ -157,6 +157,7 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         "vendors": args.vendors,
         **options(args),
         "arm": evaluation.arm(first),
+        "settings": evaluation.settings(first),
     }
     names = evaluation.write(out, scores, table, summary)
     sheet = evaluation.cases(scores, cines, methods, device, **options(args))

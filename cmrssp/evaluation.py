@@ -205,6 +205,12 @@ def arm(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What runs that are averaged should share."""
+    names = ("channels", "image_size", "spacing_mm")
+    return {**{n: checkpoint.config[n] for n in names}, "epochs": checkpoint.provenance.get("epochs")}
+
+
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """Dicts with the same keys; floats with six decimals, what was not measured empty."""
     text = io.StringIO()

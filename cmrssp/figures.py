@@ -16,6 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from cmrssp import statistics
 from cmrssp.data.subject import CLASSES
 from cmrssp.report import save_figure
 
@@ -37,18 +38,6 @@ _POINTS = 7.5
 _WIDTH = 164 / 25.4  # inches: with the margin that save_figure adds, under 170 mm, so that text never shrinks
 
 
-def agreement(measured: np.ndarray, reference: np.ndarray) -> tuple[int, float, float, float]:
-    """(n, bias, lower and upper limit of agreement) of two arrays (N,) in one unit: bias ± 1.96 sample
-    standard deviations of the differences (Bland and Altman, Lancet 1986). Pairs with NaN are left out.
-    """
-    difference = np.asarray(measured, float) - np.asarray(reference, float)
-    difference = difference[np.isfinite(difference)]
-    n = len(difference)
-    bias = float(difference.mean()) if n else float("nan")
-    half = 1.96 * float(difference.std(ddof=1)) if n > 1 else float("nan")
-    return n, bias, bias - half, bias + half
-
-
 def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: Path) -> None:
     """A panel per title; pairs: {title: (measured (N,), reference (N,), unit)}, NaN where one is missing."""
     if not pairs:
@@ -57,7 +46,8 @@ def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: 
     for axis, (title, (measured, reference, unit)) in zip(axes, pairs.items(), strict=False):
         measured, reference = np.asarray(measured, float), np.asarray(reference, float)
         difference, mean = measured - reference, (measured + reference) / 2
-        n, bias, low, high = agreement(measured, reference)
+        found = statistics.bland_altman(measured, reference)
+        n, bias, low, high = (found[key] for key in ("number", "bias", "lower", "upper"))
         axis.set_title(f"{title}, N = {n}" + (f" of {len(difference)}" if n < len(difference) else ""))
         axis.set(xlabel=f"mean of both ({unit})", ylabel=f"measured − reference ({unit})")
         if n < 2:

@@ -79,6 +79,7 @@ class Evaluated:
     slices: int
     scores: dict[tuple[str, str, str], float]  # Dice by subject, phase (ED or ES), class
     vendors: dict[str, str]  # of each test subject
+    settings: str  # network and length, as text
     written_ns: int  # when it was evaluated
     args: dict[str, Any] = field(default_factory=dict)  # its args.json, empty without one
 
@@ -135,6 +136,9 @@ def collect(folder: str | Path) -> list[Evaluated]:
         )
     for run in runs[1:]:
         _refuse_other_subjects(runs[0], run)
+    if len({run.settings for run in runs}) > 1:
+        print("these runs differ in network or length, and cells may average over that: " + "; ".join(
+            f"{run.folder} {run.settings}" for run in {run.settings: run for run in runs}.values()))  # fmt: skip
     for run in runs:
         if run.arm not in arms():
             print(f"in no table: {run.folder}; the paper has no such run")
@@ -187,6 +191,7 @@ def _read(path: Path) -> Evaluated | None:
         slices=arm["slices"],
         scores=scores,
         vendors=vendors,
+        settings=json.dumps(summary.get("settings"), sort_keys=True),
         written_ns=path.stat().st_mtime_ns,
         args=_object(path.parents[1] / "args.json"),
     )

@@ -62,17 +62,6 @@ def overlapping(figure: Figure) -> list[tuple[str, str]]:
     return [(a, b) for i, (a, one) in enumerate(boxes) for b, two in boxes[:i] if one.overlaps(two)]
 
 
-def test_agreement_by_hand():
-    # differences 1, 3, 5 (the NaN pairs are left out): mean 3, sample standard deviation 2
-    n, bias, low, high = figures.agreement([11, 13, 15, NAN, 4], [10, 10, 10, 3, NAN])
-    assert (n, bias) == (3, 3.0)
-    assert (low, high) == pytest.approx((3 - 3.92, 3 + 3.92))
-    n, bias, low, high = figures.agreement([4.0], [1.0])
-    assert (n, bias) == (1, 3.0) and np.isnan([low, high]).all()
-    n, *rest = figures.agreement([NAN], [1.0])
-    assert n == 0 and np.isnan(rest).all()
-
-
 def test_bland_altman_draws_these_lines(tmp_path, drawn):
     pairs = {
         "LV EDV": (np.array([11.0, 13, 15, NAN]), np.array([10.0, 10, 10, 3]), "ml"),

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import finetune
 import train_ssp
-from cmrssp import data, flags, memory
+from cmrssp import data, evaluation, flags, memory
 from cmrssp.data import store
 from cmrssp.data.batches import Slices, collate
 from cmrssp.metrics import dice
@@ -303,6 +304,147 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
         line = refused(*words)
         assert all(part in line for part in parts), line
     assert {p.name for p in tmp_path.iterdir()} == {"empty", "text.pt"}  # nothing half-written
+
+
+def test_evaluation_leaves_every_number_that_it_prints(way, phantom_folder, tmp_path, capsys):
+    """Filters, saved label maps, and clinical numbers from the files alone."""
+    cwd, _ = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    plain = run / "evaluation-test"
+    assert {p.name for p in plain.iterdir()} == {
+        "metrics.csv", "slices.csv", "clinical.csv", "breakdown.csv", "summary.json", "contours.png",
+        "agreement.png", "position.png", "boxes.png",
+    }  # fmt: skip
+    words = [
+        "--split",
+        "test",
+        "--checkpoint",
+        run,
+        "--cache",
+        cwd / "cache",
+        "--phases",
+        "ed",
+        "--save-predictions",
+    ]
+    assert evaluate.main([*map(str, words), "--out", str(tmp_path / "ed")]) == 0
+    assert "both " not in capsys.readouterr().out.split("3D Dice")[1].split("predicted")[0]
+    both = list(csv.DictReader((plain / "metrics.csv").open()))
+    ed = list(csv.DictReader((tmp_path / "ed" / "metrics.csv").open()))
+    assert ed == [row for row in both if row["phase"] == "ED"]
+    row = ed[0]
+    key = row["subject"].split("/")[1]
+    maps = nibabel.load(tmp_path / "ed" / "predictions" / f"{key}.nii.gz")
+    truth = nibabel.load(next(phantom_folder.rglob(f"{key}_sa_gt.nii.gz")))
+    ours, theirs = (np.asanyarray(i.dataobj)[..., int(row["frame"])] for i in (maps, truth))
+    voxel_ml = abs(np.linalg.det(truth.affine[:3, :3])) / 1000
+    assert maps.shape == truth.shape and (maps.affine == truth.affine).all()
+    assert dice(ours, theirs)["LV"] == pytest.approx(float(row["dice"]), abs=1e-6)
+    assert float(row["volume_ml"]) == pytest.approx((ours == 1).sum() * voxel_ml, rel=1e-4)
+    clinical = {r["subject"]: r for r in csv.DictReader((plain / "clinical.csv").open())}[row["subject"]]
+    edv, esv = (
+        float(r["reference_ml"]) for r in both if r["subject"] == row["subject"] and r["class"] == "LV"
+    )
+    assert float(clinical["lv_ef_percent_reference"]) == pytest.approx(100 * (edv - esv) / edv, abs=1e-3)
+    groups = list(csv.DictReader((plain / "breakdown.csv").open()))
+    (group,) = (
+        g for g in groups if (g["by"], g["group"], g["class"], g["metric"]) == ("phase", "ES", "RV", "dice")
+    )
+    values = [float(r["dice"]) for r in both if (r["phase"], r["class"]) == ("ES", "RV")]
+    assert float(group["mean"]) == pytest.approx(np.mean(values), abs=1e-5) and int(group["number"]) == len(
+        values
+    )
+    assert {g["by"] for g in groups} == {"all", "phase", "vendor", "pathology", "dataset", "third"}
+
+
+def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refused):
+    cwd, _ = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    other = tmp_path / "other"
+    shutil.copytree(run / "evaluation-test", other / "evaluation-test")
+    rows = list(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
+    better = [{**row, "dice": f"{min(1, float(row['dice']) + 0.25):.6f}"} for row in rows]
+    evaluation.write_csv(other / "evaluation-test" / "metrics.csv", better)
+    assert evaluate.main(["--compare", str(run), str(other)]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("other")]
+    assert len(lines) == 4 and all(f"{'+0.2500':>11}" in line for line in lines)  # mean, LV, MYO, RV
+    assert "needs two or more runs" in refused("evaluate.py", "--compare", run)
+    line = refused("evaluate.py", "--compare", run, other, "--split", "train")
+    assert "no scores of the train split; run python evaluate.py --split train" in line
+    gone = {row["subject"] for row in rows[:3]}
+    evaluation.write_csv(
+        other / "evaluation-test" / "metrics.csv", [r for r in rows if r["subject"] not in gone]
+    )
+    assert "evaluated on different subjects: 1 in one of them alone" in refused(
+        "evaluate.py", "--compare", run, other
+    )
+    assert evaluate.main(["--tables", str(cwd / "runs")]) == 0
+    said = capsys.readouterr().out
+    mean = np.mean([float(row["dice"]) for row in rows])
+    assert f"{mean:.2f} ± -" not in said and "in no table" in said  # the paper has no 3 subjects
+    assert "python finetune.py --init runs/mim-hearts --n-subjects 10 --seed 0" in said.replace(
+        str(cwd) + "/", ""
+    )
+    assert (cwd / "runs" / "tables" / "table1.csv").is_file()
+    assert "expected evaluated runs" in refused("evaluate.py", "--tables", tmp_path / "nothing")
+
+
+def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, refused):
+    cwd, _ = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    cine = nibabel.load(bivme / "bivme_patient1_sa.nii.gz")
+    raw = np.asanyarray(cine.dataobj)
+    nibabel.save(nibabel.Nifti1Image(raw[..., :6], cine.affine, cine.header), scans / "six.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(raw[..., 0], cine.affine), scans / "one.nii")
+    checkpoint = ("--checkpoint", str(run))
+    out = tmp_path / "out"
+    assert (
+        evaluate.main(["--predict", str(scans), *checkpoint, "--out", str(out), "--largest-component"]) == 0
+    )
+    assert {p.name for p in out.iterdir()} == {
+        "clinical.csv", "one_contours.png", "one_labels.nii.gz", "six.gif", "six_contours.png",
+        "six_labels.nii.gz", "six_volumes.png",
+    }  # fmt: skip
+    labels = nibabel.load(out / "six_labels.nii.gz")
+    assert labels.shape == (*cine.shape[:3], 6) and labels.get_data_dtype() == np.uint8
+    assert (labels.affine == cine.affine).all() and labels.header.get_zooms() == cine.header.get_zooms()
+    assert nibabel.load(out / "one_labels.nii.gz").shape == cine.shape[:3]
+    found = np.asanyarray(labels.dataobj)
+    assert set(np.unique(found)) <= {0, 1, 2, 3}
+    rows = {row["cine"]: row for row in csv.DictReader((out / "clinical.csv").open())}
+    voxel_ml = abs(np.linalg.det(cine.affine[:3, :3])) / 1000
+    lv = (found == 1).sum(axis=(0, 1, 2)) * voxel_ml
+    assert float(rows["six"]["lv_edv_ml"]) == pytest.approx(lv.max(), rel=1e-3)
+    assert (int(rows["six"]["ed_frame"]), int(rows["six"]["es_frame"])) == (lv.argmax(), lv.argmin())
+    assert float(rows["six"]["heart_rate_per_min"]) == pytest.approx(60 / (6 * 0.03452), rel=1e-3)
+    assert rows["one"]["lv_ef_percent"] == rows["one"]["lv_esv_ml"] == "" and rows["one"]["lv_edv_ml"] != ""
+    capsys.readouterr()
+
+    nibabel.save(nibabel.Nifti1Image(raw[:, :, 0, 0], cine.affine), tmp_path / "flat.nii.gz")
+    (tmp_path / "dicom").mkdir()
+    (tmp_path / "dicom" / "IM1.dcm").write_bytes(b"")
+    (tmp_path / "IM2").write_bytes(b"")
+    header = nibabel.Nifti1Header(nibabel.load(scans / "one.nii").header.binaryblock, check=False)
+    for name in ("srow_x", "srow_y", "srow_z"):
+        header[name] = 0
+    header["pixdim"] = 1
+    lost = bytearray((scans / "one.nii").read_bytes())
+    lost[:348] = header.binaryblock
+    (tmp_path / "lost.nii").write_bytes(lost)
+    for what, words in (
+        ("flat.nii.gz", "flat.nii.gz: expected a 3D or 4D image, got shape (256, 208)"),
+        ("lost.nii", "lost.nii: expected a spacing in the affine or in pixdim"),
+        ("dicom", "DICOM files must be converted first"),
+        ("IM2", "expected .nii or .nii.gz files, or folders of them; convert DICOM first"),
+        ("absent.nii", "no such file or folder"),
+    ):
+        line = refused("evaluate.py", "--predict", tmp_path / what, *checkpoint, "--out", tmp_path / "none")
+        assert words in line, line
+    assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
+    line = refused("evaluate.py", "--predict", scans, "--checkpoint", cwd / "runs" / "mim-hearts")
+    assert "expected a fine-tuned segmentation network, got one pretrained by mim" in line
 
 
 def test_fine_tuning_on_chosen_phases_and_vendors(way, phantom_folder, tmp_path, refused, capsys):

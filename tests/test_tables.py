@@ -426,7 +426,7 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
             trained.add((known, args.seed))
         else:
             args = evaluate.parse(argv)
-            assert (name, args.split) == ("evaluate.py", "test") and args.checkpoint == previous
+            assert (name, args.split) == ("evaluate.py", "test") and args.checkpoint == [previous]
         previous = args.out
     assert len(trained) == 104 and len(every) == 4 + 2 * 104
 
