@@ -136,9 +136,10 @@ def collect(folder: str | Path) -> list[Evaluated]:
         )
     for run in runs[1:]:
         _refuse_other_subjects(runs[0], run)
-    if len({run.settings for run in runs}) > 1:
-        print("these runs differ in network or length, and cells may average over that: " + "; ".join(
-            f"{run.folder} {run.settings}" for run in {run.settings: run for run in runs}.values()))  # fmt: skip
+    kinds = {run.settings: run for run in runs}
+    if len(kinds) > 1:
+        found = "; ".join(f"{run.folder} {settings}" for settings, run in kinds.items())
+        print(f"these runs differ in network or length, and cells may average over that: {found}")
     for run in runs:
         if run.arm not in arms():
             print(f"in no table: {run.folder}; the paper has no such run")
