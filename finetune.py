@@ -5,19 +5,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cmrssp import data, flags, memory, report, training, weights
+from cmrssp import data, flags, memory, report, resume, training, weights
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.subject import CLASSES, vendor_name
 from cmrssp.device import prepare_torch, resolve_amp, resolve_device
 from cmrssp.errors import UserError
 from cmrssp.metrics import dice
-from cmrssp.run import Run
 from cmrssp.segmentation import FINETUNING_LR, Segmentation, predict_frames
 
 
 def parse(argv: Sequence[str] | None):
-    """(args, checkpoint or None). Data, split and network come from --init unless typed."""
+    """(args, checkpoint or None, run that goes on or None). Data, split and network come from --init unless
+    typed; of a run that goes on, everything comes from it.
+    """
     parser = flags.Parser(prog="finetune.py", description=__doc__)
     flags.add_data(parser, default=f"what --init was pretrained on, else {data.PHANTOM}")
     group = parser.add_argument_group("fine-tuning")
@@ -52,16 +53,25 @@ def parse(argv: Sequence[str] | None):
     flags.add_network(parser)
     flags.add_optimisation(parser)
     flags.add_run(parser, training=True)
-    init = flags.peek(argv, "--init")
+    interrupted = resume.find(flags.peek(argv, "--resume"), flags.peek(argv, "--out"), "fine-tuning")
+    init = None if interrupted else flags.peek(argv, "--init")
     checkpoint = weights.load(init) if init else None
     flags.set_defaults(parser, argv, Segmentation)
     if checkpoint:
         parser.set_defaults(lr=FINETUNING_LR, **flags.from_config(checkpoint.config))
-    return parser.parse_args(argv), checkpoint
+    if interrupted:
+        resume.set_defaults(parser, interrupted)
+    args = parser.parse_args(argv)
+    if interrupted:
+        resume.refuse_changes(parser, args, argv, interrupted)
+    return args, checkpoint, interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, checkpoint = parse(argv)
+    args, checkpoint, interrupted = parse(argv)
+    if interrupted and interrupted.finished:
+        print(f"already finished: {interrupted.folder / 'unet.pt'}")
+        return 0
     inherited = checkpoint.provenance if checkpoint else {}
     paths = getattr(args, "data", inherited.get("data", [data.PHANTOM]))
     label_suffix = getattr(args, "label_suffix", inherited.get("label_suffix", data.LABEL_SUFFIX))
@@ -77,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     subjects, problems = data.find(paths, args.cache, label_suffix)
     anew = flags.typed(argv, "--split-seed")
     split_seed = args.split_seed if anew else inherited.get("split_seed", args.split_seed)
+    inherited_split = None if anew else inherited.get("split")
     split = splits.choose(
         subjects,
-        split_file=args.split_file,
+        split_file=None if interrupted else args.split_file,
         split_seed=split_seed,
-        inherited=None if anew else inherited.get("split"),
+        inherited=interrupted.split if interrupted else inherited_split,
         keep_overlap=args.keep_overlap,
     )
     if checkpoint:
@@ -108,21 +119,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory.check(method, loader, amp=settings.amp, device=device)
 
     start = checkpoint.provenance["method"] if checkpoint else "scratch"
-    run = Run.create(args.out, f"finetune-{start}-{data.name(paths)}-n{len(chosen)}-seed{args.seed}")
-    print(f"run folder: {run.folder}")
-    run.start(
-        {
+    name = f"finetune-{start}-{data.name(paths)}-n{len(chosen)}-seed{args.seed}"
+    images = cines.digest([*chosen, *split["validation"]])
+    run, state = resume.open_run(interrupted, args, name, images)
+    if not state:
+        described = {
             "kind": "fine-tuning",
             **vars(args),
             "split_seed": split_seed,
             "data": paths,
+            "label_suffix": label_suffix,
             "amp": settings.amp,
             "device": str(device),
             "transfer": transferred,
             "subjects": chosen,
-        },
-        split,
-    )
+        }
+        run.start(described, split)
     config = {
         "channels": args.channels,
         "image_size": args.image_size,
@@ -137,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "split_seed": split_seed,
         "seed": args.seed,
         "subjects": chosen,
+        "images": images,
         "slices": len(slices),
         "all_subjects": len(chosen) == len(labelled),
         "phases": args.phases,
@@ -153,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
         return mean_dice(method, cines, held_out, device) if held_out else {}
 
-    report.views(method.to(device), loader, run.folder / "views.png")
+    if not state:
+        report.views(method.to(device), loader, run.folder / "views.png")
     training.train(
         method,
         loader,
@@ -163,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         provenance=provenance,
         validate=validate,
         hint=flags.quick_hint(args, device),
+        state=state,
     )
     report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}")

@@ -2,27 +2,30 @@
 
 from collections.abc import Sequence
 
-from cmrssp import data, flags, health, memory, report, training
+from cmrssp import data, flags, health, memory, report, resume, training
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.device import prepare_torch, resolve_amp, resolve_device
 from cmrssp.errors import UserError
-from cmrssp.run import Run
 from cmrssp.ssp import METHODS
 from cmrssp.ssp.method import Method
 
 
 def parse(argv: Sequence[str] | None):
-    """In two stages: --method decides which flags and which defaults there are."""
+    """(args, run that goes on or None), in two stages: --method decides which flags and which defaults there
+    are.
+    """
     first = flags.Parser(prog="train_ssp.py", description=__doc__, add_help=False)
     for parser in (first, full := flags.Parser(prog="train_ssp.py", description=__doc__)):
         parser.add_argument(
             "--method",
             choices=sorted(METHODS),
-            required=parser is full,
             help="the pretraining method; with it, --help shows its own flags and defaults",
         )
     known, _ = first.parse_known_args(argv)
+    interrupted = resume.find(flags.peek(argv, "--resume"), flags.peek(argv, "--out"), "pretraining")
+    if interrupted:
+        known.method = known.method or interrupted.args["method"]
     flags.add_data(full, default=data.PHANTOM)
     flags.add_network(full)
     flags.add_optimisation(full)
@@ -31,14 +34,23 @@ def parse(argv: Sequence[str] | None):
         method = METHODS[known.method]
         method.add_flags(full.add_argument_group(known.method))
         flags.set_defaults(full, argv, method)
+    if interrupted:
+        resume.set_defaults(full, interrupted)
     args, unknown = full.parse_known_args(argv)
+    if args.method is None:
+        full.error(f"the following arguments are required: --method ({', '.join(sorted(METHODS))})")
     if unknown:
         full.error(flags.explain_unknown(unknown, args.method, METHODS))
-    return args
+    if interrupted:
+        resume.refuse_changes(full, args, argv, interrupted)
+    return args, interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+    args, interrupted = parse(argv)
+    if interrupted and interrupted.finished:
+        print(f"already finished: {interrupted.folder / 'unet.pt'}")
+        return 0
     method_class = METHODS[args.method]
     paths = getattr(args, "data", [data.PHANTOM])
     label_suffix = getattr(args, "label_suffix", data.LABEL_SUFFIX)
@@ -50,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     subjects, problems = data.find(paths, args.cache, label_suffix)
     split = splits.choose(
-        subjects, split_file=args.split_file, split_seed=args.split_seed, keep_overlap=args.keep_overlap
+        subjects,
+        split_file=None if interrupted else args.split_file,
+        split_seed=args.split_seed,
+        inherited=interrupted.split if interrupted else None,
+        keep_overlap=args.keep_overlap,
     )
     cines = store.build(splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken)
     print(check.summary(cines, problems))
@@ -69,12 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     memory.check(method, loaders["train"], amp=settings.amp, device=device)
 
-    run = Run.create(args.out, f"{args.method}-{data.name(paths)}")
-    print(f"run folder: {run.folder}")
-    run.start(
-        {"kind": "pretraining", **vars(args), "data": paths, "amp": settings.amp, "device": str(device)},
-        split,
-    )
+    images = cines.digest([*split["train"], *split["validation"]])
+    run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images)
+    if not state:
+        run.start(
+            {"kind": "pretraining", **vars(args), "data": paths, "amp": settings.amp, "device": str(device)},
+            split,
+        )
     config = {
         "channels": args.channels,
         "image_size": args.image_size,
@@ -89,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "split_seed": args.split_seed,
         "seed": args.seed,
         "subjects": split["train"],
+        "images": images,
         "slices": len(slices["train"]),
         "init": None,
     }
@@ -96,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Method, epoch: int) -> dict[str, float]:
         return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
 
-    report.views(method.to(device), loaders["train"], run.folder / "views.png")
+    if not state:
+        report.views(method.to(device), loaders["train"], run.folder / "views.png")
     training.train(
         method,
         loaders["train"],
@@ -106,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         provenance=provenance,
         validate=validate,
         hint=flags.quick_hint(args, device),
+        state=state,
     )
     report.views(method, loaders["train"], run.folder / "views.png")
     report.curves(run.records(), run.folder / "curves.png")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cmrssp import figures, metrics, report, statistics, training
+from cmrssp import figures, meter, metrics, report, statistics
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
@@ -94,7 +94,7 @@ def score(
             write_labels(save / f"{subject.id.replace('/', '_')}.nii.gz", maps, record.geometry, subject.cine)
         if len(scores.clinical) == 1 and len(cines.subjects) > 1:
             seconds = (time.monotonic() - began) * len(cines.subjects)
-            print(f"estimated time: {training.duration(seconds)}", flush=True)
+            print(f"estimated time: {meter.duration(seconds)}", flush=True)
     return scores
 
 

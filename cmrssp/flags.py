@@ -13,6 +13,8 @@ import torch
 
 from cmrssp.data import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
+from cmrssp.kinds import at_least_0, not_empty, positive, save_interval
+from cmrssp.resume import Stopped
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
 
@@ -51,6 +53,9 @@ def end(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
             file=sys.stderr,
         )
         sys.exit(2)
+    except Stopped as stop:
+        print(f"{prog}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -95,31 +100,6 @@ def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[M
     return f"unrecognized arguments: {' '.join(words)}"
 
 
-def at_least_0(kind: type) -> Callable[[str], float]:
-    return _ranged(kind, lambda value: value >= 0, "of at least 0")
-
-
-def positive(kind: type) -> Callable[[str], float]:
-    return _ranged(kind, lambda value: value > 0, "above 0")
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("expected some characters, got none")
-    return text
-
-
-def _ranged(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    def parse(text: str):
-        value = kind(text)
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"expected a number {what}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def add_data(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -155,7 +135,7 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
 def add_reading(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--label-suffix",
-        type=_not_empty,
+        type=not_empty,
         default=argparse.SUPPRESS,
         metavar="END",
         help="in a plain folder: what the names of label files have before .nii or .nii.gz, after that of "
@@ -241,6 +221,29 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
     )
     if training:
         group.add_argument(
+            "--resume",
+            metavar="auto|RUN",
+            help="go on with a run that was stopped, exactly where it was: its folder (no other flag is "
+            "needed), or "
+            "auto: with the run in --out where there is one, else start it",
+        )
+        group.add_argument(
+            "--save-every",
+            type=save_interval,
+            default="1min",
+            metavar="N|Nmin",
+            help="save last.pt every N epochs, or at an epoch's end when N minutes have passed (within an "
+            "epoch: "
+            "ten times as many)",
+        )
+        group.add_argument(
+            "--max-skipped",
+            type=at_least_0(int),
+            default=25,
+            metavar="N",
+            help="steps in a row that fp16 may leave out because a gradient overflows",
+        )
+        group.add_argument(
             "--seed", type=at_least_0(int), default=0, help="initial weights, order of slices, augmentation"
         )
         group.add_argument(
@@ -271,6 +274,8 @@ def settings(args: argparse.Namespace, amp: str) -> Settings:
         weight_decay=args.weight_decay,
         amp=amp,
         seed=args.seed,
+        save_every=args.save_every,
+        max_skipped=args.max_skipped,
         validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
     )
 

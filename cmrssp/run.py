@@ -1,5 +1,6 @@
 """The run folder: args.json, split.json, log.jsonl, last.pt, unet.pt and the figures."""
 
+import fcntl
 import json
 import subprocess
 from pathlib import Path
@@ -21,14 +22,17 @@ class Run:
         self.folder = folder
 
     @classmethod
-    def create(cls, out: str | None, default_name: str) -> "Run":
-        """`out`, which must not hold a run yet; without it runs/<default_name>, or -2, -3, ... where that is
-        taken.
+    def create(cls, out: str | None, default_name: str, *, again: bool = False) -> "Run":
+        """`out`, which must not hold a run yet, unless it is started `again`; without it runs/<default_name>,
+        or -2, -3, ... where that is taken.
         """
         if out is not None:
             folder = Path(out).expanduser()
-            if (folder / "args.json").exists():
-                raise UserError(f"--out {out}: already holds a run; give another folder, or remove it")
+            if (folder / "args.json").exists() and not again:
+                raise UserError(
+                    f"--out {out}: already holds a run; give another folder, or add --resume auto to go on "
+                    "with it"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             return cls(folder)
         number = 1
@@ -45,6 +49,7 @@ class Run:
             file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
     def start(self, args: dict[str, Any], split: dict[str, list[str]]) -> None:
+        (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a start that left no checkpoint
         self.write_json("split.json", split)
         self.write_json(
             "args.json",
@@ -60,9 +65,26 @@ class Run:
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def keep_log(self, epochs: int) -> None:
+        """Drop what was logged after so many epochs: they are trained again."""
+        kept = [record for record in self.records() if record["epoch"] <= epochs]
+        with atomic(self.folder / "log.jsonl") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+
+    def lock(self) -> None:
+        """Held until this process ends, however it does. Raises UserError where another one trains in the
+        folder.
+        """
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  closing it would give the lock away
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is training in this run folder") from None
+
     def records(self) -> list[dict[str, Any]]:
         path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half-written
 
 
 def newest_finished(kind: str) -> Path:

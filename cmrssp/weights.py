@@ -13,6 +13,8 @@ from cmrssp.files import atomic
 from cmrssp.unet import UNet
 
 _PARTS = ("encoder", "decoder", "heads")
+_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError,
+            ValueError, AttributeError)  # fmt: skip
 _CONFIG = {"channels", "image_size", "spacing_mm", "classes"}
 _PROVENANCE = {"method", "data", "split", "split_seed", "seed", "subjects"}
 
@@ -54,35 +56,41 @@ def load(path: str | Path) -> Checkpoint:
         path = existing[0]
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give a unet.pt, a last.pt or a run folder")
+    content = read(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = Checkpoint(path, *(dict(content[k]) for k in ("state_dict", "config", "provenance")))
         if not all(set(link) >= _PROVENANCE for link in checkpoint.history):
             raise KeyError("provenance")
         if not set(checkpoint.config) >= _CONFIG:
             raise KeyError("config")
         return checkpoint
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-    ):
-        raise UserError(
-            f"{path}: expected a checkpoint of this package (unet.pt or last.pt), got another or a "
-            "damaged file"
-        ) from None
+    except _DAMAGED:
+        raise _not_ours(path) from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a file of this package; runs no code from it. Raises UserError for any other file."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except _DAMAGED:
+        raise _not_ours(path) from None
+
+
+def _not_ours(path: Path) -> UserError:
+    return UserError(
+        f"{path}: expected a checkpoint of this package (unet.pt or last.pt), got another or a damaged file"
+    )
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all; the same content gives the same bytes."""
+    """Whole or not at all; the same content gives the same bytes. Raises OSError for a full disk."""
     with atomic(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of an OSError
+            raise OSError(
+                f"{path}: cannot be written, the disk may be full ({str(error).splitlines()[0]})"
+            ) from None
 
 
 def transfer(checkpoint: Checkpoint, unet: UNet) -> dict[str, str]:

@@ -319,3 +319,17 @@ def test_a_linked_data_set_and_a_cell_with_a_comma(tmp_path, beating, write_mnms
     (tmp_path / "linked").symlink_to(folder)
     ((subject,), _) = data.find([str(tmp_path / "linked")], tmp_path)
     assert (subject.vendor, subject.pathology) == ("GE", "X")
+
+
+def test_ids_of_a_table_lead_nowhere(tmp_path, beating, write_mnms):
+    """A row names subjects; which files are read, the folder says."""
+    save(tmp_path / "outside_sa.nii.gz", beating(1)[0])
+    folder = write_mnms("A", *beating())
+    (folder / "t.csv").write_text(",External code,VendorName\n0,../outside,GE\n1,A,GE\n2,/etc/passwd,GE\n")
+    ((subject,), problems) = data.find([str(folder)], tmp_path)
+    assert subject.key == "mnms/A" and subject.cine.parent == folder
+    assert problems[0].what.endswith("no cine here: ../outside, /etc/passwd")
+    plain = tmp_path / "plain"
+    save(plain / "a.nii.gz", beating(2)[0])
+    table(plain / "subjects.csv", "subject,vendor", "../outside_sa,GE", "a,GE")
+    assert [s.cine for s in data.find([str(plain)], tmp_path)[0]] == [plain / "a.nii.gz"]

@@ -88,6 +88,7 @@ def test_pretraining_leaves_a_run_folder(way, phantom_folder):
         "unet.pt",
         "views.png",
         "curves.png",
+        ".lock",
     }
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [1, 2] and all("validation_loss" in r for r in records)
@@ -600,7 +601,7 @@ def test_every_method_learns_and_opens_no_label(phantom_folder, tmp_path, method
 
 def loss_on_training_slices(argv, folder, hearts, trained):
     """The loss of the same views of all training slices, before or after training."""
-    args = train_ssp.parse(argv)
+    args, _ = train_ssp.parse(argv)
     torch.manual_seed(args.seed)
     method = METHODS[args.method].from_flags(args)
     if trained:

@@ -408,14 +408,14 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
     trained, previous = set(), None
     for name, *argv in every:
         if name == "train_ssp.py":
-            args = train_ssp.parse(argv)
+            args, _ = train_ssp.parse(argv)
             (root / args.method).mkdir()
             torch.save(
                 {"state_dict": {}, "config": config, "provenance": link}, root / args.method / "unet.pt"
             )
             assert (args.out, args.quick) == (str(root / args.method), quick)
         elif name == "finetune.py":
-            args, checkpoint = finetune.parse(argv)
+            args, checkpoint, _ = finetune.parse(argv)
             known = study.Arm(
                 checkpoint.path.parent.name if checkpoint else "scratch", args.n_subjects, args.phases,
                 frozenset(args.vendors or ()), args.augmentation,

@@ -70,10 +70,12 @@ class Batches:
     def __len__(self) -> int:
         return len(self.slices) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The shuffled batches of one epoch on the device; the last incomplete batch is dropped."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The shuffled batches of one epoch on the device, from number `first` on; the last incomplete batch
+        is dropped.
+        """
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
-        return self._read(order[: len(self) * self.batch_size])
+        return self._read(order[first * self.batch_size : len(self) * self.batch_size])
 
     def in_order(self, limit: int | None = None) -> Iterator[Batch]:
         """All slices once, unshuffled, the last batch as large as it is; with `limit` that many, evenly

@@ -79,6 +79,11 @@ class Store:
         self.left_out = list(left_out)
         self.index = {subject.key: i for i, subject in enumerate(self.subjects)}
 
+    def digest(self, keys: Sequence[str]) -> str:
+        """Of the images of these subjects, whatever their order."""
+        images = sorted((key, self.cines[self.index[key]].digest) for key in keys)
+        return sha256(json.dumps(images).encode()).hexdigest()
+
     def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
         """(H, W) int16 of the cine frame."""
         return _read_slice(self.cines[subject], frame, slice, "<i2")

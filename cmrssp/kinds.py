@@ -1,0 +1,39 @@
+"""What flags accept beyond plain numbers and words."""
+
+import argparse
+from collections.abc import Callable
+
+
+def at_least_0(kind: type) -> Callable[[str], float]:
+    return _ranged(kind, lambda value: value >= 0, "of at least 0")
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    return _ranged(kind, lambda value: value > 0, "above 0")
+
+
+def save_interval(text: str) -> str:
+    number = text.removesuffix("min")
+    try:
+        if float(number) > 0 and (text.endswith("min") or float(number).is_integer()):
+            return text if text.endswith("min") else str(int(float(number)))
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected epochs such as 5, or minutes such as 2min, got {text}")
+
+
+def not_empty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected some characters, got none")
+    return text
+
+
+def _ranged(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    def parse(text: str):
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"expected a number {what}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse

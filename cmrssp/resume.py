@@ -1,0 +1,195 @@
+"""Runs that were stopped go on: saving, signals, and the flags of a run that is taken up again."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmrssp import weights
+from cmrssp.errors import UserError
+from cmrssp.run import Run
+
+_WITHIN_EPOCH = 10  # times longer than at an epoch's end: there is more to do again there
+_MAY_CHANGE = {"device", "out", "resume", "cache", "data", "save_every", "max_skipped", "help"}
+
+
+class Stopped(Exception):
+    """A signal has ended the training; everything is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Signals:
+    """Within it, the first SIGTERM, SIGINT or SIGUSR1 is noted, so that the step can end; the second does
+    what it always does.
+    """
+
+    _WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __enter__(self) -> "Signals":
+        self.received: int | None = None
+        self.before = {}
+        for number in self._WATCHED:
+            try:
+                self.before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: signals are somebody else's business
+                break
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        self.__exit__()
+
+    def stop_if_received(self, folder: Path, epochs: int, steps: int) -> None:
+        if self.received is not None:
+            raise Stopped(
+                f"stopped by {signal.Signals(self.received).name} and saved after epoch {epochs}, step "
+                f"{steps}; go on with --resume {folder}",
+                self.received,
+            )
+
+
+class Saver:
+    """When to save last.pt, and how: the one before it stays as previous.pt until the next is whole."""
+
+    def __init__(self, run: Run, every: str) -> None:
+        self.folder, self.saved, self.first = run.folder, time.monotonic(), True
+        self.minutes = float(every.removesuffix("min")) if every.endswith("min") else None
+        self.epochs = int(every) if self.minutes is None else None
+
+    def due(self, epochs_done: int | None = None) -> bool:
+        """After the first epoch, then whenever so many epochs or minutes have passed; within an epoch
+        (`epochs_done` None) after ten times as many minutes.
+        """
+        waited = time.monotonic() - self.saved
+        if epochs_done is None:
+            return self.minutes is not None and waited > 60 * self.minutes * _WITHIN_EPOCH
+        if self.first:
+            return True
+        return epochs_done % self.epochs == 0 if self.epochs else waited > 60 * self.minutes
+
+    def save(self, content: dict[str, Any]) -> None:
+        last, following = self.folder / "last.pt", self.folder / "next.pt"
+        weights.save(following, content)
+        if last.exists():
+            os.replace(last, self.folder / "previous.pt")
+        os.replace(following, last)
+        self.saved, self.first = time.monotonic(), False
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """A run that --resume names, and how it was started."""
+
+    folder: Path
+    args: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "unet.pt").is_file()
+
+    @property
+    def split(self) -> dict[str, list[str]]:
+        return json.loads((self.folder / "split.json").read_text())
+
+    def state(self) -> dict[str, Any]:
+        """The content of last.pt, or of the one before it where that is damaged. Raises UserError."""
+        damaged = []
+        for name in ("last.pt", "previous.pt"):
+            path = self.folder / name
+            if path.is_file():
+                try:
+                    state = weights.read(path)
+                    if {"optimizer", "meter", "epochs_done", "steps_done"} <= state.keys():
+                        if damaged:
+                            print(f"{damaged[0]}: damaged; going on from {path}")
+                        return state
+                except UserError:
+                    pass
+                damaged.append(path)
+        raise UserError(
+            f"{self.folder}: nothing to go on from, {' and '.join(map(str, damaged))} cannot be read"
+        )
+
+
+def find(auto_or_folder: str | None, out: str | None, kind: str) -> Interrupted | None:
+    """The run that --resume names; None without one: `auto` starts anew then. Raises UserError."""
+    if auto_or_folder is None:
+        return None
+    if auto_or_folder == "auto" and out is None:
+        raise UserError("--resume auto: needs --out, the folder of the run")
+    folder = Path(out if auto_or_folder == "auto" else auto_or_folder).expanduser()
+    if not (folder / "args.json").is_file() or not (folder / "split.json").is_file():
+        if auto_or_folder == "auto":
+            return None
+        raise UserError(f"--resume {folder}: expected the folder of a run, found no args.json in it")
+    run = Interrupted(folder, json.loads((folder / "args.json").read_text()))
+    if run.args.get("kind") != kind:
+        raise UserError(f"--resume {folder}: expected a {kind}, got a {run.args.get('kind')}")
+    if auto_or_folder == "auto" and not any(
+        (folder / n).is_file() for n in ("last.pt", "previous.pt", "unet.pt")
+    ):
+        return None
+    return run
+
+
+def set_defaults(parser: argparse.ArgumentParser, run: Interrupted) -> None:
+    """What the run was started with, the device apart."""
+    known = {action.dest for action in parser._actions} - {"device", "resume", "out"}
+    parser.set_defaults(**{name: value for name, value in run.args.items() if name in known})
+
+
+def refuse_changes(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None, run: Interrupted
+) -> None:
+    """Raise UserError for a typed flag that says something else than the run was started with."""
+    words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for action in parser._actions:
+        if action.dest in _MAY_CHANGE or not words & set(action.option_strings):
+            continue
+        value = json.loads(json.dumps(getattr(args, action.dest), default=str))
+        if value != run.args.get(action.dest):
+            why = "; the schedule depends on it" if action.dest == "epochs" else ""
+            raise UserError(
+                f"{action.option_strings[0]}: the run in {run.folder} was started with "
+                f"{run.args.get(action.dest)}, got {value}; a run that goes on must keep it{why}: leave the "
+                "flag out, or start anew in another --out"
+            )
+
+
+def open_run(
+    interrupted: Interrupted | None, args: argparse.Namespace, default_name: str, images: str
+) -> tuple[Run, dict | None]:
+    """(the locked run folder, the state to go on from, None for a new run). Raises UserError where another
+    process trains in the folder, or the images are no longer those (`Store.digest`) that the run began with.
+    """
+    if interrupted is None:
+        run = Run.create(args.out, default_name, again=args.resume == "auto")
+        run.lock()
+        print(f"run folder: {run.folder}")
+        return run, None
+    run = Run(interrupted.folder)
+    run.lock()
+    state = interrupted.state()
+    if state["provenance"].get("images") != images:
+        raise UserError(
+            f"--resume {run.folder}: its training or validation cines have changed since, or some are gone; "
+            "bring them back, or start anew in another --out"
+        )
+    done = f"after epoch {state['epochs_done']}" + (
+        f", step {state['steps_done']}" if state["steps_done"] else ""
+    )
+    print(f"run folder: {run.folder}, going on {done}")
+    return run, state
