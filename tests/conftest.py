@@ -1,5 +1,6 @@
 """Small data for the tests: cines written by hand, the small phantom, and the real ones where they are."""
 
+import os
 from pathlib import Path
 
 import nibabel
@@ -10,7 +11,8 @@ import torch
 from cmrssp.data import phantom
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny networks gain nothing from more, and sums depend on it in their last bits
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -158,11 +158,9 @@ def undisturbed(tmp_path_factory, phantom_folder):
 
 
 def start(words: list, cwd: Path, **options) -> subprocess.Popen:
-    threads = str(torch.get_num_threads())  # sums depend on it in their last bits
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train_ssp.py"), *map(str, words)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": threads},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
