@@ -8,9 +8,10 @@ import numpy as np
 from cmrssp import data, flags, memory, report, resume, training, weights
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.data.subject import CLASSES, vendor_name
+from cmrssp.data.subject import CLASSES
 from cmrssp.device import prepare_torch, resolve_amp, resolve_device
 from cmrssp.errors import UserError
+from cmrssp.kinds import vendor_names
 from cmrssp.metrics import dice
 from cmrssp.segmentation import FINETUNING_LR, Segmentation, predict_frames
 
@@ -43,7 +44,7 @@ def parse(argv: Sequence[str] | None):
     )
     group.add_argument(
         "--vendors",
-        type=vendor_name,
+        type=vendor_names,
         nargs="+",
         metavar="NAME",
         help="train on the subjects of these vendors alone: Siemens, Philips, GE, Canon, or the letters A to "
@@ -62,6 +63,7 @@ def parse(argv: Sequence[str] | None):
     if interrupted:
         resume.set_defaults(parser, interrupted)
     args = parser.parse_args(argv)
+    args.vendors = flags.flat(args.vendors)
     if interrupted:
         resume.refuse_changes(parser, args, argv, interrupted)
     return args, checkpoint, interrupted
@@ -98,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if checkpoint:
         weights.refuse_seen(checkpoint, split, ("validation", "test"))
     every = store.build(splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken)
+    recorded = {key: image for link in (checkpoint.history if checkpoint else ()) for key, image in
+                link.get("digests", {}).items()}  # fmt: skip
+    check.refuse_other_images(every, recorded, ())
     split = check.without_copies(every, split)
     known = splits.named(every.subjects, split, ("train", "validation"))
     cines = store.build(known, args.cache, labels=True, skip_broken=args.skip_broken)
@@ -150,8 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "subjects": chosen,
         "images": images,
+        "digests": check.digests(every, every.index),
         "slices": len(slices),
-        "all_subjects": len(chosen) == len(labelled),
+        "all_subjects": len(chosen) == len(labelled) >= len(split["validation"]),  # fewer: a published subset
         "phases": args.phases,
         "vendors": args.vendors and sorted(args.vendors),
         "augmentation": args.augmentation,

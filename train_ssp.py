@@ -107,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "subjects": split["train"],
         "images": images,
+        "digests": check.digests(cines, cines.index),
         "slices": len(slices["train"]),
         "init": None,
     }

@@ -25,7 +25,7 @@ from cmrssp.segmentation import Segmentation, predict_frames
 from cmrssp.weights import Checkpoint
 
 THIRDS = ("base", "mid", "apex")
-METRICS = ("dice", "hd95_mm", "assd_mm")  # what is broken down
+METRICS = ("dice", "hd95_mm", "assd_mm", "hd95_filled_mm", "assd_filled_mm")  # what is broken down
 _RESAMPLES = 2000
 _NUMBERS = ("lv_edv_ml", "lv_esv_ml", "lv_sv_ml", "lv_ef_percent", "rv_edv_ml", "rv_esv_ml", "rv_sv_ml",
             "rv_ef_percent", "lv_mass_g")  # fmt: skip
@@ -88,10 +88,13 @@ def score(
                 kept[phase] = {name: measured[name][column] for name in CLASSES}
         scores.clinical.append({**who, **_clinical(volumes)})
         if save:
+            save.mkdir(parents=True, exist_ok=True)
             maps = np.zeros(record.shape, np.uint8)
             for phase, labels in predicted.items():
                 maps[wanted[i][phase]] = labels
-            write_labels(save / f"{subject.id.replace('/', '_')}.nii.gz", maps, record.geometry, subject.cine)
+            write_labels(
+                save / f"{subject.id.replace('/', '__')}.nii.gz", maps, record.geometry, subject.cine
+            )
         if len(scores.clinical) == 1 and len(cines.subjects) > 1:
             seconds = (time.monotonic() - began) * len(cines.subjects)
             print(f"estimated time: {meter.duration(seconds)}", flush=True)
@@ -153,8 +156,8 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, dict[str, dict[str, list]
 
 def _per_subject(rows: Sequence[dict], names: Sequence[str] = METRICS) -> dict[str, dict[str, list]]:
     """{metric: {class or mean: values}}: the mean over a subject's phases, and for `mean` over its classes.
-    Values that were not measured (a missed structure has no distance) are left out here and counted by
-    `missed`.
+    NaN where one of them was missed and has no distance; a structure that neither label map has is not asked
+    for.
     """
     table: dict[str, dict[str, list]] = {}
     for metric in names:
@@ -162,7 +165,7 @@ def _per_subject(rows: Sequence[dict], names: Sequence[str] = METRICS) -> dict[s
         for group in (*CLASSES, "mean"):
             found: dict[str, list[float]] = {}
             for row in rows:
-                if group in (row["class"], "mean") and not math.isnan(row[metric]):
+                if group in (row["class"], "mean") and not (row.get("absent") and metric != "dice"):
                     found.setdefault(row["subject"], []).append(row[metric])
             table[metric][group] = [float(np.mean(values)) for values in found.values()]
     return table

@@ -77,6 +77,13 @@ def from_config(config: dict) -> dict:
     }
 
 
+def flat(vendors: list | None) -> list[str] | None:
+    """What --vendors names, each once; from a run that goes on it is flat already."""
+    if vendors is None:
+        return None
+    return sorted({name for names in vendors for name in ([names] if isinstance(names, str) else names)})
+
+
 def typed(argv: Sequence[str] | None, flag: str) -> bool:
     words = sys.argv[1:] if argv is None else argv
     return any(word == flag or word.startswith(flag + "=") for word in words)
