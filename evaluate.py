@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cmrssp import (
     comparison,
     data,
+    distributed,
     evaluation,
     figures,
     flags,
@@ -84,10 +85,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.tables:
-        return print_tables(args.tables)
-    if args.compare:
-        return compare(args.compare, args.split)
+    if args.tables or args.compare:  # nothing to share
+        if not distributed.is_main():
+            return 0
+        return print_tables(args.tables) if args.tables else compare(args.compare, args.split)
     checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finished("fine-tuning")]]
     print(f"checkpoint: {', '.join(str(c.path) for c in checkpoints)}")
     methods = [segmentation.restore(checkpoint) for checkpoint in checkpoints]
@@ -104,7 +105,8 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
     methods = [method.to(device) for method in methods]
 
     label_suffix = getattr(args, "label_suffix", first.provenance.get("label_suffix", data.LABEL_SUFFIX))
-    subjects, problems = data.find(paths, args.cache, label_suffix)
+    with distributed.main_first():
+        subjects, problems = data.find(paths, args.cache, label_suffix)
     inherited = None if flags.typed(argv, "--split-seed") else first.provenance["split"]
     split = splits.choose(
         subjects,
@@ -127,7 +129,8 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
                                                                                                "has no "
                "subject there; " + ", ".join(f"{part} {len(keys)}" for part, keys in split.items()))
         )  # fmt: skip
-    cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
+    with distributed.main_first():
+        cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
     print(check.summary(cines, problems))
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, checkpoints)
     saved = out / "predictions" if args.save_predictions else None
@@ -140,6 +143,8 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
             f"--split {args.split}: none of its {len(wanted)} subjects has a labelled frame (--phases "
             f"{args.phases})"
         )
+    if not distributed.is_main():
+        return 0
     table = evaluation.breakdown(scores)
     print(
         f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects\n"
@@ -189,14 +194,17 @@ def predict(args, methods: list[segmentation.Segmentation]) -> int:
     subjects = prediction.find(args.predict, args.cache, getattr(args, "label_suffix", data.LABEL_SUFFIX))
     out = Path(args.out or "predictions")
     out.mkdir(parents=True, exist_ok=True)
-    rows, broken = [], []
-    for subject in tqdm(subjects, "predicting", unit="cine", disable=None):
+    found: list[dict | str] = []
+    share = distributed.share(subjects)
+    for subject in tqdm(share, "predicting", unit="cine", disable=distributed.hide_bar()):
         try:
-            rows.append(prediction.predict(subject, methods, device, out, **options(args)))
+            found.append(prediction.predict(subject, methods, device, out, **options(args)))
         except BrokenSubject as error:
-            broken.append(str(error).partition(":\n")[2].strip() or str(error))
+            found.append(str(error).partition(":\n")[2].strip() or str(error))
+    found = distributed.merge(found)
+    rows, broken = ([x for x in found if isinstance(x, kind)] for kind in (dict, str))
     rows.sort(key=lambda row: (-len(row["flags"]), row["cine"]))
-    if rows:
+    if rows and distributed.is_main():
         evaluation.write_csv(out / "clinical.csv", rows)
         print(report.prediction_table(rows))
         print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")

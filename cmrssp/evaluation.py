@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cmrssp import figures, meter, metrics, report, statistics
+from cmrssp import distributed, figures, meter, metrics, report, statistics
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
@@ -55,17 +55,19 @@ def score(
 ) -> Scores:
     """Predict and measure the labelled ED and ES frames, or one of them (`phases`: ed, es, both), on each
     file's own grid; `options` are those of `predict_frames`. With `save` the label maps are written to that
-    folder, in the form of M&Ms: 4D, other frames 0.
+    folder, in the form of M&Ms: 4D, other frames 0. Each rank takes its share of the subjects; all of them
+    get the scores of all subjects, in the order of one process.
     """
-    scores = Scores()
     wanted = [
         {name: f for name, f in record.phases.items() if phases in (name.lower(), "both")}
         for record in cines.labels
     ]
     slices = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
     print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
-    for i, subject in enumerate(tqdm(cines.subjects, "predicting", unit="subject", disable=None)):
-        began = time.monotonic()
+    share, mine = distributed.share(range(len(cines.subjects))), []
+    for i in tqdm(share, "predicting", unit="subject", disable=distributed.hide_bar()):
+        began, subject, scores = time.monotonic(), cines.subjects[i], Scores()
+        mine.append(scores)
         if not wanted[i]:
             scores.unlabelled.append(subject.key)
             continue
@@ -92,10 +94,14 @@ def score(
             for phase, labels in predicted.items():
                 maps[wanted[i][phase]] = labels
             write_labels(save / f"{subject.id.replace('/', '_')}.nii.gz", maps, record.geometry, subject.cine)
-        if len(scores.clinical) == 1 and len(cines.subjects) > 1:
-            seconds = (time.monotonic() - began) * len(cines.subjects)
+        if sum(len(s.clinical) for s in mine) == 1 and len(share) > 1:
+            seconds = (time.monotonic() - began) * len(share)
             print(f"estimated time: {meter.duration(seconds)}", flush=True)
-    return scores
+    every = Scores()
+    for scores in distributed.merge(mine):
+        for name, rows in vars(scores).items():
+            getattr(every, name).extend(rows)
+    return every
 
 
 def _slice_rows(labels: np.ndarray, truth: np.ndarray) -> Iterator[dict]:
