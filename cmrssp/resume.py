@@ -214,4 +214,7 @@ def open_run(
         f", step {state['steps_done']}" if state["steps_done"] else ""
     )
     print(f"run folder: {run.folder}, going on {done}")
+    before, now = interrupted.args.get("processes", 1), distributed.world_size()
+    if before != now:
+        print(f"started with {before} processes, going on with {now}: the augmentation draws will be others")
     return run, state

@@ -60,6 +60,7 @@ class Run:
                 **args,
                 "versions": {"cmrssp": cmrssp.__version__, "torch": torch.__version__},
                 "git": _git_commit(),
+                "processes": distributed.world_size(),
             },
         )
 
