@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cmrssp import (
     comparison,
     data,
+    distributed,
     evaluation,
     figures,
     flags,
@@ -105,9 +106,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.tables:
-        return print_tables(args.tables, Path(args.out) if args.out else args.tables / "tables")
-    if args.compare:
+    if args.tables or args.compare:  # nothing to share
+        if not distributed.is_main():
+            return 0
+        if args.tables:
+            return print_tables(args.tables, Path(args.out) if args.out else args.tables / "tables")
         return compare(args.compare, args.split)
     checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finished("fine-tuning")]]
     print(f"checkpoint: {', '.join(str(c.path) for c in checkpoints)}")
@@ -125,7 +128,8 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
     methods = [method.to(device) for method in methods]
 
     label_suffix = getattr(args, "label_suffix", first.provenance.get("label_suffix", data.LABEL_SUFFIX))
-    subjects, problems = data.find(paths, args.cache, label_suffix)
+    with distributed.main_first():
+        subjects, problems = data.find(paths, args.cache, label_suffix)
     inherited = None if flags.typed(argv, "--split-seed") else first.provenance["split"]
     split = splits.choose(
         subjects,
@@ -148,18 +152,12 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
                                                                                                "has no "
                "subject there; " + ", ".join(f"{part} {len(keys)}" for part, keys in split.items()))
         )  # fmt: skip
-    cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
+    with distributed.main_first():
+        cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
     print(check.summary(cines, problems))
-    recorded = {
-        key: image
-        for c in checkpoints
-        for link in c.history
-        for key, image in link.get("digests", {}).items()
-    }
-    trained = (
-        {key for checkpoint in checkpoints for key in checkpoint.seen()} if args.split != "train" else set()
-    )
-    check.refuse_other_images(cines, recorded, trained)
+    for checkpoint in checkpoints:
+        trained = checkpoint.seen() if args.split != "train" else ()
+        check.refuse_other_images(cines, checkpoint.digests, trained)
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, checkpoints)
     saved = out / "predictions" if args.save_predictions else None
     scores = evaluation.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
@@ -170,6 +168,8 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
             f"--split {args.split}: none of its {len(wanted)} subjects has a labelled frame (--phases "
             f"{args.phases})"
         )
+    if not distributed.is_main():
+        return 0
     table = evaluation.breakdown(scores)
     print(
         f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects\n"
@@ -228,18 +228,21 @@ def predict(args, methods: list[segmentation.Segmentation], provenance: dict) ->
     suffix = getattr(args, "label_suffix", provenance.get("label_suffix", data.LABEL_SUFFIX))
     subjects = prediction.find(args.predict, args.cache, suffix, out)
     out.mkdir(parents=True, exist_ok=True)
-    rows, broken = [], []
-    for subject in tqdm(subjects, "predicting", unit="cine", disable=None):
+    found: list[dict | str] = []
+    share = distributed.share(subjects)
+    for subject in tqdm(share, "predicting", unit="cine", disable=distributed.hide_bar()):
         try:
-            rows.append(prediction.predict(subject, methods, device, out, **options(args)))
+            found.append(prediction.predict(subject, methods, device, out, **options(args)))
         except BrokenSubject as error:
-            broken.append(str(error).partition(":\n")[2].strip() or str(error))
+            found.append(str(error).partition(":\n")[2].strip() or str(error))
+    found = distributed.merge(found)
+    rows, broken = ([x for x in found if isinstance(x, kind)] for kind in (dict, str))
     rows.sort(key=lambda row: (prediction.severity(row["flags"]), row["cine"]))
-    if rows:
+    if rows and distributed.is_main():
         evaluation.write_csv(out / "clinical.csv", rows)
         print(report.prediction_table(rows))
         print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")
-    elif not any(out.iterdir()):
+    elif distributed.is_main() and not any(out.iterdir()):
         out.rmdir()
     if broken:
         raise UserError(

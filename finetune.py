@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cmrssp import data, flags, memory, report, resume, training, weights
+from cmrssp import data, distributed, flags, memory, report, resume, training, weights
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.subject import CLASSES
@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part, what in transferred.items():
         print(f"{part}: {what}")
 
-    subjects, problems = data.find(paths, args.cache, label_suffix)
+    with distributed.main_first():
+        subjects, problems = data.find(paths, args.cache, label_suffix)
     anew = flags.typed(argv, "--split-seed")
     split_seed = args.split_seed if anew else inherited.get("split_seed", args.split_seed)
     inherited_split = None if anew else inherited.get("split")
@@ -99,13 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if checkpoint:
         weights.refuse_seen(checkpoint, split, ("validation", "test"))
-    every = store.build(splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken)
-    recorded = {key: image for link in (checkpoint.history if checkpoint else ()) for key, image in
-                link.get("digests", {}).items()}  # fmt: skip
-    check.refuse_other_images(every, recorded, ())
+    with distributed.main_first():
+        every = store.build(
+            splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
+        )
+    check.refuse_other_images(every, checkpoint.digests if checkpoint else {}, ())
     split = check.without_copies(every, split)
     known = splits.named(every.subjects, split, ("train", "validation"))
-    cines = store.build(known, args.cache, labels=True, skip_broken=args.skip_broken)
+    with distributed.main_first():
+        cines = store.build(known, args.cache, labels=True, skip_broken=args.skip_broken)
     print(check.summary(cines, problems))
     split = splits.keep(split, cines.index, parts=("train", "validation"))
     labelled = candidates(cines, split["train"], args)
@@ -172,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
         return mean_dice(method, cines, held_out, device) if held_out else {}
 
-    if not state:
+    if not state and distributed.is_main():
         report.views(method.to(device), loader, run.folder / "views.png")
     training.train(
         method,
@@ -185,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint=flags.quick_hint(args, device),
         state=state,
     )
-    report.curves(run.records(), run.folder / "curves.png")
+    if distributed.is_main():
+        report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}")
     return 0
 
@@ -217,16 +221,18 @@ def sizes(cines: store.Store, labelled: Sequence[str], args) -> dict[str, int]:
 
 def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int], device) -> dict[str, float]:
     """3D Dice on the original grid, over the ED and ES frames of the subjects: the mean, and that of each
-    class.
+    class. Each rank takes its share of the subjects.
     """
-    scores = []
-    for subject in subjects:
+    mine: list[list[dict[str, float]]] = []
+    for subject in distributed.share(subjects):
+        mine.append([])
         record = cines.labels[subject]
         frames = sorted({record.ed, record.es} - {None})
         for frame, labels in zip(
             frames, predict_frames([method], cines, subject, frames, device), strict=True
         ):
-            scores.append(dice(labels, cines.label_volume(subject, frame)))
+            mine[-1].append(dice(labels, cines.label_volume(subject, frame)))
+    scores = [score for of_subject in distributed.merge(mine) for score in of_subject]
     means = {f"dice_{name}": float(np.mean([s[name] for s in scores])) for name in CLASSES}
     return {"dice": float(np.mean(list(means.values()))), **means}
 

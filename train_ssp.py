@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cmrssp import data, flags, health, memory, report, resume, training
+from cmrssp import data, distributed, flags, health, memory, report, resume, training
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.device import prepare_torch, resolve_amp, resolve_device
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     method = method_class.from_flags(args)
     settings = flags.settings(args, resolve_amp(args.amp, device))
 
-    subjects, problems = data.find(paths, args.cache, label_suffix)
+    with distributed.main_first():
+        subjects, problems = data.find(paths, args.cache, label_suffix)
     split = splits.choose(
         subjects,
         split_file=None if interrupted else args.split_file,
@@ -68,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         inherited=interrupted.split if interrupted else None,
         keep_overlap=args.keep_overlap,
     )
-    cines = store.build(splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken)
+    with distributed.main_first():
+        cines = store.build(
+            splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
+        )
     print(check.summary(cines, problems))
     split = check.without_copies(cines, splits.keep(split, cines.index))
     slices = {part: Slices(cines, split[part]) for part in ("train", "validation")}
@@ -115,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Method, epoch: int) -> dict[str, float]:
         return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
 
-    if not state:
+    if not state and distributed.is_main():
         report.views(method.to(device), loaders["train"], run.folder / "views.png")
     training.train(
         method,
@@ -128,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint=flags.quick_hint(args, device),
         state=state,
     )
-    report.views(method, loaders["train"], run.folder / "views.png")
-    report.curves(run.records(), run.folder / "curves.png")
+    if distributed.is_main():
+        report.views(method, loaders["train"], run.folder / "views.png")
+        report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
     return 0
 

@@ -4,11 +4,14 @@ import os
 
 import torch
 
+from cmrssp import distributed
 from cmrssp.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Says what was taken."""
+    """`auto` is the GPU where there is one; under torchrun each process of a machine takes its own. Says what
+    was taken.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
@@ -19,11 +22,32 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: expected cpu, or one of {torch.cuda.device_count()} GPUs that torch sees"
         )
+    processes = distributed.world_size()
+    if processes > 1 and device.type == "cuda":
+        device = _own_gpu(name, device)
+    each = f"{processes} processes, each with " if processes > 1 else ""
     if device.type == "cuda":
-        print(f"device: {torch.cuda.get_device_name(device)}")
+        print(f"device: {each}{torch.cuda.get_device_name(device)}")
     else:
-        print(f"device: {device.type}, {torch.get_num_threads()} threads")
+        print(f"device: {each}{device.type}, {torch.get_num_threads()} threads")
+    distributed.connect(device)
     return device
+
+
+def _own_gpu(name: str, device: torch.device) -> torch.device:
+    """The GPU of this process among those of its machine."""
+    if device.index is not None:
+        raise UserError(
+            f"--device {name}: torchrun gives every process a GPU of its own; expected auto, cuda or cpu"
+        )
+    present, wanted = torch.cuda.device_count(), distributed.local_world_size()
+    if wanted > present:
+        raise UserError(
+            f"--nproc-per-node={wanted}: torch sees {present} GPUs on this machine; start at most as many "
+            "processes, or add --device cpu"
+        )
+    torch.cuda.set_device(distributed.local_rank())
+    return torch.device("cuda", distributed.local_rank())
 
 
 def resolve_amp(amp: str, device: torch.device) -> str:

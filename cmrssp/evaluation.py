@@ -2,8 +2,6 @@
 summaries.
 """
 
-import csv
-import io
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cmrssp import figures, meter, metrics, report, statistics
+from cmrssp import distributed, figures, meter, metrics, report, statistics
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
-from cmrssp.files import atomic
+from cmrssp.files import write_csv
 from cmrssp.run import Run
 from cmrssp.segmentation import Segmentation, predict_frames
 from cmrssp.weights import Checkpoint
@@ -55,17 +53,19 @@ def score(
 ) -> Scores:
     """Predict and measure the labelled ED and ES frames, or one of them (`phases`: ed, es, both), on each
     file's own grid; `options` are those of `predict_frames`. With `save` the label maps are written to that
-    folder, in the form of M&Ms: 4D, other frames 0.
+    folder, in the form of M&Ms: 4D, other frames 0. Each rank takes its share of the subjects; all of them
+    get the scores of all subjects, in the order of one process.
     """
-    scores = Scores()
     wanted = [
         {name: f for name, f in record.phases.items() if phases in (name.lower(), "both")}
         for record in cines.labels
     ]
     slices = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
     print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
-    for i, subject in enumerate(tqdm(cines.subjects, "predicting", unit="subject", disable=None)):
-        began = time.monotonic()
+    share, mine = distributed.share(range(len(cines.subjects))), []
+    for i in tqdm(share, "predicting", unit="subject", disable=distributed.hide_bar()):
+        began, subject, scores = time.monotonic(), cines.subjects[i], Scores()
+        mine.append(scores)
         if not wanted[i]:
             scores.unlabelled.append(subject.key)
             continue
@@ -95,10 +95,14 @@ def score(
             write_labels(
                 save / f"{subject.id.replace('/', '__')}.nii.gz", maps, record.geometry, subject.cine
             )
-        if len(scores.clinical) == 1 and len(cines.subjects) > 1:
-            seconds = (time.monotonic() - began) * len(cines.subjects)
+        if sum(len(s.clinical) for s in mine) == 1 and len(share) > 1:
+            seconds = (time.monotonic() - began) * len(share)
             print(f"estimated time: {meter.duration(seconds)}", flush=True)
-    return scores
+    every = Scores()
+    for scores in distributed.merge(mine):
+        for name, rows in vars(scores).items():
+            getattr(every, name).extend(rows)
+    return every
 
 
 def _slice_rows(labels: np.ndarray, truth: np.ndarray) -> Iterator[dict]:
@@ -212,24 +216,6 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What runs that are averaged should share."""
     names = ("channels", "image_size", "spacing_mm")
     return {**{n: checkpoint.config[n] for n in names}, "epochs": checkpoint.provenance.get("epochs")}
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Dicts with the same keys; floats with six decimals, what was not measured empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if rows:
-        writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow([_cell(value) for value in row.values()])
-    with atomic(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def _cell(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.6f}" if isinstance(value, float) else value
 
 
 def write(out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any]) -> list[str]:

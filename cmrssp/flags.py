@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 
+from cmrssp import distributed
 from cmrssp.data import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
 from cmrssp.kinds import at_least_0, not_empty, positive, save_interval
@@ -35,30 +36,38 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        distributed.say(f"{self.prog}: error: {message} (--help lists the flags)")
+        self.exit(2)
 
 
 def end(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run a script's main and exit: 0, or 2 with one line for what the user can mend."""
-    prog = Path(sys.argv[0]).name
+    prog, status = Path(sys.argv[0]).name, 1
     try:
-        sys.exit(main(None))
+        distributed.start()
+        status = main(None)
     except (UserError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        distributed.say(f"{prog}: error: {error}")
+        status = 2
     except torch.cuda.OutOfMemoryError:
-        print(
+        distributed.say(
             f"{prog}: error: the GPU's memory is too small for these settings; try a smaller --batch-size or "
-            "--amp fp16",
-            file=sys.stderr,
+            "--amp fp16"
         )
-        sys.exit(2)
+        status = 2
     except Stopped as stop:
-        print(f"{prog}: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.number)
+        distributed.say(f"{prog}: {stop}")
+        status = 128 + stop.number
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        distributed.say(f"{prog}: interrupted")
+        status = 130
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        distributed.say(f"{prog}: error: stopped, because another of the processes has ended")
+    finally:
+        distributed.finish(failed=status != 0)
+    sys.exit(status)
 
 
 def set_defaults(parser: Parser, argv: Sequence[str] | None, method: type[Method]) -> None:

@@ -5,7 +5,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from cmrssp import augmentation
+from cmrssp import augmentation, distributed
 from cmrssp.data.batches import Batches
 from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
@@ -58,13 +58,13 @@ def position_probe(
 @torch.inference_mode()
 def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     """Loss on fixed augmented views, and rank and probe of the plain crops' features, over the same slices
-    always.
+    always. All ranks take part, and get the figures of all their slices.
     """
     method.eval()
     loss = count = 0.0
     features, positions, subjects = [], [], []
-    for i, batch in enumerate(loader.in_order(NUM_SLICES)):
-        views = method.views(batch, step_generator(0, 0, i))
+    for i, batch in enumerate(loader.in_order(NUM_SLICES, shared=True)):
+        views = method.views(batch, step_generator(0, 0, i, distributed.rank()))
         loss, count = (
             loss + method(views, float(epoch))[0].item() * len(batch["image"]),
             count + len(batch["image"]),
@@ -76,16 +76,18 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
         positions.append(batch["position"].cpu())
         subjects.append(batch["subject"].cpu())
     method.train()
-    pooled = torch.cat(features)
+    distributed.barrier()
+    pooled, position, subject = (distributed.gather(torch.cat(x)) for x in (features, positions, subjects))
+    loss = distributed.mean(torch.tensor(loss / count, dtype=torch.float64)).item()
     if not (pooled.isfinite().all() and math.isfinite(loss)):
         raise UserError(
             f"epoch {epoch}: loss or features are NaN or infinite on the validation slices; try a smaller "
             "--lr. What was saved before stays"
         )
     figures = {
-        "validation_loss": loss / count,
+        "validation_loss": loss,
         "effective_rank": effective_rank(pooled),
-        "position_r2": position_probe(pooled, torch.cat(positions), torch.cat(subjects)),
+        "position_r2": position_probe(pooled, position, subject),
     }
     if figures["effective_rank"] < COLLAPSED:
         tqdm.write(

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from cmrssp import distributed
 from cmrssp.data.batches import Batches
 from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
@@ -15,18 +16,20 @@ _GB = 1e9
 def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -> None:
     """Print the estimate; raise UserError with a batch size that fits when the device has less."""
     bottleneck = (method.image_size // 2 ** (len(method.encoder.channels) - 1)) ** 2
-    if batches.batch_size * bottleneck < 2:
+    ranks = distributed.world_size()
+    if batches.share * bottleneck < 2:
         raise UserError(
-            "--batch-size 1: batch norm needs more than one value a channel, and the bottleneck of these "
-            "--channels and this --image-size has one; use --batch-size 2 or a larger --image-size"
+            f"--batch-size {batches.batch_size}: batch norm needs more than one value a channel, and the "
+            "bottleneck of these --channels and this --image-size has one; use --batch-size "
+            f"{2 * ranks} or a larger --image-size"
         )
     fixed, per_slice = estimate(method, batches, amp=amp)
-    needed, present = fixed + per_slice * batches.batch_size, capacity(device)
+    needed, present = fixed + per_slice * batches.share, capacity(device)
     print(f"memory: about {needed / _GB:.1f} of {present / _GB:.1f} GB")
     if needed > present:
         fitting = int((0.9 * present - fixed) / per_slice)
         hint = (
-            f"try --batch-size {fitting}"
+            f"try --batch-size {fitting * ranks}"
             if fitting >= 1
             else "try fewer --channels or a smaller --image-size"
         )
@@ -66,7 +69,7 @@ def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, floa
 
 
 def capacity(device: torch.device) -> float:
-    """Bytes of memory of the device."""
+    """Bytes of memory of the device; of the machine's own memory this process's share."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.local_world_size()

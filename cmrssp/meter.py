@@ -6,6 +6,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from cmrssp import distributed
 from cmrssp.data.batches import Batches
 from cmrssp.errors import UserError
 
@@ -27,7 +28,12 @@ class Meter:
             "steps",
             flush=True,
         )
-        self.bar = tqdm(total=self.total_steps * self.batch_size, unit="slice", disable=None, smoothing=0.05)
+        self.bar = tqdm(
+            total=self.total_steps * self.batch_size,
+            unit="slice",
+            disable=distributed.hide_bar(),
+            smoothing=0.05,
+        )
 
     def state_dict(self) -> dict:
         """The sums of the epoch that is under way."""
@@ -53,8 +59,10 @@ class Meter:
         self.bar.update(self.batch_size)
         if not self.estimated:
             self._estimate()
-        if time.monotonic() - self.last_read > _READ_EVERY_S:
-            self.read()
+
+    def due(self) -> bool:
+        """Has it been long since the device's numbers were read?"""
+        return time.monotonic() - self.last_read > _READ_EVERY_S
 
     def end_epoch(self) -> dict[str, float]:
         self.read()
@@ -85,15 +93,15 @@ class Meter:
         self.bar.close()
 
     def read(self) -> None:
-        """Wait for the device, and check what it has found since the last time. Raises UserError for a loss
+        """Wait for the device, and check what it has found since the last time. All ranks do it at once, and
+        see the same: the mean of what each of them has found. Raises UserError for a loss
         or a gradient that is not finite; under fp16 only for more than `max_skipped` of them in a row.
         """
         if not self.pending:
             return
         names = list(self.pending[0][0])
-        rows = torch.stack(
-            [torch.stack([values[n].float() for n in names]) for values, _ in self.pending]
-        ).tolist()
+        found = torch.stack([torch.stack([values[n].float() for n in names]) for values, _ in self.pending])
+        rows = distributed.mean(found).tolist()
         for row, (_, subjects) in zip(rows, self.pending, strict=True):
             self.done += 1
             if all(map(math.isfinite, row)):
@@ -111,7 +119,7 @@ class Meter:
 
     def _refuse(self, row: dict[str, float], subjects: torch.Tensor) -> None:
         keys = list(self.keys)
-        names = [keys[i] for i in sorted(set(subjects.tolist()))]
+        names = [keys[i] for i in sorted(set(distributed.gather(subjects).tolist()))]
         odd = ", ".join(f"{name} {value:g}" for name, value in row.items() if not math.isfinite(value))
         raise UserError(
             f"epoch {self.epoch + 1}, step {self.done} of {self.steps}: not finite: {odd}"

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmrssp import weights
+from cmrssp import distributed, weights
 from cmrssp.errors import UserError
 from cmrssp.run import Run
 
 _WITHIN_EPOCH = 10  # times longer than at an epoch's end: there is more to do again there
+_ECHO_S = 1.0  # torchrun passes on a signal that its processes may have got themselves: that is no second one
 _MAY_CHANGE = {"device", "out", "resume", "cache", "data", "save_every", "max_skipped", "help"}
 
 
@@ -36,6 +37,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.received: int | None = None
+        self.agreed: int | None = None  # what any rank has received
         self.before = {}
         for number in self._WATCHED:
             try:
@@ -49,15 +51,26 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        self.received = number
-        self.__exit__()
+        if self.received is None:
+            self.received, self.noted = number, time.monotonic()
+            if distributed.world_size() == 1:
+                self.__exit__()
+        elif time.monotonic() - self.noted > _ECHO_S:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+
+    def share(self, *wishes: bool) -> list[int]:
+        """[signal or 0, *wishes] that any rank has: all ranks then do the same after the same step."""
+        number, *wishes = distributed.highest(self.received or 0, *wishes)
+        self.agreed = number or None
+        return [number, *wishes]
 
     def stop_if_received(self, folder: Path, epochs: int, steps: int) -> None:
-        if self.received is not None:
+        if self.agreed is not None:
             raise Stopped(
-                f"stopped by {signal.Signals(self.received).name} and saved after epoch {epochs}, step "
+                f"stopped by {signal.Signals(self.agreed).name} and saved after epoch {epochs}, step "
                 f"{steps}; go on with --resume {folder}",
-                self.received,
+                self.agreed,
             )
 
 
@@ -81,12 +94,18 @@ class Saver:
         return epochs_done % self.epochs == 0 if self.epochs else waited > 60 * self.minutes
 
     def save(self, content: dict[str, Any]) -> None:
+        """Rank 0 writes, the others wait for it."""
+        with distributed.main_first():
+            if distributed.is_main():
+                self._write(content)
+        self.saved, self.first = time.monotonic(), False
+
+    def _write(self, content: dict[str, Any]) -> None:
         last, following = self.folder / "last.pt", self.folder / "next.pt"
         weights.save(following, content)
         if last.exists():
             os.replace(last, self.folder / "previous.pt")
         os.replace(following, last)
-        self.saved, self.first = time.monotonic(), False
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,10 @@ def open_run(
     process trains in the folder, or the images are no longer those (`Store.digest`) that the run began with.
     """
     if interrupted is None:
-        run = Run.create(args.out, default_name, again=args.resume == "auto")
+        again = args.resume == "auto"
+        run = Run(
+            Path(distributed.from_main(lambda: str(Run.create(args.out, default_name, again=again).folder)))
+        )
         run.lock()
         print(f"run folder: {run.folder}")
         return run, None
@@ -192,4 +214,7 @@ def open_run(
         f", step {state['steps_done']}" if state["steps_done"] else ""
     )
     print(f"run folder: {run.folder}, going on {done}")
+    before, now = interrupted.args.get("processes", 1), distributed.world_size()
+    if before != now:
+        print(f"started with {before} processes, going on with {now}: the augmentation draws will be others")
     return run, state

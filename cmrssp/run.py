@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import cmrssp
+from cmrssp import distributed
 from cmrssp.errors import UserError
 from cmrssp.files import atomic
 
@@ -16,7 +17,7 @@ RUNS = Path("runs")
 
 
 class Run:
-    """One training's folder. Every file in it is whole or absent."""
+    """One training's folder. Every file in it is whole or absent; rank 0 alone writes them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -45,6 +46,8 @@ class Run:
                 number += 1
 
     def write_json(self, name: str, content: Any) -> None:
+        if not distributed.is_main():
+            return
         with atomic(self.folder / name) as file:
             file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
@@ -57,16 +60,21 @@ class Run:
                 **args,
                 "versions": {"cmrssp": cmrssp.__version__, "torch": torch.__version__},
                 "git": _git_commit(),
+                "processes": distributed.world_size(),
             },
         )
 
     def log(self, record: dict[str, Any]) -> None:
         """One JSON line, appended in one write."""
+        if not distributed.is_main():
+            return
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def keep_log(self, epochs: int) -> None:
         """Drop what was logged after so many epochs: they are trained again."""
+        if not distributed.is_main():
+            return
         kept = [record for record in self.records() if record["epoch"] <= epochs]
         with atomic(self.folder / "log.jsonl") as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -75,6 +83,8 @@ class Run:
         """Held until this process ends, however it does. Raises UserError where another one trains in the
         folder.
         """
+        if not distributed.is_main():
+            return
         self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  closing it would give the lock away
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cmrssp import weights
+from cmrssp import distributed, weights
 from cmrssp.data.batches import Batches
 from cmrssp.meter import Meter
 from cmrssp.resume import Saver, Signals
@@ -68,10 +68,12 @@ def train(
 
     `validate(method, epoch)` is called every `validate_every` epochs and after the last; its figures go to
     the log. With `state`, the content of a last.pt, the training goes on after its last step, as if it had
-    never been interrupted. A signal ends it with `Stopped`, once the step is done and saved.
+    never been interrupted. A signal ends it with `Stopped`, once the step is done and saved. Under torchrun
+    all ranks call it, each with its share of the batches; what one of them is told to do, all do.
     """
     device = batches.device
     method.to(device, memory_format=torch.channels_last).train()
+    network = distributed.wrap(method, device)
     optimizer = torch.optim.SGD(
         method.param_groups(settings.weight_decay),
         lr=settings.lr,
@@ -115,9 +117,9 @@ def train(
                 now = epoch + step / len(batches)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(settings, now)
-                views = method.views(batch, step_generator(settings.seed, epoch, step))
+                views = method.views(batch, step_generator(settings.seed, epoch, step, distributed.rank()))
                 with torch.autocast(device.type, amp_type, enabled=settings.amp != "off"):
-                    loss, logs = method(views, now)
+                    loss, logs = network(views, now)
                 scaler.scale(loss).backward()
                 method.on_backward_end(now)
                 gradients = [p.grad for p in method.parameters() if p.grad is not None]
@@ -127,7 +129,10 @@ def train(
                 method.on_step_end(now)
                 optimizer.zero_grad(set_to_none=True)
                 meter.update({"loss": loss.detach(), "gradient_norm": norm, **logs}, batch["subject"])
-                if signals.received or saver.due():
+                stop, save_now, read_now = signals.share(saver.due(), meter.due())
+                if read_now:
+                    meter.read()
+                if stop or save_now:
                     save(epoch, step + 1)
                     signals.stop_if_received(run.folder, epoch, step + 1)
             first_step = 0
@@ -139,16 +144,19 @@ def train(
             last = epoch + 1 == settings.epochs
             if last or (epoch + 1) % settings.validate_every == 0:
                 began = time.monotonic()
+                distributed.share_buffers(method)
                 figures = validate(method, epoch + 1)
                 record |= figures
                 record["validation_s"] = round(time.monotonic() - began, 3)
                 meter.say(record, figures)
             run.log(record)
-            if last or signals.received or saver.due(epoch + 1):
+            stop, save_now = signals.share(saver.due(epoch + 1))
+            if last or stop or save_now:
                 save(epoch + 1, 0)
             if not last:
                 signals.stop_if_received(run.folder, epoch + 1, 0)
     done = {"config": config, "provenance": {**provenance, "epochs": settings.epochs}}
-    weights.save(run.folder / "unet.pt", {"state_dict": method.pretrained_state(), **done})
+    if distributed.is_main():
+        weights.save(run.folder / "unet.pt", {"state_dict": method.pretrained_state(), **done})
     (run.folder / "previous.pt").unlink(missing_ok=True)
     meter.close()

@@ -40,6 +40,11 @@ class Checkpoint:
             link = link.get("init")
         return chain
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """{subject key: `check.digests` of its images} of all that the trainings have read."""
+        return {key: image for link in self.history for key, image in link.get("digests", {}).items()}
+
     def seen(self) -> dict[str, str]:
         """{subject key: method that trained on it}, over the whole history."""
         return {key: link["method"] for link in self.history for key in link["subjects"]}

@@ -108,7 +108,7 @@ def test_bf16_stays_near_float32(method):
 
 
 def test_simclr_attracts_the_other_view_alone():
-    positives = SimCLR(**SMALL).positives({"image": torch.zeros(6, 1, 2, 2)})
+    positives = SimCLR(**SMALL).positives(torch.zeros(6))
     assert positives.int().tolist() == [[int(j == (i + 3) % 6) for j in range(6)] for i in range(6)]
 
 
@@ -116,7 +116,7 @@ def test_pcl_attracts_near_positions_of_any_subject():
     """Slice 3 of 10 and slice 2 of 10 differ by exactly the threshold: not below it, however floats round."""
     position = torch.tensor([0.3, 0.2, 0.25, float("nan"), 1 / 3, 0.9]).repeat(2)
     method = PCL(**SMALL, threshold=0.1)
-    positives = method.positives({"image": torch.zeros(12, 1, 2, 2), "position": position})
+    positives = method.positives(position)
     near = {0: {2, 4}, 1: {2}, 2: {0, 1, 4}, 3: set(), 4: {0, 2}, 5: set()}
     for i in range(12):
         expected = {(i + 6) % 12} | {j for k in near[i % 6] for j in (k, k + 6)}
@@ -127,7 +127,7 @@ def test_pcl_attracts_near_positions_of_any_subject():
                 other = (k * m * 10 - n * m) / (10 * n)  # k / n - other / m is 0.1
                 if other >= 0 and abs(other - round(other)) < 1e-9:
                     pair = torch.tensor([k / n, round(other) / m]).repeat(2)
-                    found = method.positives({"image": torch.zeros(4, 1, 2, 2), "position": pair})
+                    found = method.positives(pair)
                     assert found.int().sum() == 4
 
 

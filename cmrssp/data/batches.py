@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from cmrssp import distributed
 from cmrssp.data.store import Store
 from cmrssp.errors import UserError
 
@@ -47,7 +48,10 @@ class Slices:
 
 
 class Batches:
-    """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice is visited twice."""
+    """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice is visited twice.
+
+    Under torchrun `batch_size` is that of all ranks together: each reads its `share` of the same batches.
+    """
 
     def __init__(
         self,
@@ -65,27 +69,40 @@ class Batches:
                 + ("labelled frame" if labelled else "slice")
             )
         self.store, self.slices, self.labelled, self.device = store, slices, labelled, device
-        self.batch_size, self.seed = min(batch_size, len(slices)), seed
+        ranks = distributed.world_size()
+        if batch_size % ranks:
+            raise UserError(
+                f"--batch-size {batch_size}: it is that of all {ranks} processes together, expected a "
+                f"multiple of {ranks}, for example {-(-batch_size // ranks) * ranks}"
+            )
+        if len(slices) < ranks:
+            raise UserError(f"{ranks} processes cannot share {len(slices)} slices; start fewer of them")
+        self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
+        self.share = self.batch_size // ranks
 
     def __len__(self) -> int:
         return len(self.slices) // self.batch_size
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The shuffled batches of one epoch on the device, from number `first` on; the last incomplete batch
-        is dropped.
+        """The shuffled batches of one epoch on the device, from number `first` on, of each this rank's share;
+        the last incomplete batch is dropped.
         """
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
-        return self._read(order[first * self.batch_size : len(self) * self.batch_size])
+        return self._read(order[first * self.batch_size : len(self) * self.batch_size], shared=True)
 
-    def in_order(self, limit: int | None = None) -> Iterator[Batch]:
+    def in_order(self, limit: int | None = None, *, shared: bool = False) -> Iterator[Batch]:
         """All slices once, unshuffled, the last batch as large as it is; with `limit` that many, evenly
-        spread.
+        spread. `shared`: as many as divide by the ranks, of each batch this rank's share.
         """
         count = min(limit or len(self.slices), len(self.slices))
-        return self._read(np.arange(count) * len(self.slices) // count)
+        if shared:
+            count -= count % distributed.world_size()
+        return self._read(np.arange(count) * len(self.slices) // count, shared=shared)
 
-    def _read(self, order: np.ndarray) -> Iterator[Batch]:
+    def _read(self, order: np.ndarray, *, shared: bool) -> Iterator[Batch]:
         parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if shared:
+            parts = [np.split(part, distributed.world_size())[distributed.rank()] for part in parts]
         pin = self.device.type == "cuda"
 
         def read(part: np.ndarray) -> Batch:

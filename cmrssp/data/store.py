@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cmrssp import distributed
 from cmrssp.data.cine import read_cine
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.labels import Heart, read_labels
@@ -143,7 +144,7 @@ def build(
                 "building the store",
                 len(missing),
                 unit="subject",
-                disable=None if progress and missing else True,
+                disable=distributed.hide_bar() if progress and missing else True,
             )
         )
     if broken:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmrssp import augmentation
+from cmrssp import augmentation, distributed
 from cmrssp.data.batches import Batch
 from cmrssp.errors import UserError
 from cmrssp.losses import dino_cross_entropy
@@ -204,9 +204,8 @@ class DINO(Method):
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher_encoder.pooled(views["global"])).float()
             if self.training:
-                mean = teacher.mean(
-                    dim=0
-                )  # not finite where fp16 overflows, in a step that the scaler leaves out
+                mean = distributed.mean(teacher.mean(dim=0))
+                # not finite where fp16 overflows, in a step that the scaler leaves out
                 self.batch_centre.copy_(torch.where(mean.isfinite(), mean, self.centre))
         pooled = [self.encoder.pooled(views["global"]), self.encoder.pooled(views["local"])]
         student = self.head(torch.cat(pooled))

@@ -7,7 +7,6 @@ import argparse
 import torch
 
 from cmrssp.errors import UserError
-from cmrssp.ssp.method import Views
 from cmrssp.ssp.simclr import SimCLR
 
 _ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the threshold: that is not below it
@@ -49,10 +48,10 @@ class PCL(SimCLR):
     def own_flags(cls, args: argparse.Namespace) -> dict:
         return {**super().own_flags(args), "threshold": args.threshold}
 
-    def positives(self, views: Views) -> torch.Tensor:
+    def positives(self, position: torch.Tensor) -> torch.Tensor:
         """(2B, 2B) bool: the own other view, and every slice of any subject at nearly the same position. A
         NaN position (a stack of one slice) is near to none.
         """
-        position = views["position"].double()
-        near = (position[:, None] - position[None]).abs() < self.threshold - _ROUNDING
-        return (near | super().positives(views)).fill_diagonal_(False)
+        exact = position.double()
+        near = (exact[:, None] - exact[None]).abs() < self.threshold - _ROUNDING
+        return (near | super().positives(position)).fill_diagonal_(False)

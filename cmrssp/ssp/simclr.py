@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cmrssp import augmentation
+from cmrssp import augmentation, distributed
 from cmrssp.data.batches import Batch
 from cmrssp.errors import UserError
 from cmrssp.losses import nt_xent
@@ -91,13 +91,15 @@ class SimCLR(Method):
         return {"image": torch.cat(images), "position": batch["position"].repeat(2)}
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of the batch of all ranks, on each of them."""
         embeddings = self.projector(self.encoder.pooled(views["image"]))
-        return nt_xent(embeddings, self.positives(views), self.temperature), {}
+        embeddings, position = (_of_all_ranks(x) for x in (embeddings.float(), views["position"]))
+        return nt_xent(embeddings, self.positives(position), self.temperature), {}
 
-    def positives(self, views: Views) -> torch.Tensor:
-        """(2B, 2B) bool: the other view of the same slice."""
-        count = len(views["image"])
-        return torch.eye(count, dtype=torch.bool, device=views["image"].device).roll(count // 2, dims=1)
+    def positives(self, position: torch.Tensor) -> torch.Tensor:
+        """Positions (2B,) -> (2B, 2B) bool: the other view of the same slice."""
+        count = len(position)
+        return torch.eye(count, dtype=torch.bool, device=position.device).roll(count // 2, dims=1)
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         first, second = views["image"].chunk(2)
@@ -105,3 +107,8 @@ class SimCLR(Method):
 
     def pretrained_state(self) -> dict[str, torch.Tensor]:
         return {f"encoder.{key}": value for key, value in self.encoder.state_dict().items()}
+
+
+def _of_all_ranks(views: torch.Tensor) -> torch.Tensor:
+    """(2b, ...) of each rank -> (2B, ...): still all first views, then all second ones."""
+    return distributed.gather(views.unflatten(0, (2, -1)), dim=1).flatten(0, 1)
