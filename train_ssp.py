@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "image_size": args.image_size,
         "spacing_mm": args.spacing,
         "classes": None,
+        "norm": args.norm,
     }
     provenance = {
         "method": args.method,

@@ -15,6 +15,7 @@ from cmrssp.data import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
+from cmrssp.unet import NORMS
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
@@ -69,6 +70,7 @@ def from_config(config: dict) -> dict:
         "channels": config["channels"],
         "image_size": config["image_size"],
         "spacing": config["spacing_mm"],
+        "norm": config.get("norm", "batch"),
     }
 
 
@@ -194,6 +196,12 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         default=PAPER_NETWORK["spacing"],
         metavar="MM",
         help="pixel size that the network sees",
+    )
+    group.add_argument(
+        "--norm",
+        choices=tuple(NORMS),
+        default="batch",
+        help="of every convolution: batch is the paper's, instance what nnU-Net has by default",
     )
     group.add_argument(
         "--augmentation",

@@ -15,7 +15,7 @@ _GB = 1e9
 def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -> None:
     """Print the estimate; raise UserError with a batch size that fits when the device has less."""
     bottleneck = (method.image_size // 2 ** (len(method.encoder.channels) - 1)) ** 2
-    if batches.batch_size * bottleneck < 2:
+    if method.encoder.norm == "batch" and batches.batch_size * bottleneck < 2:
         raise UserError(
             "--batch-size 1: batch norm needs more than one value a channel, and the bottleneck of these "
             "--channels and this --image-size has one; use --batch-size 2 or a larger --image-size"

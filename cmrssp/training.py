@@ -36,8 +36,7 @@ class Settings:
 
 
 def learning_rate(settings: Settings, epoch: float) -> float:
-    """At a fractional epoch: linear warm-up from 0, then cosine to `final_lr` or polynomial (power 0.9) to 0.
-    """
+    """At a fractional epoch: linear warm-up from 0, then cosine to `final_lr` or poly (power 0.9) to 0."""
     warmup = min(settings.warmup_epochs, settings.epochs)
     if epoch < warmup:
         return settings.lr * epoch / warmup
@@ -89,7 +88,7 @@ def train(
             now = epoch + step / len(batches)
             lr = learning_rate(settings, now)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_factor", 1.0)
             views = method.views(batch, step_generator(settings.seed, epoch, step))
             with torch.autocast(device.type, amp_type, enabled=settings.amp != "off"):
                 loss, logs = method(views, now)
