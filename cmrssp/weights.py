@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -97,9 +98,15 @@ def locate(path: str | Path) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """The content of a file of this package. Runs no code from the file. Raises UserError for any other."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other protocols
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except _DAMAGED as error:
         raise _not_ours(path, _kind(path, error)) from None
+    except OSError as error:
+        if error.filename is None:  # torch's, for a file that is cut off
+            raise _not_ours(path, "a damaged file") from None
+        raise
 
 
 def _not_ours(path: Path, what: str) -> UserError:
