@@ -51,6 +51,7 @@ def parse(argv: Sequence[str] | None):
         "D that "
         "M&Ms gives them (paper, table 3; default: all)",
     )
+    Segmentation.add_flags(group)
     flags.add_network(parser)
     flags.add_optimisation(parser)
     flags.add_run(parser, training=True)
@@ -85,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     transferred = weights.transfer(checkpoint, method.unet) if checkpoint else {}
     for part, what in transferred.items():
         print(f"{part}: {what}")
+    if args.freeze_encoder:
+        print(
+            f"encoder: frozen for the first {min(args.freeze_encoder, args.epochs):g} of {args.epochs} epochs"
+            + ("" if checkpoint else ", with random weights: there is no --init")
+        )
 
     with distributed.main_first():
         subjects, problems = data.find(paths, args.cache, label_suffix)
@@ -143,11 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "subjects": chosen,
         }
         run.start(described, split)
+        if transferred:
+            run.log({"epoch": 0, "transfer": transferred})
     config = {
         "channels": args.channels,
         "image_size": args.image_size,
         "spacing_mm": args.spacing,
         "classes": list(CLASSES),
+        "norm": args.norm,
     }
     provenance = {
         "method": method.name,
@@ -164,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "phases": args.phases,
         "vendors": args.vendors and sorted(args.vendors),
         "augmentation": args.augmentation,
+        "freeze_encoder": args.freeze_encoder,
+        "encoder_lr_factor": args.encoder_lr_factor,
         "init": checkpoint.provenance if checkpoint else None,
     }
     held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]

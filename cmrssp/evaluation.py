@@ -214,8 +214,14 @@ def arm(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What runs that are averaged should share."""
-    names = ("channels", "image_size", "spacing_mm")
-    return {**{n: checkpoint.config[n] for n in names}, "epochs": checkpoint.provenance.get("epochs")}
+    names, link = ("channels", "image_size", "spacing_mm"), checkpoint.provenance
+    return {
+        **{n: checkpoint.config[n] for n in names},
+        "norm": checkpoint.norm,
+        "epochs": link.get("epochs"),
+        "freeze_encoder": link.get("freeze_encoder", 0.0),
+        "encoder_lr_factor": link.get("encoder_lr_factor", 1.0),
+    }
 
 
 def write(out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any]) -> list[str]:

@@ -38,9 +38,10 @@ def make_method(name: str, seed: int = 0) -> Method:
     torch.manual_seed(seed)
     common = {"channels": (4, 8, 8), "image_size": SIZE, "spacing_mm": 3.0, "augment": True}
     contrast = {"temperature": 0.1, "projection": 16}
-    dino = dict(epochs=2, local_size=16, local_crops=2, outputs=32, hidden=16, student_temperature=0.1, teacher_temperature=0.04,
-                teacher_temperature_start=0.02, teacher_temperature_epochs=1,
-                centre_momentum=0.9, teacher_momentum=0.9, freeze_last_epochs=1, export="student")  # fmt: skip
+    dino = dict(epochs=2, local_size=16, local_crops=2, outputs=32, hidden=16, student_temperature=0.1,
+                teacher_temperature=0.04, teacher_temperature_start=0.02, teacher_temperature_epochs=1,
+                centre_momentum=0.9, teacher_momentum=0.9, freeze_last_epochs=1,
+                export="student")  # fmt: skip
     return {
         "simclr": lambda: SimCLR(**common, **contrast),
         "pcl": lambda: PCL(**common, **contrast, threshold=0.1),
