@@ -103,7 +103,7 @@ class Segmentation(Method):
         )
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        if self.training:
+        if self.training and self.freeze_encoder:
             self.encoder.train(epoch >= self.freeze_encoder)  # frozen, it normalises by its own statistics
         outputs = self.unet(views["image"].contiguous(memory_format=torch.channels_last))
         return deep_supervision(dice_cross_entropy, outputs, views["label"]), {}
