@@ -25,9 +25,22 @@ from cmrssp import (
     weights,
 )
 from cmrssp.data import check, splits, store
-from cmrssp.data.subject import CLASSES, BrokenSubject, vendor_name
+from cmrssp.data.subject import CLASSES, BrokenSubject
 from cmrssp.device import resolve_device
 from cmrssp.errors import UserError
+from cmrssp.kinds import vendor_names
+
+_SCORING = (
+    "--data",
+    "--split-file",
+    "--split-seed",
+    "--keep-overlap",
+    "--skip-broken",
+    "--phases",
+    "--vendors",
+    "--save-predictions",
+)  # of what instead of a split is asked for, says nothing
+_PREDICTING = ("--checkpoint", "--flips", "--largest-component", "--label-suffix")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
     group.add_argument(
         "--vendors",
-        type=vendor_name,
+        type=vendor_names,
         nargs="+",
         metavar="NAME",
         help="score the subjects of these vendors alone",
@@ -80,7 +93,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--save-predictions", action="store_true", help="write the label maps of a split, too")
     flags.add_run(parser, training=False)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.vendors = flags.flat(args.vendors)
+    mode = next((name for name in ("predict", "compare", "tables") if getattr(args, name)), None)
+    others = {"predict": ("--split", *_SCORING), "compare": (*_SCORING, *_PREDICTING), "tables": (
+        "--split", *_SCORING, *_PREDICTING)}  # fmt: skip
+    for flag in others.get(mode, ()):
+        if flags.typed(argv, flag):
+            parser.error(f"{flag} says nothing to --{mode}; leave it out")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,12 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.tables or args.compare:  # nothing to share
         if not distributed.is_main():
             return 0
-        return print_tables(args.tables) if args.tables else compare(args.compare, args.split)
+        if args.tables:
+            return print_tables(args.tables, Path(args.out) if args.out else args.tables / "tables")
+        return compare(args.compare, args.split)
     checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finished("fine-tuning")]]
     print(f"checkpoint: {', '.join(str(c.path) for c in checkpoints)}")
     methods = [segmentation.restore(checkpoint) for checkpoint in checkpoints]
     if args.predict:
-        return predict(args, methods)
+        return predict(args, methods, checkpoints[0].provenance)
     return score(args, argv, checkpoints, methods)
 
 
@@ -132,9 +155,11 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
     with distributed.main_first():
         cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
     print(check.summary(cines, problems))
-    out = Path(args.out) if args.out else first.path.parent / default_folder(args, checkpoints)
+    for checkpoint in checkpoints:
+        trained = checkpoint.seen() if args.split != "train" else ()
+        check.refuse_other_images(cines, checkpoint.digests, trained)
+    out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, checkpoints)
     saved = out / "predictions" if args.save_predictions else None
-    (saved or out).mkdir(parents=True, exist_ok=True)
     scores = evaluation.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
     if scores.unlabelled:
         print(f"left out, without labels: {', '.join(scores.unlabelled)}")
@@ -157,6 +182,7 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
               + ", ".join(f"{name} in {count} volumes" for name, count in lost.items()))  # fmt: skip
     summary = {
         "split": args.split,
+        "data": data.absolute(paths),
         "checkpoints": [str(c.path) for c in checkpoints],
         "phases": args.phases,
         "vendors": args.vendors,
@@ -164,6 +190,7 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         "arm": evaluation.arm(first),
         "settings": evaluation.settings(first),
     }
+    out.mkdir(parents=True, exist_ok=True)
     names = evaluation.write(out, scores, table, summary)
     sheet = evaluation.cases(scores, cines, methods, device, **options(args))
     report.contour_sheet(sheet, out / "contours.png")
@@ -175,9 +202,15 @@ def options(args) -> dict[str, bool]:
     return {"flips": args.flips, "largest_component": args.largest_component}
 
 
-def default_folder(args, checkpoints: Sequence) -> str:
+def default_folder(args, argv: Sequence[str] | None, checkpoints: Sequence) -> str:
     """Beside the run; what was changed from the plain evaluation of one run is in the name."""
     changed = [
+        *([data.name(args.data)] if hasattr(args, "data") else []),
+        *(
+            ["other-split"]
+            if any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
+            else []
+        ),
         *([args.phases] if args.phases != "both" else []),
         *(args.vendors or []),
         *(["flips"] if args.flips else []),
@@ -187,12 +220,13 @@ def default_folder(args, checkpoints: Sequence) -> str:
     return "-".join([f"evaluation-{args.split}", *changed])
 
 
-def predict(args, methods: list[segmentation.Segmentation]) -> int:
+def predict(args, methods: list[segmentation.Segmentation], provenance: dict) -> int:
     """0, or 2 where a cine could not be read; the others are predicted all the same."""
     device = resolve_device(args.device)
     methods = [method.to(device) for method in methods]
-    subjects = prediction.find(args.predict, args.cache, getattr(args, "label_suffix", data.LABEL_SUFFIX))
     out = Path(args.out or "predictions")
+    suffix = getattr(args, "label_suffix", provenance.get("label_suffix", data.LABEL_SUFFIX))
+    subjects = prediction.find(args.predict, args.cache, suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict | str] = []
     share = distributed.share(subjects)
@@ -203,11 +237,13 @@ def predict(args, methods: list[segmentation.Segmentation]) -> int:
             found.append(str(error).partition(":\n")[2].strip() or str(error))
     found = distributed.merge(found)
     rows, broken = ([x for x in found if isinstance(x, kind)] for kind in (dict, str))
-    rows.sort(key=lambda row: (-len(row["flags"]), row["cine"]))
+    rows.sort(key=lambda row: (prediction.severity(row["flags"]), row["cine"]))
     if rows and distributed.is_main():
         evaluation.write_csv(out / "clinical.csv", rows)
         print(report.prediction_table(rows))
         print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")
+    elif distributed.is_main() and not any(out.iterdir()):
+        out.rmdir()
     if broken:
         raise UserError(
             f"--predict: {len(broken)} of {len(subjects)} cines cannot be used: {'; '.join(broken)}"
@@ -217,22 +253,23 @@ def predict(args, methods: list[segmentation.Segmentation]) -> int:
 
 def compare(runs: Sequence[str], split: str) -> int:
     arms = comparison.arms(runs, split)
+    shown = []
     for group in ("mean", *CLASSES):
         scores = comparison.arm_scores(arms, CLASSES if group == "mean" else [group])
         found = statistics.compare(scores, seed=0)
-        print(f"{split} split, 3D Dice, {group}\n{report.comparison_table(found, next(iter(scores)))}\n")
+        shown.append(f"{split} split, 3D Dice, {group}\n{report.comparison_table(found, next(iter(scores)))}")
+    print("\n\n".join(shown))
     return 0
 
 
-def print_tables(runs: Path) -> int:
+def print_tables(runs: Path, out: Path) -> int:
     found = tables.collect(runs)
     made = tables.tables(found)
     print("\n\n".join(tables.markdown(table) for table in made))
     missing = tables.missing(found, runs)
     if missing:
         print("\nto fill the empty cells:\n" + "\n".join(missing))
-    out = runs / "tables"
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     tables.write_csv(made, out)
     figures.learning_curves(tables.learning_curves(found), out / "learning_curves.png")
     print(f"\nwritten: {out}/*.csv, learning_curves.png")

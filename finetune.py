@@ -8,9 +8,10 @@ import numpy as np
 from cmrssp import data, distributed, flags, memory, report, resume, training, weights
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.data.subject import CLASSES, vendor_name
+from cmrssp.data.subject import CLASSES
 from cmrssp.device import prepare_torch, resolve_amp, resolve_device
 from cmrssp.errors import UserError
+from cmrssp.kinds import vendor_names
 from cmrssp.metrics import dice
 from cmrssp.segmentation import FINETUNING_LR, Segmentation, predict_frames
 
@@ -43,13 +44,14 @@ def parse(argv: Sequence[str] | None):
     )
     group.add_argument(
         "--vendors",
-        type=vendor_name,
+        type=vendor_names,
         nargs="+",
         metavar="NAME",
         help="train on the subjects of these vendors alone: Siemens, Philips, GE, Canon, or the letters A to "
         "D that "
         "M&Ms gives them (paper, table 3; default: all)",
     )
+    Segmentation.add_flags(group)
     flags.add_network(parser)
     flags.add_optimisation(parser)
     flags.add_run(parser, training=True)
@@ -62,6 +64,7 @@ def parse(argv: Sequence[str] | None):
     if interrupted:
         resume.set_defaults(parser, interrupted)
     args = parser.parse_args(argv)
+    args.vendors = flags.flat(args.vendors)
     if interrupted:
         resume.refuse_changes(parser, args, argv, interrupted)
     return args, checkpoint, interrupted
@@ -83,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     transferred = weights.transfer(checkpoint, method.unet) if checkpoint else {}
     for part, what in transferred.items():
         print(f"{part}: {what}")
+    if args.freeze_encoder:
+        print(
+            f"encoder: frozen for the first {min(args.freeze_encoder, args.epochs):g} of {args.epochs} epochs"
+            + ("" if checkpoint else ", with random weights: there is no --init")
+        )
 
     with distributed.main_first():
         subjects, problems = data.find(paths, args.cache, label_suffix)
@@ -102,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         every = store.build(
             splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
         )
+    check.refuse_other_images(every, checkpoint.digests if checkpoint else {}, ())
     split = check.without_copies(every, split)
     known = splits.named(every.subjects, split, ("train", "validation"))
     with distributed.main_first():
@@ -140,11 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "subjects": chosen,
         }
         run.start(described, split)
+        if transferred:
+            run.log({"epoch": 0, "transfer": transferred})
     config = {
         "channels": args.channels,
         "image_size": args.image_size,
         "spacing_mm": args.spacing,
         "classes": list(CLASSES),
+        "norm": args.norm,
     }
     provenance = {
         "method": method.name,
@@ -155,11 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "subjects": chosen,
         "images": images,
+        "digests": check.digests(every, every.index),
         "slices": len(slices),
-        "all_subjects": len(chosen) == len(labelled),
+        "all_subjects": len(chosen) == len(labelled) >= len(split["validation"]),  # fewer: a published subset
         "phases": args.phases,
         "vendors": args.vendors and sorted(args.vendors),
         "augmentation": args.augmentation,
+        "freeze_encoder": args.freeze_encoder,
+        "encoder_lr_factor": args.encoder_lr_factor,
         "init": checkpoint.provenance if checkpoint else None,
     }
     held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]

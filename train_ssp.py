@@ -40,10 +40,21 @@ def parse(argv: Sequence[str] | None):
     if args.method is None:
         full.error(f"the following arguments are required: --method ({', '.join(sorted(METHODS))})")
     if unknown:
-        full.error(flags.explain_unknown(unknown, args.method, METHODS))
+        full.error(explain_unknown(unknown, args.method, METHODS))
     if interrupted:
         resume.refuse_changes(full, args, argv, interrupted)
     return args, interrupted
+
+
+def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[Method]]) -> str:
+    """For flags that `method` does not have: whose they are."""
+    for word in words:
+        for name, other in methods.items():
+            parser = flags.Parser(add_help=False)
+            other.add_flags(parser)
+            if word.split("=")[0] in parser._option_string_actions:
+                return f"{word} belongs to --method {name}, and --method is {method}"
+    return f"unrecognized arguments: {' '.join(words)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "image_size": args.image_size,
         "spacing_mm": args.spacing,
         "classes": None,
+        "norm": args.norm,
     }
     provenance = {
         "method": args.method,
@@ -111,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "subjects": split["train"],
         "images": images,
+        "digests": check.digests(cines, cines.index),
         "slices": len(slices["train"]),
         "init": None,
     }

@@ -1,75 +1,51 @@
 """Evaluated runs side by side, paired by subject; the seeds of one experiment are averaged first."""
 
-import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cmrssp import study
 from cmrssp.errors import UserError
+from cmrssp.study import Evaluated
 
 
-def read(run: str | Path, split: str) -> tuple[dict, list[dict[str, str]]]:
-    """(summary, rows of metrics.csv) of a run folder or of an evaluation folder in it. Raises UserError."""
-    folder = Path(run) if (Path(run) / "summary.json").is_file() else Path(run) / f"evaluation-{split}"
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        if summary["split"] != split or not rows:
-            raise UserError(
-                f"{folder}: expected scores of the {split} split (--split), got those of {summary['split']}"
-            )
-        return summary, rows
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{run}: no scores of the {split} split; run python evaluate.py --split {split} --checkpoint "
-            f"{run} first"
-        ) from None
-
-
-def arms(runs: Sequence[str], split: str) -> dict[str, list[list[dict[str, str]]]]:
-    """{name: metrics of each seed}: runs that differ in nothing but the seed belong together."""
-    groups: list[tuple[dict, list[str], list, set]] = []  # what they share, names, metrics, seeds
+def arms(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
+    """{the first run's path as typed: its seeds}: runs that differ in nothing but the seed belong together.
+    Raises UserError for what is no evaluated run, and for runs with scores of different subjects or phases.
+    """
+    groups: dict[str, list[Evaluated]] = {}
     for run in runs:
-        summary, rows = read(run, split)
-        shared = {k: v for k, v in summary.get("arm", {}).items() if k not in ("seed", "slices")}
-        seed = summary.get("arm", {}).get("seed")
-        for known, names, metrics_of, seeds in groups:
-            if shared and known == shared and seed not in seeds:
-                names.append(Path(run).name)
-                metrics_of.append(rows)
-                seeds.add(seed)
-                break
-        else:
-            groups.append((shared, [Path(run).name], [rows], {seed}))
+        folder = Path(run) if (Path(run) / "summary.json").is_file() else Path(run) / f"evaluation-{split}"
+        try:
+            found = study.read(folder / "summary.json", split)
+        except study.UNREADABLE as error:
+            raise UserError(
+                f"{run}: no whole scores of the {split} split ({str(error)[:80]}); run python evaluate.py "
+                f"--split {split} --checkpoint {run} first"
+            ) from None
+        if found is None:
+            raise UserError(f"{folder}: expected scores of the {split} split (--split), got those of another")
+        same = (
+            name
+            for name, seeds in groups.items()
+            if (seeds[0].arm, seeds[0].settings) == (found.arm, found.settings)
+            and found.seed not in {each.seed for each in seeds}
+        )
+        groups.setdefault(next(same, str(run)), []).append(found)
+    first, *others = (run for seeds in groups.values() for run in seeds)
+    for other in others:
+        study.refuse_other_subjects(first, other)
     return {
-        names[0] + (f" and {len(names) - 1} more seeds" if len(names) > 1 else ""): metrics_of
-        for _, names, metrics_of, _ in groups
+        name + (f" and {len(seeds) - 1} more seeds" if len(seeds) > 1 else ""): seeds
+        for name, seeds in groups.items()
     }
 
 
-def arm_scores(arms: dict[str, list], classes: Sequence[str]) -> dict[str, dict[str, float]]:
-    """{arm: {subject: Dice}}: the mean over a subject's phases and classes, then over the seeds. Raises
-    UserError where the seeds of an arm were evaluated on different subjects.
-    """
-    scores: dict[str, dict[str, float]] = {}
+def arm_scores(arms: dict[str, list[Evaluated]], classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{arm: {subject: Dice}}: the mean over a subject's phases and classes, then over the seeds."""
+    scores = {}
     for name, seeds in arms.items():
-        found: list[dict[str, list[float]]] = []
-        for rows in seeds:
-            found.append({})
-            for row in rows:
-                if row["class"] in classes:
-                    found[-1].setdefault(row["subject"], []).append(float(row["dice"]))
-        if any(set(subjects) != set(found[0]) for subjects in found):
-            raise UserError(
-                f"{name}: its seeds were evaluated on different subjects; evaluate all on the same split"
-            )
-        scores[name] = {
-            subject: float(np.mean([np.mean(subjects[subject]) for subjects in found]))
-            for subject in found[0]
-        }
+        found = [run.by_subject(classes=classes) for run in seeds]
+        scores[name] = {subject: float(np.mean([each[subject] for each in found])) for subject in found[0]}
     return scores

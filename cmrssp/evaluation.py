@@ -2,8 +2,6 @@
 summaries.
 """
 
-import csv
-import io
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +17,13 @@ from cmrssp import distributed, figures, meter, metrics, report, statistics
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
-from cmrssp.files import atomic
+from cmrssp.files import write_csv
 from cmrssp.run import Run
 from cmrssp.segmentation import Segmentation, predict_frames
 from cmrssp.weights import Checkpoint
 
 THIRDS = ("base", "mid", "apex")
-METRICS = ("dice", "hd95_mm", "assd_mm")  # what is broken down
+METRICS = ("dice", "hd95_mm", "assd_mm", "hd95_filled_mm", "assd_filled_mm")  # what is broken down
 _RESAMPLES = 2000
 _NUMBERS = ("lv_edv_ml", "lv_esv_ml", "lv_sv_ml", "lv_ef_percent", "rv_edv_ml", "rv_esv_ml", "rv_sv_ml",
             "rv_ef_percent", "lv_mass_g")  # fmt: skip
@@ -90,10 +88,13 @@ def score(
                 kept[phase] = {name: measured[name][column] for name in CLASSES}
         scores.clinical.append({**who, **_clinical(volumes)})
         if save:
+            save.mkdir(parents=True, exist_ok=True)
             maps = np.zeros(record.shape, np.uint8)
             for phase, labels in predicted.items():
                 maps[wanted[i][phase]] = labels
-            write_labels(save / f"{subject.id.replace('/', '_')}.nii.gz", maps, record.geometry, subject.cine)
+            write_labels(
+                save / f"{subject.id.replace('/', '__')}.nii.gz", maps, record.geometry, subject.cine
+            )
         if sum(len(s.clinical) for s in mine) == 1 and len(share) > 1:
             seconds = (time.monotonic() - began) * len(share)
             print(f"estimated time: {meter.duration(seconds)}", flush=True)
@@ -159,8 +160,8 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, dict[str, dict[str, list]
 
 def _per_subject(rows: Sequence[dict], names: Sequence[str] = METRICS) -> dict[str, dict[str, list]]:
     """{metric: {class or mean: values}}: the mean over a subject's phases, and for `mean` over its classes.
-    Values that were not measured (a missed structure has no distance) are left out here and counted by
-    `missed`.
+    NaN where one of them was missed and has no distance; a structure that neither label map has is not asked
+    for.
     """
     table: dict[str, dict[str, list]] = {}
     for metric in names:
@@ -168,7 +169,7 @@ def _per_subject(rows: Sequence[dict], names: Sequence[str] = METRICS) -> dict[s
         for group in (*CLASSES, "mean"):
             found: dict[str, list[float]] = {}
             for row in rows:
-                if group in (row["class"], "mean") and not math.isnan(row[metric]):
+                if group in (row["class"], "mean") and not (row.get("absent") and metric != "dice"):
                     found.setdefault(row["subject"], []).append(row[metric])
             table[metric][group] = [float(np.mean(values)) for values in found.values()]
     return table
@@ -213,26 +214,14 @@ def arm(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What runs that are averaged should share."""
-    names = ("channels", "image_size", "spacing_mm")
-    return {**{n: checkpoint.config[n] for n in names}, "epochs": checkpoint.provenance.get("epochs")}
-
-
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Dicts with the same keys; floats with six decimals, what was not measured empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if rows:
-        writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow([_cell(value) for value in row.values()])
-    with atomic(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def _cell(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    return f"{value:.6f}" if isinstance(value, float) else value
+    names, link = ("channels", "image_size", "spacing_mm"), checkpoint.provenance
+    return {
+        **{n: checkpoint.config[n] for n in names},
+        "norm": checkpoint.norm,
+        "epochs": link.get("epochs"),
+        "freeze_encoder": link.get("freeze_encoder", 0.0),
+        "encoder_lr_factor": link.get("encoder_lr_factor", 1.0),
+    }
 
 
 def write(out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any]) -> list[str]:

@@ -1,10 +1,13 @@
-"""Files that are whole or absent, and finding them."""
+"""Files that are whole or absent, CSV tables among them, and finding files."""
 
+import csv
+import io
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -35,3 +38,21 @@ def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
         entered.add(real)
         found += [Path(folder, name) for name in names if name.endswith(suffixes) and name[0] != "."]
     return sorted(found)
+
+
+def write_csv(path: Path, rows: Sequence[dict]) -> None:
+    """Dicts with the same keys; floats with six decimals, what was not measured empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if rows:
+        writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow([_cell(value) for value in row.values()])
+    with atomic(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6f}" if isinstance(value, float) else value

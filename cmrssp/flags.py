@@ -18,6 +18,7 @@ from cmrssp.kinds import at_least_0, not_empty, positive, save_interval
 from cmrssp.resume import Stopped
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
+from cmrssp.unet import NORMS
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
@@ -83,7 +84,15 @@ def from_config(config: dict) -> dict:
         "channels": config["channels"],
         "image_size": config["image_size"],
         "spacing": config["spacing_mm"],
+        "norm": config.get("norm", "batch"),
     }
+
+
+def flat(vendors: list | None) -> list[str] | None:
+    """What --vendors names, each once; from a run that goes on it is flat already."""
+    if vendors is None:
+        return None
+    return sorted({name for names in vendors for name in ([names] if isinstance(names, str) else names)})
 
 
 def typed(argv: Sequence[str] | None, flag: str) -> bool:
@@ -96,17 +105,6 @@ def peek(argv: Sequence[str] | None, flag: str) -> str | None:
     parser = Parser(add_help=False)
     parser.add_argument(flag)
     return vars(parser.parse_known_args(argv)[0])[flag.lstrip("-").replace("-", "_")]
-
-
-def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[Method]]) -> str:
-    """For flags that `method` does not have: whose they are."""
-    for word in words:
-        for name, other in methods.items():
-            parser = Parser(add_help=False)
-            other.add_flags(parser)
-            if word.split("=")[0] in parser._option_string_actions:
-                return f"{word} belongs to --method {name}, and --method is {method}"
-    return f"unrecognized arguments: {' '.join(words)}"
 
 
 def add_data(parser: argparse.ArgumentParser, default: str) -> None:
@@ -183,6 +181,12 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         default=PAPER_NETWORK["spacing"],
         metavar="MM",
         help="pixel size that the network sees",
+    )
+    group.add_argument(
+        "--norm",
+        choices=tuple(NORMS),
+        default="batch",
+        help="of every convolution: batch is the paper's, instance what nnU-Net has by default",
     )
     group.add_argument(
         "--augmentation",

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from cmrssp.data.subject import vendor_name
+
 
 def at_least_0(kind: type) -> Callable[[str], float]:
     return _ranged(kind, lambda value: value >= 0, "of at least 0")
@@ -20,6 +22,11 @@ def save_interval(text: str) -> str:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"expected epochs such as 5, or minutes such as 2min, got {text}")
+
+
+def vendor_names(text: str) -> list[str]:
+    """One or several vendors, as `A`, `Siemens`, `A+B` or `Siemens,Philips`."""
+    return [vendor_name(name) for name in text.replace("+", ",").split(",") if name.strip()]
 
 
 def not_empty(text: str) -> str:

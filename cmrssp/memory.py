@@ -17,7 +17,7 @@ def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -
     """Print the estimate; raise UserError with a batch size that fits when the device has less."""
     bottleneck = (method.image_size // 2 ** (len(method.encoder.channels) - 1)) ** 2
     ranks = distributed.world_size()
-    if batches.share * bottleneck < 2:
+    if method.encoder.norm == "batch" and batches.share * bottleneck < 2:
         raise UserError(
             f"--batch-size {batches.batch_size}: batch norm needs more than one value a channel, and the "
             "bottleneck of these --channels and this --image-size has one; use --batch-size "

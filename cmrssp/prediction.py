@@ -17,17 +17,23 @@ from cmrssp.data.subject import CLASSES, PLAIN, Subject
 from cmrssp.errors import UserError
 from cmrssp.segmentation import Segmentation, predict_frames
 
+_WORST_FIRST = ("no ", "implausible", "LV cavity", "jump", "more than one", "touches", "")
 _OPEN, _SCATTERED, _JUMP = 0.1, 0.01, 0.1  # of the cavity's border, of a class's voxels, of the EDV
+_EF = (0.05, 0.9)  # of either ventricle
 
 
-def find(paths: Sequence[str], cache: Path, label_suffix: str) -> list[Subject]:
+def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> list[Subject]:
     """The cines that the paths name: NIfTI files, and folders in any layout. Raises UserError,
     FileNotFoundError.
     """
     subjects = []
     for path in map(Path, paths):
         if path.is_dir():
-            subjects += data.find([str(path)], cache, label_suffix)[0]
+            try:
+                found = data.find([str(path.resolve())], cache, label_suffix)[0]
+            except FileNotFoundError as error:
+                raise UserError(str(error).replace("--data", "--predict")) from None
+            subjects += [s for s in found if out.resolve() not in s.cine.resolve().parents]
         elif not path.exists():
             raise FileNotFoundError(f"--predict {path}: no such file or folder")
         elif path.name.endswith((".nii", ".nii.gz")):
@@ -48,7 +54,7 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str) -> list[Subject]:
 
 def name(subject: Subject) -> str:
     """What the files of a cine are called."""
-    return subject.id.replace("/", "_")
+    return subject.id.replace("/", "__")
 
 
 def predict(
@@ -81,6 +87,14 @@ def predict(
         "heart_rate_per_min": 60 / (step * len(frames)) if step and len(frames) > 1 else None,
         "flags": "; ".join(flags(labels, volumes, record, reach)),
     }
+
+
+def severity(flagged: str) -> tuple[int, int]:
+    """For sorting, worst first: the rank of the worst flag, then how many there are."""
+    ranks = [
+        i for i, start in enumerate(_WORST_FIRST) if any(f.startswith(start) for f in flagged.split("; "))
+    ]
+    return (min(ranks, default=len(_WORST_FIRST)), -flagged.count("; ") - bool(flagged))
 
 
 def _pictures(cines: store.Store, labels: np.ndarray, volumes: list, ed: int, es: int, stem: Path) -> None:
@@ -121,12 +135,17 @@ def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach
     `reach_mm` is half the side of the crop that the network saw.
     """
     found = []
+    ml = {name: np.array([v[name] for v in volumes]) for name in CLASSES}
     absent = [n for id, n in enumerate(CLASSES, 1) if not (labels == id).any()]
     if absent:
         found.append(f"no {' and no '.join(absent)} in any frame")
     lost = [t for t, v in enumerate(volumes) if "LV" not in absent and v["LV"] == 0]
     if lost:
         found.append(f"no LV in {len(lost)} of {len(labels)} frames")
+    for name in ("LV", "RV"):
+        high, low = ml[name].max(), ml[name].min()
+        if name not in absent and len(labels) > 1 and not _EF[0] < 1 - low / high < _EF[1]:
+            found.append(f"implausible {name} ejection fraction of {100 * (1 - low / high):.0f} %")
     border, open_to_others = _cavity_border(labels)
     if border and open_to_others > _OPEN * border:
         found.append(
@@ -135,14 +154,14 @@ def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach
     scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_largest(labels == id) > _SCATTERED]
     if scattered:
         found.append(f"more than one component: {', '.join(scattered)}")
-    lv = np.array([v["LV"] for v in volumes])
-    if len(lv) > 4:
-        smooth = np.median([np.roll(lv, 1), lv, np.roll(lv, -1)], axis=0)
+    for name in ("LV", "RV") if len(labels) > 4 else ():
+        curve = ml[name]
+        smooth = np.median([np.roll(curve, 1), curve, np.roll(curve, -1)], axis=0)
         # what the turn of a sound curve may be, with systole in a third of the cycle
-        turn = np.ptp(lv) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(lv))))
-        jumps = np.flatnonzero(np.abs(lv - smooth) > _JUMP * lv.max() + turn)
+        turn = np.ptp(curve) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(curve))))
+        jumps = np.flatnonzero(np.abs(curve - smooth) > _JUMP * curve.max() + turn)
         if len(jumps):
-            found.append(f"jump in the LV volume at frame {', '.join(map(str, jumps[:5]))}")
+            found.append(f"jump in the {name} volume at frame {', '.join(map(str, jumps[:5]))}")
     rows, columns = (np.flatnonzero(labels.any(axis=axes)) for axes in ((0, 1, 3), (0, 1, 2)))
     at = [
         np.abs(line - centre).max() * spacing
@@ -153,7 +172,7 @@ def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach
     ]
     if at and max(at) > reach_mm - 2 * max(record.geometry.spacing_mm):
         found.append("touches the edge of the crop")
-    return found
+    return [*found, *(problem.what for problem in record.problems)]
 
 
 def _cavity_border(labels: np.ndarray) -> tuple[int, int]:

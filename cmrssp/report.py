@@ -229,7 +229,7 @@ def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) ->
     mm = crop_mm * 1.2 / _CELL  # of a pixel of the sheet: a little more than the crop is shown
     sheet = np.zeros((rows * _CELL, columns * _CELL), np.float32)
     lines: dict[str, list[np.ndarray]] = {"crop": [], "heart": []}
-    figure = Figure(figsize=(1.3 * columns, 1.3 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(1.3 * columns, 5), 1.3 * rows + 0.4), layout="constrained")
     axis = figure.subplots()
     for i, (subject, cine) in enumerate(zip(store.subjects, store.cines, strict=True)):
         labels = store.labels[i] if store.labels else None

@@ -1,6 +1,7 @@
 """The supervised objective under the contract of a method, and prediction on the native grid."""
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -36,16 +37,52 @@ class Segmentation(Method):
     }
     quick = {"epochs": 100, "batch_size": 8}
 
-    def __init__(self, *, channels: Sequence[int], image_size: int, spacing_mm: float, augment: bool) -> None:
+    def __init__(
+        self,
+        *,
+        channels: Sequence[int],
+        image_size: int,
+        spacing_mm: float,
+        augment: bool,
+        norm: str = "batch",
+        freeze_encoder: float = 0.0,
+        encoder_lr_factor: float = 1.0,
+    ) -> None:
+        """The encoder stays as it is for `freeze_encoder` epochs, and learns with `encoder_lr_factor` times
+        the schedule's learning rate.
+        """
         super().__init__()
-        check_image_size(image_size, channels)
+        check_image_size(image_size, channels, norm=norm)
+        if not freeze_encoder >= 0:
+            raise UserError(f"--freeze-encoder: expected epochs, 0 or more, got {freeze_encoder}")
+        if not 0 < encoder_lr_factor < math.inf:
+            raise UserError(f"--encoder-lr-factor: expected a number above 0, got {encoder_lr_factor}")
+        self.freeze_encoder, self.encoder_lr_factor = freeze_encoder, encoder_lr_factor
         self.image_size, self.spacing_mm = image_size, spacing_mm
         self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
-        self.unet = UNet(channels=channels, num_outputs=NUM_OUTPUTS, num_heads=len(channels) - 1)
+        self.unet = UNet(channels=channels, num_outputs=NUM_OUTPUTS, num_heads=len(channels) - 1, norm=norm)
 
     @property
     def encoder(self):
         return self.unet.encoder
+
+    @staticmethod
+    def add_flags(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--freeze-encoder",
+            type=float,
+            default=0.0,
+            metavar="EPOCHS",
+            help="train the decoder and the heads alone for so many epochs: weights and batch statistics of "
+            "the encoder stay as they are",
+        )
+        parser.add_argument(
+            "--encoder-lr-factor",
+            type=float,
+            default=1.0,
+            metavar="FACTOR",
+            help="of the encoder's learning rate; below 1 a pretrained encoder changes more slowly",
+        )
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> "Segmentation":
@@ -54,6 +91,9 @@ class Segmentation(Method):
             image_size=args.image_size,
             spacing_mm=args.spacing,
             augment=args.augmentation == "on",
+            norm=args.norm,
+            freeze_encoder=args.freeze_encoder,
+            encoder_lr_factor=args.encoder_lr_factor,
         )
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
@@ -63,8 +103,23 @@ class Segmentation(Method):
         )
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.training:
+            self.encoder.train(epoch >= self.freeze_encoder)  # frozen, it normalises by its own statistics
         outputs = self.unet(views["image"].contiguous(memory_format=torch.channels_last))
         return deep_supervision(dice_cross_entropy, outputs, views["label"]), {}
+
+    def param_groups(self, weight_decay: float) -> list[dict]:
+        if self.encoder_lr_factor == 1:
+            return super().param_groups(weight_decay)
+        rest = [p for part in (self.unet.decoder, self.unet.heads) for p in part.parameters()]
+        encoder = {"params": list(self.encoder.parameters()), "lr_factor": self.encoder_lr_factor}
+        return [{**group, "weight_decay": weight_decay} for group in (encoder, {"params": rest})]
+
+    def on_backward_end(self, epoch: float) -> None:
+        """A parameter without a gradient is left as it is: no decay, no momentum."""
+        if epoch < self.freeze_encoder:
+            for parameter in self.encoder.parameters():
+                parameter.grad = None
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         return {"image": views["image"], "label": views["label"]}
@@ -102,6 +157,7 @@ def restore(checkpoint: weights.Checkpoint) -> Segmentation:
         image_size=config["image_size"],
         spacing_mm=config["spacing_mm"],
         augment=False,
+        norm=checkpoint.norm,
     )
     weights.transfer(checkpoint, method.unet)
     return method.eval()

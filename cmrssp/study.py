@@ -18,7 +18,8 @@ METHODS = {"scratch": "Baseline", "simclr": "SimCLR", "pcl": "PCL", "dino": "DIN
 SUBSETS = (None, 50, 25, 15, 10)  # labelled training subjects, None: all
 SEEDS = (0, 1, 2)
 VENDORS = {"A+B": ("Siemens", "Philips"), "C+D": ("GE", "Canon")}
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
+_SETTINGS = ("settings", "flips", "largest_component")  # of a summary: what averaged runs should share
 _KINDS = {"n_subjects": int, "all_subjects": bool, "slices": int, "vendors": list | None, "seed": int}
 
 
@@ -89,12 +90,21 @@ class Evaluated:
         vendors: Collection[str] | None = None,
         classes: Collection[str] = CLASSES,
     ) -> list[float]:
-        """The Dice of each test subject, the mean over these of its phases and classes; None: all vendors."""
+        """The Dice of each subject, as `by_subject`."""
+        return list(self.by_subject(phases, vendors, classes).values())
+
+    def by_subject(
+        self,
+        phases: Collection[str] = ("ED", "ES"),
+        vendors: Collection[str] | None = None,
+        classes: Collection[str] = CLASSES,
+    ) -> dict[str, float]:
+        """{subject: Dice}, the mean over these of its phases and classes; vendors None: all."""
         scores: dict[str, list[float]] = {}
         for (subject, phase, name), value in self.scores.items():
             if phase in phases and name in classes and (vendors is None or self.vendors[subject] in vendors):
                 scores.setdefault(subject, []).append(value)
-        return [float(np.mean(values)) for values in scores.values()]
+        return {subject: float(np.mean(values)) for subject, values in scores.items()}
 
     @property
     def phases(self) -> dict[str, frozenset[str]]:
@@ -116,8 +126,8 @@ def collect(folder: str | Path) -> list[Evaluated]:
         if path.name != "summary.json" or path.parent.name != "evaluation-test":
             continue
         try:
-            run = _read(path)
-        except _UNREADABLE as error:
+            run = read(path)
+        except UNREADABLE as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
             print(f"skipped: {path}: {what[:200]}")
             continue
@@ -135,7 +145,7 @@ def collect(folder: str | Path) -> list[Evaluated]:
             "found none; run evaluate.py --split test first"
         )
     for run in runs[1:]:
-        _refuse_other_subjects(runs[0], run)
+        refuse_other_subjects(runs[0], run)
     kinds = {run.settings: run for run in runs}
     if len(kinds) > 1:
         found = "; ".join(f"{run.folder} {settings}" for settings, run in kinds.items())
@@ -146,12 +156,12 @@ def collect(folder: str | Path) -> list[Evaluated]:
     return runs
 
 
-def _read(path: Path) -> Evaluated | None:
-    """None for another split than test. Raises the errors that `collect` catches."""
+def read(path: Path, split: str = "test") -> Evaluated | None:
+    """An evaluation, by its summary.json; None for one of another split. Raises UNREADABLE errors."""
     summary = json.loads(path.read_text())
     if not isinstance(summary, dict):
         raise ValueError("expected a JSON object")
-    if summary.get("split") != "test":
+    if summary.get("split") != split:
         return None
     arm = summary.get("arm")
     if not isinstance(arm, dict):
@@ -192,7 +202,7 @@ def _read(path: Path) -> Evaluated | None:
         slices=arm["slices"],
         scores=scores,
         vendors=vendors,
-        settings=json.dumps(summary.get("settings"), sort_keys=True),
+        settings=json.dumps({key: summary.get(key) for key in _SETTINGS}, sort_keys=True),
         written_ns=path.stat().st_mtime_ns,
         args=_object(path.parents[1] / "args.json"),
     )
@@ -207,7 +217,7 @@ def _object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _refuse_other_subjects(one: Evaluated, other: Evaluated) -> None:
+def refuse_other_subjects(one: Evaluated, other: Evaluated) -> None:
     ours, theirs = one.phases, other.phases
     odd = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if odd:
@@ -235,7 +245,10 @@ def missing(runs: Sequence[Evaluated], runs_dir: str | Path) -> list[str]:
     common = [flag for flag in ("--skip-broken", "--quick") if model.args.get(flag[2:].replace("-", "_"))]
     known = {"scratch": None, **_pretrained(newest, runs_dir)}
     pretrainings, others = [], []
+    most = max((run.n_subjects for run in runs if run.arm.n_subjects is None), default=None)
     for arm in arms():
+        if most and arm.n_subjects and arm.n_subjects >= most:
+            continue  # there are no so many labelled training subjects
         method, seeds = arm.pretraining, {run.seed for run in runs if run.arm == arm}
         lacking = [seed for seed in SEEDS if seed not in seeds][: max(0, len(SEEDS) - len(seeds))]
         if lacking and method not in known:

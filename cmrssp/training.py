@@ -116,7 +116,7 @@ def train(
             for step, batch in enumerate(batches.epoch(epoch, first_step), first_step):
                 now = epoch + step / len(batches)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(settings, now)
+                    group["lr"] = learning_rate(settings, now) * group.get("lr_factor", 1.0)
                 views = method.views(batch, step_generator(settings.seed, epoch, step, distributed.rank()))
                 with torch.autocast(device.type, amp_type, enabled=settings.amp != "off"):
                     loss, logs = network(views, now)

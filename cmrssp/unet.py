@@ -1,24 +1,30 @@
-"""The 2D U-Net of the nnU-Net family: the graph of PlainConvUNet with batch norm, in three parts that stand
-alone.
+"""The 2D U-Net of the nnU-Net family: the graph of PlainConvUNet, in three parts that stand alone.
 
 Two 3x3 convolutions a stage, each with norm and LeakyReLU(0.01); down by stride 2, up by 2x2 transposed
 convolution, skips by concatenation, 1x1 heads. Channels 32 64 128 256 512 512 512 have 33.47 M parameters.
+Batch norm is the paper's, instance norm is what nnU-Net builds by default.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from cmrssp.errors import UserError
 
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "instance": partial(nn.InstanceNorm2d, eps=1e-5, affine=True),
+}
 
-def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+
+def stage(inputs: int, outputs: int, stride: int, norm: str) -> nn.Sequential:
     layers = OrderedDict()
     for i in (1, 2):
         layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
-        layers[f"norm{i}"] = nn.BatchNorm2d(outputs)
+        layers[f"norm{i}"] = NORMS[norm](outputs)
         layers[f"act{i}"] = nn.LeakyReLU(0.01, inplace=True)
         inputs, stride = outputs, 1
     return nn.Sequential(layers)
@@ -27,12 +33,12 @@ def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 class Encoder(nn.Module):
     """(B, 1, H, W) -> the features of every stage, finest first; the last one is the bottleneck."""
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], norm: str = "batch") -> None:
         super().__init__()
-        self.channels = tuple(channels)
+        self.channels, self.norm = tuple(channels), norm
         inputs = (1, *channels[:-1])
         self.stages = nn.ModuleList(
-            stage(i, o, 2 if n else 1) for n, (i, o) in enumerate(zip(inputs, channels, strict=True))
+            stage(i, o, 2 if n else 1, norm) for n, (i, o) in enumerate(zip(inputs, channels, strict=True))
         )
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -50,13 +56,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder's features -> decoded features of every scale but the bottleneck's, finest first."""
 
-    def __init__(self, channels: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], norm: str = "batch") -> None:
         super().__init__()
         pairs = list(
             zip(channels[:0:-1], channels[-2::-1], strict=True)
         )  # (coarser, finer), from the bottleneck up
         self.ups = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
-        self.stages = nn.ModuleList(stage(2 * fine, fine, 1) for _, fine in pairs)
+        self.stages = nn.ModuleList(stage(2 * fine, fine, 1, norm) for _, fine in pairs)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         image, decoded = features[-1], []
@@ -69,10 +75,12 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """Encoder, decoder, and a head per scale: heads.0 at full resolution, heads.i at 1 / 2^i of it."""
 
-    def __init__(self, *, channels: Sequence[int], num_outputs: int, num_heads: int) -> None:
-        """`num_heads`: scales - 1 = len(channels) - 1 for deep supervision, 1 without."""
+    def __init__(
+        self, *, channels: Sequence[int], num_outputs: int, num_heads: int, norm: str = "batch"
+    ) -> None:
+        """`num_heads`: scales - 1 = len(channels) - 1 for deep supervision, 1 without. `norm`: of NORMS."""
         super().__init__()
-        self.encoder, self.decoder = Encoder(channels), Decoder(channels)
+        self.encoder, self.decoder = Encoder(channels, norm), Decoder(channels, norm)
         self.heads = nn.ModuleList(nn.Conv2d(c, num_outputs, 1) for c in channels[:num_heads])
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -85,7 +93,12 @@ class UNet(nn.Module):
         return self.heads[0](self.decoder(self.encoder(image))[0])
 
 
-def check_image_size(image_size: int, channels: Sequence[int], flag: str = "--image-size") -> None:
+def check_image_size(
+    image_size: int, channels: Sequence[int], flag: str = "--image-size", norm: str = "batch"
+) -> None:
+    """Raise UserError for a square that the stages cannot halve, or whose bottleneck instance norm cannot
+    normalise: it needs more than one pixel there.
+    """
     if len(channels) < 2:
         raise UserError(f"--channels: expected at least two stages, got {' '.join(map(str, channels))}")
     factor = 2 ** (len(channels) - 1)
@@ -93,4 +106,9 @@ def check_image_size(image_size: int, channels: Sequence[int], flag: str = "--im
         raise UserError(
             f"{flag}: expected a multiple of {factor} (2^(stages - 1), {len(channels)} stages in "
             f"--channels), got {image_size}"
+        )
+    if norm == "instance" and image_size == factor:
+        raise UserError(
+            f"{flag}: expected at least {2 * factor} with --norm instance (more than one pixel at the "
+            f"bottleneck of {len(channels)} stages), got {image_size}"
         )

@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "nnunet: needs nnunetv2, which is not among the requirements")
     config.addinivalue_line("markers", "slow: a campaign that takes minutes; runs with --slow")
 
 

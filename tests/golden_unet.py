@@ -42,7 +42,7 @@ def pixels(size: int) -> list[tuple[int, int]]:
     ]
 
 
-def _our_key(key: str, scales: int) -> str | None:
+def our_key(key: str, scales: int) -> str | None:
     """nnU-Net's key -> ours; None for its twins of the same tensors."""
     parts = key.split(".")
     if "all_modules" in parts or key.startswith("decoder.encoder"):
@@ -58,7 +58,8 @@ def _our_key(key: str, scales: int) -> str | None:
     return f"heads.{scales - 1 - int(parts[2])}.{parts[3]}"
 
 
-def main() -> None:
+def outputs_of(norm: type[torch.nn.Module]) -> list:
+    """At `pixels`, of the real network with this norm and the weights of `fill`."""
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
     stages = len(CHANNELS)
@@ -73,7 +74,7 @@ def main() -> None:
         NUM_OUTPUTS,
         2,
         conv_bias=True,
-        norm_op=torch.nn.BatchNorm2d,
+        norm_op=norm,
         norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=torch.nn.LeakyReLU,
         nonlin_kwargs={"inplace": True},
@@ -81,19 +82,27 @@ def main() -> None:
     ).eval()
     state = network.state_dict()
     for key, value in state.items():
-        ours = _our_key(key, stages - 1)
+        ours = our_key(key, stages - 1)
         if ours and value.is_floating_point():
             value.copy_(fill(ours, tuple(value.shape)))
     with torch.no_grad():
         outputs = network(image())
-    golden = [
+    return [
         [
             [round(output[0, c, y, x].item(), 8) for c in range(NUM_OUTPUTS)]
             for y, x in pixels(output.shape[2])
         ]
         for output in outputs
     ]
-    GOLDEN.write_text(json.dumps({"channels": CHANNELS, "outputs": golden}) + "\n")
+
+
+def main() -> None:
+    golden = {
+        "channels": CHANNELS,
+        "outputs": outputs_of(torch.nn.BatchNorm2d),
+        "instance_outputs": outputs_of(torch.nn.InstanceNorm2d),
+    }
+    GOLDEN.write_text(json.dumps(golden) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from cmrssp import data
 from cmrssp.data import check, store
 from cmrssp.data.__main__ import main
+from cmrssp.errors import UserError
 
 
 @pytest.fixture
@@ -136,3 +137,22 @@ def test_real_patients(acdc70, tmp_path, capsys):
     assert "cines: 70 subjects (acdc 70; vendors: unknown 70), 140 frames, 1312 slices" in text
     assert int(re.search(r"(\d+) of 70 within 200 mm", text)[1]) >= 68
     assert "acdc/patient076: patient076_4d.nii.gz: the same images as acdc/patient074" in text
+
+
+def test_a_data_set_with_the_same_names_is_not_taken_for_the_one_that_is_known(three_subjects):
+    cines = three_subjects
+    known = check.digests(cines, cines.index)
+    check.refuse_other_images(cines, known, ["mnms/A"])
+    with pytest.raises(
+        UserError, match=r"1 of 3 subjects have the names but not the images .* first is mnms/B"
+    ):
+        check.refuse_other_images(cines, {**known, "mnms/B": "0" * 16}, [])
+    with pytest.raises(UserError, match=r"images of subjects .* trained on, the first is mnms/C, as other/X"):
+        check.refuse_other_images(cines, {"other/X": known["mnms/C"]}, ["other/X"])
+
+
+@pytest.fixture
+def three_subjects(write_mnms, beating, tmp_path):
+    for i, id in enumerate("ABC"):
+        folder = write_mnms(id, *beating(i))
+    return store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False)

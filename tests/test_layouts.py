@@ -333,3 +333,59 @@ def test_ids_of_a_table_lead_nowhere(tmp_path, beating, write_mnms):
     save(plain / "a.nii.gz", beating(2)[0])
     table(plain / "subjects.csv", "subject,vendor", "../outside_sa,GE", "a,GE")
     assert [s.cine for s in data.find([str(plain)], tmp_path)[0]] == [plain / "a.nii.gz"]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_labels_stored_in_other_axes_than_their_cine(tmp_path, beating, swap):
+    """The same grid, columns reversed (and axes swapped), with the affine that says so; one that says
+    nothing.
+    """
+    cine, labels = beating()
+    save(tmp_path / "in" / "mnms" / "A_sa.nii.gz", cine)
+    turned, affine = labels[::-1], AFFINE @ np.diag([-1, 1, 1, 1])
+    affine[0, 3] = 1.5 * (cine.shape[0] - 1)
+    if swap:
+        turned, affine = turned.transpose(1, 0, 2, 3), affine[:, [1, 0, 2, 3]]
+    save(tmp_path / "in" / "mnms" / "A_sa_gt.nii.gz", turned, affine)
+    save(tmp_path / "in" / "mnms" / "B_sa.nii.gz", beating(1)[0])
+    save(
+        tmp_path / "in" / "mnms" / "B_sa_gt.nii.gz", labels, np.eye(4)
+    )  # its affine is lost: the array decides
+    cines, problems = stored(tmp_path, tmp_path / "in")
+    for i in (0, 1):
+        back = cines.cines[i].geometry.from_canonical(cines.label_volume(i, 2)[None])[..., 0]
+        assert (back == labels[..., 2]).all()
+    assert problems["mnms/A"] == [
+        ("A_sa_gt.nii.gz is stored in other axes than its cine: turned by its affine", "used with correction")
+    ]
+    assert "mnms/B" not in problems
+
+
+def test_what_looks_like_labels_is_no_cine(tmp_path, beating):
+    cine, labels = beating()
+    root = tmp_path / "scans"
+    save(root / "imagesTr" / "a.nii.gz", cine)
+    save(root / "labelsTr" / "a_drawn.nii.gz", labels)
+    cines, problems = stored(tmp_path, root)
+    assert [s.key for s in cines.subjects] == ["folder/a"]
+    assert "got the values 0, 1, 2, 3 alone: a label map?" in problems["folder/a_drawn"][0][0]
+    save(root / "imagesTr" / "a_GT.nii.gz", labels)
+    with pytest.raises(UserError, match=r"a_GT.nii.gz: looks like labels of a; .* --label-suffix _GT"):
+        data.find([str(root)], tmp_path)
+
+
+def test_files_beside_a_layout_are_named(tmp_path, beating):
+    save(tmp_path / "in" / "A_sa.nii.gz", beating()[0])
+    save(tmp_path / "in" / "sub" / "other.nii.gz", beating(1)[0])
+    _, problems = data.find([str(tmp_path / "in")], tmp_path)
+    assert any("not named as in the layouts found beside them: other.nii.gz" in p.what for p in problems)
+
+
+def test_vendors_as_they_are_typed():
+    from cmrssp.data.subject import vendor_name
+    from cmrssp.kinds import vendor_names
+
+    assert vendor_names("A+B") == ["Siemens", "Philips"] == vendor_names("siemens,PHILIPS")
+    assert [vendor_name(n) for n in ("GE MEDICAL SYSTEMS", "TOSHIBA_MEC", "d", "B. Braun", "Gerät")] == [
+        "GE", "Canon", "Canon", "B. Braun", "Gerät",
+    ]  # fmt: skip

@@ -367,17 +367,43 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     evaluation.write_csv(other / "evaluation-test" / "metrics.csv", better)
     assert evaluate.main(["--compare", str(run), str(other)]) == 0
     said = capsys.readouterr().out
-    lines = [line for line in said.splitlines() if line.startswith("other")]
-    assert len(lines) == 4 and all(f"{'+0.2500':>11}" in line for line in lines)  # mean, LV, MYO, RV
+    lines = [line for line in said.splitlines() if line.startswith(str(other))]
+    assert len(lines) == 4 and all("+0.2500" in line for line in lines)  # mean, LV, MYO, RV
     assert "needs two or more runs" in refused("evaluate.py", "--compare", run)
     line = refused("evaluate.py", "--compare", run, other, "--split", "train")
-    assert "no scores of the train split; run python evaluate.py --split train" in line
+    assert "no whole scores of the train split" in line and "run python evaluate.py --split train" in line
     gone = {row["subject"] for row in rows[:3]}
     evaluation.write_csv(
         other / "evaluation-test" / "metrics.csv", [r for r in rows if r["subject"] not in gone]
     )
-    assert "evaluated on different subjects: 1 in one of them alone" in refused(
+    summary = json.loads((run / "evaluation-test" / "summary.json").read_text())
+    fewer = {**summary, "subjects": sorted(set(summary["subjects"]) - gone)}
+    (other / "evaluation-test" / "summary.json").write_text(json.dumps(fewer))
+    assert "different test subjects or phases, 1 subjects differ" in refused(
         "evaluate.py", "--compare", run, other
+    )
+    for wrong in (
+        [row for row in rows if row["phase"] == "ED"],
+        [{name: row[name] for name in row if name != "dice"} for row in rows],
+    ):
+        (other / "evaluation-test" / "summary.json").write_text(json.dumps(summary))
+        evaluation.write_csv(other / "evaluation-test" / "metrics.csv", wrong)
+        line = refused("evaluate.py", "--compare", run, other)
+        assert "different test subjects or phases" in line or "no whole scores of the test split" in line
+    assert "--flips says nothing to --compare" in refused("evaluate.py", "--compare", run, other, "--flips")
+    # two runs of one name, and a third that differs in more than the seed, stay apart
+    for folder, change in (("a", {}), ("b", {"settings": {"epochs": 7}})):
+        copy = shutil.copytree(run / "evaluation-test", tmp_path / folder / "run" / "evaluation-test")
+        summary = json.loads((copy / "summary.json").read_text())
+        (copy / "summary.json").write_text(
+            json.dumps({**summary, **change, "arm": {**summary["arm"], "seed": 5}})
+        )
+    assert evaluate.main(["--compare", str(tmp_path / "a/run"), str(tmp_path / "b/run"), str(run)]) == 0
+    said = capsys.readouterr().out.split("\n\n")[0]
+    assert (
+        "a/run and 1 more seeds" in said
+        and str(tmp_path / "b" / "run") in said
+        and len(said.splitlines()) == 3
     )
     assert evaluate.main(["--tables", str(cwd / "runs")]) == 0
     said = capsys.readouterr().out

@@ -16,9 +16,10 @@ def test_the_papers_size():
     assert sum(p.numel() for p in network.encoder.parameters()) == pytest.approx(14.16e6, abs=5e3)
 
 
-def test_same_outputs_as_plain_conv_unet_at_all_six_scales():
-    golden = json.loads(golden_unet.GOLDEN.read_text())["outputs"]
-    network = UNet(channels=golden_unet.CHANNELS, num_outputs=4, num_heads=6).eval()
+@pytest.mark.parametrize(("norm", "name"), [("batch", "outputs"), ("instance", "instance_outputs")])
+def test_same_outputs_as_plain_conv_unet_at_all_six_scales(norm, name):
+    golden = json.loads(golden_unet.GOLDEN.read_text())[name]
+    network = UNet(channels=golden_unet.CHANNELS, num_outputs=4, num_heads=6, norm=norm).eval()
     network.load_state_dict(
         {
             k: golden_unet.fill(k, tuple(v.shape)) if v.is_floating_point() else v
@@ -47,3 +48,15 @@ def test_the_decoder_does_not_hold_the_encoder():
 def test_sizes_that_cannot_be(size, channels, message):
     with pytest.raises(UserError, match=message):
         check_image_size(size, channels)
+
+
+def test_instance_norm_needs_two_pixels_at_the_bottleneck():
+    """It refuses a single value, as torch does; batch norm has those of the other slices."""
+    check_image_size(64, PAPER, norm="batch")
+    check_image_size(128, PAPER, norm="instance")
+    with pytest.raises(UserError, match=r"--local-size: expected at least 128 with --norm instance"):
+        check_image_size(64, PAPER, flag="--local-size", norm="instance")
+    network = UNet(channels=(4, 8, 8), num_outputs=1, num_heads=1, norm="instance")
+    assert network(torch.zeros(1, 1, 8, 8))[0].shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        network(torch.zeros(1, 1, 4, 4))

@@ -10,8 +10,8 @@ from cmrssp.unet import UNet
 CHANNELS = (4, 8, 8)
 
 
-def unet(num_outputs=4, num_heads=2, channels=CHANNELS):
-    return UNet(channels=channels, num_outputs=num_outputs, num_heads=num_heads)
+def unet(num_outputs=4, num_heads=2, channels=CHANNELS, norm="batch"):
+    return UNet(channels=channels, num_outputs=num_outputs, num_heads=num_heads, norm=norm)
 
 
 def content(network, parts=("encoder", "decoder", "heads"), **provenance):
@@ -66,6 +66,28 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, channels):
     with pytest.raises(UserError, match=r"encoder does not fit this network .*has --channels 4 8 8"):
         weights.transfer(saved(tmp_path, unet()), target)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("batch", "instance"), ("instance", "batch")])
+def test_another_norm_is_refused(tmp_path, theirs, ours):
+    made = content(unet(norm=theirs))
+    weights.save(tmp_path / "unet.pt", {**made, "config": {**made["config"], "norm": theirs}})
+    target = unet(norm=ours)
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises(UserError, match=f"was trained with --norm {theirs}, this network has --norm {ours}"):
+        weights.transfer(weights.load(tmp_path), target)
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+    report = weights.transfer(weights.load(tmp_path), unet(norm=theirs))
+    # two convolutions a stage with two tensors each and as many of the norm, batch norm with three more
+    per_convolution = {"batch": 7, "instance": 4}[theirs]
+    assert report["encoder"] == f"transferred, {3 * 2 * per_convolution} tensors"
+    assert report["decoder"] == f"transferred, {2 * 2 * per_convolution + 2 * 2} tensors"
+
+
+def test_a_file_that_names_no_norm_has_batch_norm(tmp_path):
+    checkpoint = saved(tmp_path, unet())
+    assert "norm" not in checkpoint.config and checkpoint.norm == "batch"
+    assert weights.transfer(checkpoint, unet())["encoder"] == "transferred, 42 tensors"
 
 
 def test_unknown_and_missing_keys_are_refused(tmp_path):

@@ -26,13 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args: argparse.Namespace = parser.parse_args(argv)
     try:
+        if args.figure and not args.figure.absolute().parent.is_dir():
+            raise UserError(f"--figure {args.figure}: there is no folder {args.figure.absolute().parent}")
         suffix = getattr(args, "label_suffix", data.LABEL_SUFFIX)
         subjects, problems = data.find(args.paths, args.cache, suffix)
         cines = store.build(subjects, args.cache, labels=True, skip_broken=True, name_broken=False)
         print(check.report(cines, problems))
         if args.figure:
             report.centre_sheet(cines, args.figure, check.CROP_MM)
-            print(f"written: {args.figure}")
+            print(f"written: {args.figure}" if cines.subjects else "no figure: there is no subject to show")
     except (UserError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

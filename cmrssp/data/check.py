@@ -7,6 +7,7 @@ import numpy as np
 
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CORRECTED, LEFT_OUT, USED, Problem
+from cmrssp.errors import UserError
 
 _DONE = (LEFT_OUT, CORRECTED, USED)  # worst first
 SQUARES_MM = (160.0, 200.0)  # what whole hearts are looked for in
@@ -58,6 +59,32 @@ def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[
                 record = store.cines[store.index[key]]
                 held[record.digest, record.shape] = f"{key} ({part})"
     return {part: kept[part] for part in split}
+
+
+def refuse_other_images(store: Store, recorded: dict[str, str], trained: Iterable[str]) -> None:
+    """Raise UserError where a subject has other images than those that a checkpoint recorded under its name,
+    or the images of a subject that it was `trained` on under another. recorded: {subject key: `digests`}.
+    """
+    now = digests(store, store.index)
+    other = sorted(key for key, image in now.items() if recorded.get(key, image) != image)
+    if other:
+        raise UserError(
+            f"--data: {len(other)} of {len(now)} subjects have the names but not the images of those that "
+            f"the checkpoint knows, the first is {other[0]}; is it another data set with the same file names?"
+        )
+    seen = {recorded[key]: key for key in trained if key in recorded}
+    copies = sorted((key, seen[image]) for key, image in now.items() if image in seen and seen[image] != key)
+    if copies:
+        raise UserError(
+            f"--data: {len(copies)} of {len(now)} subjects have the images of subjects that the checkpoint "
+            f"has been trained on, the first is {copies[0][0]}, as {copies[0][1]}; leave them out with "
+            "--split-file"
+        )
+
+
+def digests(store: Store, keys: Iterable[str]) -> dict[str, str]:
+    """{subject key: the beginning of its images' digest}, as a checkpoint remembers them."""
+    return {key: store.cines[store.index[key]].digest[:16] for key in keys}
 
 
 def reaches(store: Store) -> np.ndarray:

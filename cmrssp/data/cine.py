@@ -14,6 +14,7 @@ from cmrssp.data.nifti import load, time_step, voxels
 from cmrssp.data.subject import CORRECTED, PLAIN, USED, BrokenSubject, Problem, Subject
 
 _MAX_STORED = 32767
+_FEW_VALUES = 4  # a label map has so many beside 0
 _MAX_NOT_FINITE = 0.01  # of the voxels
 
 
@@ -51,6 +52,11 @@ def read_cine(subject: Subject) -> Cine:
     minimum, maximum = float(lowest.min()), float(highest.max())
     if minimum == maximum:
         raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
+    if maximum - minimum <= _FEW_VALUES and len(found := np.unique(raw)) <= _FEW_VALUES + 1:
+        raise BrokenSubject(
+            f"{path}: expected an image, got the values {', '.join(f'{v:g}' for v in found)} alone: a label "
+            "map? Give the end of label files' names as --label-suffix, or keep them in another folder"
+        )
     stored, scale = _stored(geometry.to_canonical(raw), minimum, maximum)
     constant = np.flatnonzero(lowest == highest).tolist()
     if len(constant) == len(stored):

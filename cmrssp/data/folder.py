@@ -11,7 +11,20 @@ from cmrssp.data.subject import LEFT_OUT, PLAIN, USED, LabelFile, Problem, Subje
 from cmrssp.errors import UserError
 
 TABLE = "subjects.csv"
-_LIKE_LABELS = ("_gt", "_seg", "_mask", "_label", "_labels", "-gt", "-seg", "-mask", "-label", "-labels")
+_LIKE_LABELS = (
+    "_gt",
+    "_seg",
+    "_mask",
+    "_label",
+    "_labels",
+    "_contour",
+    "-gt",
+    "-seg",
+    "-mask",
+    "-label",
+    "-labels",
+    "-contour",
+)
 _PARTS = {"": "", "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
           "test": "test"}  # fmt: skip
 
@@ -28,9 +41,11 @@ def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Sub
     at = {(path.parent, stem): path for path, stem in stems.items()}
     for path, stem in cines.items():
         for end in _LIKE_LABELS:
-            if stem.endswith(end) and (path.parent, stem.removesuffix(end)) in at:
-                raise UserError(f"{path}: looks like labels of {stem.removesuffix(end)}; expected their "
-                                f"names to end in {label_suffix}, else say --label-suffix {end}")  # fmt: skip
+            if stem.lower().endswith(end) and (path.parent, stem[: -len(end)]) in at:
+                raise UserError(
+                    f"{path}: looks like labels of {stem[: -len(end)]}; expected their names to end in "
+                    f"{label_suffix}, else say --label-suffix {stem[-len(end) :]}"
+                )
     same = Counter(cines.values())
     rows, missing = _rows(root)
     subjects, problems = [], []
@@ -70,7 +85,7 @@ def _rows(root: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
     path = root / TABLE
     if not path.is_file():
         return {}, set()
-    rows = table.read(path, "subject")
+    rows = table.read(path, "subject", lower=True)
     if rows is None:
         raise UserError(f"{path}: expected the columns subject, vendor, pathology, ed, es, split (all but "
                         "the first may be missing), got no column 'subject'")  # fmt: skip

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel
 import numpy as np
 
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.nifti import load, voxels
-from cmrssp.data.subject import CLASSES, CORRECTED, USED, BrokenSubject, LabelFile, Problem, Subject
+from cmrssp.data.subject import CLASSES, CORRECTED, LEFT_OUT, USED, BrokenSubject, LabelFile, Problem, Subject
 
 _SAME, _ALIKE = 0.9999, 0.9  # correlation of a labelled image with a frame of its cine
 _STRIDE = 3  # of the pixels that are compared
@@ -41,6 +42,7 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
     A frame counts as labelled when anything in it is. ED is the labelled frame with the larger LV blood pool,
     ES the one with the smaller; what the data set says otherwise is reported, not believed.
     """
+    reference = load(subject.cine)
     masks: dict[int, np.ndarray] = {}
     named: dict[str, int] = {}  # phase: frame, according to the files' names
     problems: list[Problem] = []
@@ -49,7 +51,7 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
         def note(what: str, done: str = USED, file: LabelFile = file) -> None:
             problems.append(Problem(subject.key, file.path.name, what, done))
 
-        array = _label_ids(subject, file.path, cine.shape, geometry)
+        array = _label_ids(subject, file.path, cine.shape, _on_grid(file.path, reference, geometry, note))
         if not array.any():
             note("holds no label")
             continue
@@ -57,7 +59,7 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
             if not mask.any():
                 continue
             if frame in masks:
-                note(f"belongs to frame {frame}, for which there are labels already: not used")
+                note(f"belongs to frame {frame}, for which there are labels already: not used", LEFT_OUT)
                 continue
             masks[frame] = mask
             named.update({file.phase: frame} if file.phase else {})
@@ -70,9 +72,35 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
     return Labels(np.ascontiguousarray(stacked), frames, ed, es, _heart(stacked), tuple(problems))
 
 
-def _label_ids(subject: Subject, path: Path, shape: Sequence[int], geometry: Geometry) -> np.ndarray:
-    """(frames, Z, H, W) uint8 with our ids, in the cine's canonical axes."""
-    array = geometry.to_canonical(voxels(path, load(path), scaled=True))
+def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, note) -> np.ndarray:
+    """The voxels of a file in the canonical axes of its cine, whose file is `reference`: (frames, Z, H, W).
+
+    The order of the array decides, unless the two affines say that the file holds the very grid of the cine
+    with axes swapped or reversed.
+    """
+    image = load(path)
+    array = voxels(path, image, scaled=True)
+    box = np.array(reference.shape[:3])
+    if not np.allclose(image.affine, reference.affine, atol=1e-3):
+        try:
+            step = np.linalg.solve(reference.affine, image.affine)  # voxel of the file -> voxel of the cine
+        except np.linalg.LinAlgError:
+            step = np.full((4, 4), np.nan)
+        turn = np.rint(np.nan_to_num(step[:3, :3])).astype(int)
+        corner = np.where(turn.sum(axis=1) < 0, box - 1, 0)
+        if (np.abs(turn).sum(axis=0) == 1).all() and (np.abs(turn).sum(axis=1) == 1).all():
+            fits = np.allclose(step[:3, :3], turn, atol=0.02) and np.allclose(step[:3, 3], corner, atol=0.5)
+            if fits and (turn != np.eye(3, dtype=int)).any():
+                order = np.abs(turn).argmax(axis=1)
+                array = np.flip(array.transpose(*order, 3), np.flatnonzero(turn.sum(axis=1) < 0).tolist())
+                note(f"{path.name} is stored in other axes than its cine: turned by its affine", CORRECTED)
+    return geometry.to_canonical(array)
+
+
+def _label_ids(subject: Subject, path: Path, shape: Sequence[int], array: np.ndarray) -> np.ndarray:
+    """Voxels (frames, Z, H, W) of a label file as uint8 with our ids."""
+    if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array - np.rint(array)).max() < 1e-3:
+        array = np.rint(array)
     if array.shape[1:] != tuple(shape[1:]) or len(array) not in (1, shape[0]):
         raise BrokenSubject(
             f"{path}: expected the cine's shape (frames, slices, rows, columns) = {tuple(shape)}, got "
@@ -84,7 +112,7 @@ def _label_ids(subject: Subject, path: Path, shape: Sequence[int], geometry: Geo
         if not np.isin(ids, known).all():
             raise BrokenSubject(
                 f"{path}: expected label ids 0 to {len(known) - 1}, got "
-                f"{', '.join(f'{i:g}' for i in ids[:8])}" + ("" if len(ids) <= 8 else ", ...")
+                f"{', '.join(f'{i:.9g}' for i in ids[:8])}" + ("" if len(ids) <= 8 else ", ...")
             )
     array = array.astype(np.uint8, copy=False)
     same = subject.label_ids == tuple(known)
@@ -122,7 +150,7 @@ def _matching(subject: Subject, file: LabelFile, cine: np.ndarray, geometry: Geo
     """The cine frame that shows the same as the labelled image: the one that correlates best with it, where
     one does at all; None, and a problem, where none does.
     """
-    image = geometry.to_canonical(voxels(file.image, load(file.image), scaled=True))
+    image = _on_grid(file.image, load(subject.cine), geometry, note)
     if image.shape[1:] != cine.shape[1:] or len(image) != 1:
         note(
             f"{file.image.name} has shape {image.shape}, the cine {cine.shape}: the frame is not known, not "

@@ -40,7 +40,7 @@ def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
                 labels.append(LabelFile(found[f"{phase}_gt"], image=found[phase], phase=phase))
             elif f"{phase}_gt" in found:
                 what = f"no {code}_SA_{phase}.nii.gz beside it, so its frame is not known: not used"
-                problems.append(Problem(key, found[f"{phase}_gt"].name, what, USED))
+                problems.append(Problem(key, found[f"{phase}_gt"].name, what, LEFT_OUT))
         row = rows.get(code, {})
         if rows and not row:
             problems.append(Problem(key, found["CINE"].name, "no row in the table: vendor unknown", USED))

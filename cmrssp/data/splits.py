@@ -97,6 +97,8 @@ def read(path: Path) -> dict[str, list[str]]:
     else:
         try:
             split = json.loads(text)
+            if not all(isinstance(split[part], list) for part in PARTS):
+                raise TypeError("expected lists")
             lists = {part: list(map(str, split[part])) for part in PARTS}
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
@@ -176,7 +178,14 @@ def choose(
             f"--split-file {split_file}: names none of the {len(keys)} subjects found; expected keys such as "
             f"{min(keys)}"
         )
+    if split and named - keys and keys & named:
+        print(f"not found: {len(named - keys)} of the {len(named)} subjects that the split names")
     if not keys & named:
+        if split:
+            print(
+                "the run's split names none of these subjects: a new one is drawn (--split-seed "
+                f"{split_seed})"
+            )
         return assign(subjects, split_seed, keep_overlap=keep_overlap)
     if keys - named:
         print(f"not used, because the split does not name them: {len(keys - named)} of {len(keys)} subjects")

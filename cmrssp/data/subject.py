@@ -11,10 +11,10 @@ PLAIN = "folder"  # the data set's name of a plain folder
 LEFT_OUT, CORRECTED, USED = "left out", "used with correction", "used"  # worst first
 
 _VENDORS = {
-    "Siemens": r"siemens|a",
-    "Philips": r"philips|b",
-    "GE": r"ge|general electric|c",
-    "Canon": r"canon|toshiba|d",
+    "Siemens": r"siemens.*|a",
+    "Philips": r"philips.*|b",
+    "GE": r"ge|ge[ _,.-].*|general electric.*|c",
+    "Canon": r"(canon|toshiba).*|d",
 }
 
 
@@ -73,7 +73,7 @@ def vendor_name(text: str) -> str:
     """
     text = text.strip()
     for name, pattern in _VENDORS.items():
-        if re.match(rf"({pattern})\b", text, re.IGNORECASE):
+        if re.fullmatch(pattern, text, re.IGNORECASE):
             return name
     return text
 

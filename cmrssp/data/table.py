@@ -7,7 +7,7 @@ from pathlib import Path
 from cmrssp.errors import UserError
 
 
-def read(path: Path, key: str) -> list[dict[str, str]] | None:
+def read(path: Path, key: str, *, lower: bool = False) -> list[dict[str, str]] | None:
     """The rows of a CSV with a column `key`, cells stripped, empty rows and rows without a key left out; None
     for a table without such a column. Raises UserError for a file that is no CSV.
     """
@@ -18,6 +18,7 @@ def read(path: Path, key: str) -> list[dict[str, str]] | None:
             separator = max(",;\t", key=head.count)  # spreadsheets of some countries write semicolons
             reader = csv.DictReader(file, delimiter=separator)
             columns = [(name or "").strip() for name in reader.fieldnames or ()]
+            columns = [name.lower() for name in columns] if lower else columns
             if key not in columns:
                 return None
             reader.fieldnames = columns

@@ -49,6 +49,7 @@ class DINO(Method):
         image_size: int,
         spacing_mm: float,
         augment: bool,
+        norm: str = "batch",
         epochs: int,
         local_size: int,
         local_crops: int,
@@ -64,8 +65,8 @@ class DINO(Method):
         export: str,
     ) -> None:
         super().__init__()
-        check_image_size(image_size, channels)
-        check_image_size(local_size, channels, flag="--local-size")
+        check_image_size(image_size, channels, norm=norm)
+        check_image_size(local_size, channels, flag="--local-size", norm=norm)
         if local_crops < 1:
             raise UserError(f"--local-crops: expected at least 1, got {local_crops}")
         self.image_size, self.spacing_mm, self.epochs, self.augment = image_size, spacing_mm, epochs, augment
@@ -77,7 +78,7 @@ class DINO(Method):
         self.teacher_temperature_epochs = min(teacher_temperature_epochs, epochs)
         self.centre_momentum, self.momentum_start = centre_momentum, teacher_momentum
         self.freeze_last_epochs, self.export = freeze_last_epochs, export
-        self.encoder, self.head = Encoder(channels), Head(channels[-1], hidden, outputs)
+        self.encoder, self.head = Encoder(channels, norm), Head(channels[-1], hidden, outputs)
         self.teacher_encoder, self.teacher_head = copy.deepcopy(self.encoder), copy.deepcopy(self.head)
         for teacher in (self.teacher_encoder, self.teacher_head):
             teacher.requires_grad_(False)
@@ -147,6 +148,7 @@ class DINO(Method):
             image_size=args.image_size,
             spacing_mm=args.spacing,
             augment=args.augmentation == "on",
+            norm=args.norm,
             epochs=args.epochs,
             local_size=args.image_size // 2 if args.local_size is None else args.local_size,
             local_crops=args.local_crops,
@@ -261,8 +263,7 @@ class DINO(Method):
 
 
 class Head(nn.Module):
-    """Three layers with batch norm and GELU, an L2-normalised bottleneck of 256, and unit-length prototypes.
-    """
+    """Three layers with batch norm and GELU, an L2-normalised bottleneck of 256, unit-length prototypes."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, bottleneck: int = 256) -> None:
         super().__init__()

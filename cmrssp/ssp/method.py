@@ -38,11 +38,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(float32 scalar loss, detached 0-d tensors to log); schedules depend on the fractional epoch alone.
-        """
+        """(float32 scalar loss, detached 0-d tensors to log); schedules depend on the epoch alone."""
         raise NotImplementedError
 
     def param_groups(self, weight_decay: float) -> list[dict]:
+        """As torch.optim takes them; a group's `lr_factor`, 1 without one, multiplies the schedule's rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
     def on_backward_end(self, epoch: float) -> None:

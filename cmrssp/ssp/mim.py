@@ -38,11 +38,12 @@ class MIM(Method):
         image_size: int,
         spacing_mm: float,
         augment: bool,
+        norm: str = "batch",
         patch_size: int,
         mask_ratio: float,
     ) -> None:
         super().__init__()
-        check_image_size(image_size, channels)
+        check_image_size(image_size, channels, norm=norm)
         if patch_size < 1 or image_size % patch_size:
             raise UserError(
                 f"--patch-size: expected a divisor of --image-size {image_size}, got {patch_size}"
@@ -56,7 +57,7 @@ class MIM(Method):
                 f"got {mask_ratio}, which masks {self.num_masked}"
             )
         self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
-        self.unet = UNet(channels=channels, num_outputs=1, num_heads=1)
+        self.unet = UNet(channels=channels, num_outputs=1, num_heads=1, norm=norm)
 
     @property
     def encoder(self):
@@ -85,6 +86,7 @@ class MIM(Method):
             image_size=args.image_size,
             spacing_mm=args.spacing,
             augment=args.augmentation == "on",
+            norm=args.norm,
             patch_size=args.patch_size,
             mask_ratio=args.mask_ratio,
         )

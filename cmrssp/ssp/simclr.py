@@ -40,16 +40,17 @@ class SimCLR(Method):
         image_size: int,
         spacing_mm: float,
         augment: bool,
+        norm: str = "batch",
         temperature: float,
         projection: int,
     ) -> None:
         super().__init__()
-        check_image_size(image_size, channels)
+        check_image_size(image_size, channels, norm=norm)
         if not temperature > 0:
             raise UserError(f"--temperature: expected a number above 0, got {temperature}")
         self.image_size, self.spacing_mm, self.temperature = image_size, spacing_mm, temperature
         self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
-        self.encoder = Encoder(channels)
+        self.encoder = Encoder(channels, norm)
         self.projector = nn.Sequential(
             nn.Linear(channels[-1], projection), nn.ReLU(inplace=True), nn.Linear(projection, projection)
         )
@@ -77,6 +78,7 @@ class SimCLR(Method):
             image_size=args.image_size,
             spacing_mm=args.spacing,
             augment=args.augmentation == "on",
+            norm=args.norm,
             **cls.own_flags(args),
         )
 
