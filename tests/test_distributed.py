@@ -108,6 +108,8 @@ def test_the_ranks_share_the_batches_of_one_process(both, name):
     assert len(steps) == len(ranks[0][name]["seen"]) == len(ranks[1][name]["seen"])
     for whole, *parts in zip(loader.seen, *(rank[name]["seen"] for rank in ranks), strict=True):
         assert [part.shape[1] for part in parts] == [4, 4] and torch.equal(torch.cat(parts, dim=1), whole)
+    first, second = ({*rank[name]["drawn"]} for rank in ranks)
+    assert len(first) == len(second) >= len(steps) and not first & second  # augmented each by its own draws
 
 
 def test_one_writes_what_all_have_found(both):

@@ -7,14 +7,13 @@ Each process leaves OUT/<case>-<rank>.pt; the test compares them with each other
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import finetune
 from cmrssp import data, distributed, flags, health, resume, training, weights
 from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
@@ -38,10 +37,11 @@ def make_method(name: str, seed: int = 0) -> Method:
     torch.manual_seed(seed)
     common = {"channels": (4, 8, 8), "image_size": SIZE, "spacing_mm": 3.0, "augment": True}
     contrast = {"temperature": 0.1, "projection": 16}
-    dino = dict(epochs=2, local_size=16, local_crops=2, outputs=32, hidden=16, student_temperature=0.1,
-                teacher_temperature=0.04, teacher_temperature_start=0.02, teacher_temperature_epochs=1,
-                centre_momentum=0.9, teacher_momentum=0.9, freeze_last_epochs=1,
-                export="student")  # fmt: skip
+    dino = dict(
+        epochs=2, local_size=16, local_crops=2, outputs=32, hidden=16, student_temperature=0.1,
+        teacher_temperature=0.04, teacher_temperature_start=0.02, teacher_temperature_epochs=1,
+        centre_momentum=0.9, teacher_momentum=0.9, freeze_last_epochs=1, export="student",
+    )  # fmt: skip
     return {
         "simclr": lambda: SimCLR(**common, **contrast),
         "pcl": lambda: PCL(**common, **contrast, threshold=0.1),
@@ -115,10 +115,16 @@ def make_store(hearts: Path, cache: Path) -> store.Store:
     return store.build(data.find([str(hearts)], cache)[0], cache, labels=True, progress=False)
 
 
+def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int]) -> dict[str, float]:
+    import finetune  # here, because it takes seconds, and the processes that die can do without
+
+    return finetune.mean_dice(method, cines, subjects, torch.device("cpu"))
+
+
 def figures(name: str, cines: store.Store) -> dict[str, float]:
     """What the validation says of an untrained network."""
     if name == "segmentation":
-        return finetune.mean_dice(make_method(name), cines, range(5), torch.device("cpu"))
+        return mean_dice(make_method(name), cines, range(5))
     keys = sorted(cines.index)
     slices = Slices(cines, keys)
     while len(slices) % 2:  # two ranks share an even number
@@ -147,13 +153,20 @@ class Recording(Batches):
 def train(name: str, cines: store.Store, folder: Path, state: dict | None = None, **batches) -> Method:
     method = make_method(name, seed=0 if state is None else 99)
     loader = make_batches(cines, labelled=name == "segmentation", kind=Recording, **batches)
+    method.drawn, views = [], method.views
+
+    def watched(batch: dict, generator: torch.Generator | None) -> Views:
+        method.drawn += [generator.initial_seed()] if generator else []
+        return views(batch, generator)
+
+    method.views = watched
     if distributed.is_main():
         folder.mkdir(exist_ok=True)
     try:
         training.train(
             method, loader, training.Settings(**SETTINGS), Run(folder), config={}, provenance={}, state=state,
             validate=lambda method, epoch: (
-                finetune.mean_dice(method, cines, [0, 1, 2], loader.device)
+                mean_dice(method, cines, [0, 1, 2])
                 if name == "segmentation"
                 else health.check(method, loader, epoch)
             ),
@@ -175,7 +188,7 @@ def everything(cines: store.Store, out: Path) -> dict:
         result[name]["figures"] = figures(name, cines)
         trained = train(name, cines, out / name)
         result[name]["trained"] = trained.state_dict()
-        result[name]["seen"] = trained.seen
+        result[name]["seen"], result[name]["drawn"] = trained.seen, trained.drawn
     result["highest"] = distributed.highest(distributed.rank(), 1 - distributed.rank(), -3)
     result["merged"] = distributed.merge([10 * x for x in distributed.share(range(5))])
     result["from main"] = distributed.from_main(lambda: [distributed.rank(), "x"])
