@@ -17,6 +17,7 @@ from cmrssp import data, flags, training
 from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
+from cmrssp.losses import deep_supervision, dice_cross_entropy
 from cmrssp.run import Run
 from cmrssp.segmentation import Segmentation
 from cmrssp.training import Settings
@@ -116,19 +117,13 @@ def test_freezing_equals_training_the_rest_alone(loader, tmp_path):
             features = slow.encoder(views["image"].contiguous(memory_format=torch.channels_last))
             decoded = slow.unet.decoder(features)
             outputs = [head(d) for head, d in zip(slow.unet.heads, decoded, strict=True)]
-            loss = training_loss(outputs, views["label"])
+            loss = deep_supervision(dice_cross_entropy, outputs, views["label"])
             for p, v, g in zip(rest, velocity, torch.autograd.grad(loss, rest), strict=True):
                 gradient = g + 0.01 * p.detach()
                 v.mul_(0.9).add_(gradient)
                 p.data.sub_(lr * (gradient + 0.9 * v))
     for (name, ours), theirs in zip(method.state_dict().items(), slow.state_dict().values(), strict=True):
         assert (ours - theirs).abs().max() < 1e-5, name
-
-
-def training_loss(outputs, label):
-    from cmrssp.losses import deep_supervision, dice_cross_entropy
-
-    return deep_supervision(dice_cross_entropy, outputs, label)
 
 
 def test_the_encoders_learning_rate_and_the_warm_up(loader, tmp_path):
