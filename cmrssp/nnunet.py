@@ -68,8 +68,8 @@ def _transposed_name(rest: str) -> str:
 
 
 def plan(channels: Sequence[int], norm: str, image_size: int, spacing_mm: float) -> dict[str, Any]:
-    """An entry for `configurations` in nnUNetPlans.json (checked with nnU-Net 2.8.1): what the planner chose for
-    2d, but the network, the patch and the spacing (mm) of the pretraining.
+    """An entry for `configurations` in nnUNetPlans.json (checked with nnU-Net 2.8.1): what the planner chose
+    for 2d, but the network, the patch and the spacing (mm) of the pretraining.
     """
     stages = len(channels)
     return {
