@@ -229,10 +229,10 @@ def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: P
 
 
 def time_axis(curve: Mapping) -> tuple[np.ndarray, str]:
-    """Where the frames stand, (T,), and the axis label: ms, or the number of the frame from 1."""
+    """Where the frames stand, (T,), and the axis label: ms, or the frame as in clinical.csv."""
     if curve["time_ms"] is not None:
         return np.asarray(curve["time_ms"], float), "time (ms)"
-    return np.arange(1, len(curve["lv_ml"]) + 1), "frame"
+    return np.arange(len(curve["lv_ml"])), "frame"
 
 
 def volume_curve(curves: Mapping[str, Mapping], path: Path) -> None:

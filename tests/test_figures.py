@@ -262,7 +262,7 @@ def test_time_axis():
     x, label = figures.time_axis(cine(4))
     assert x.tolist() == [0, 200, 400, 600] and label == "time (ms)"
     x, label = figures.time_axis(cine(3, time_ms=False))
-    assert x.tolist() == [1, 2, 3] and label == "frame"
+    assert x.tolist() == [0, 1, 2] and label == "frame"
 
 
 def test_volume_curve(tmp_path, drawn):
@@ -278,9 +278,9 @@ def test_volume_curve(tmp_path, drawn):
     lv, rv, ed, es = one.lines
     assert lv.get_ydata()[10] == pytest.approx(50) and rv.get_ydata()[0] == pytest.approx(165)
     assert (ed.get_xdata()[0], es.get_xdata()[0]) == (0.0, 400.0)
-    assert [line.get_xdata()[0] for line in two.lines[2:]] == [1, 11]
-    ticks = [x for x in still.get_xticks() if abs(x - 1) < 0.5]
-    assert ticks == [1.0] and len(still.lines) == 2 and len(long.get_title()) == 36
+    assert [line.get_xdata()[0] for line in two.lines[2:]] == [0, 10]
+    ticks = [x for x in still.get_xticks() if abs(x) < 0.5]
+    assert ticks == [0.0] and len(still.lines) == 2 and len(long.get_title()) == 36
     assert two.get_xlabel() == "frame" and one.get_ylabel() == "volume (ml)"
     assert [t.get_text() for t in drawn[0].legends[0].get_texts()] == ["LV", "RV", "ED", "ES"]
     assert_printable(drawn[0], tmp_path / "a.png")
