@@ -113,6 +113,8 @@ def to_nnunet(file: str | Path, out: Path) -> str:
         "transfer": report,
     }
     out = out.expanduser()
+    if out.is_dir():
+        raise UserError(f"{out}: cannot be written: Is a directory")
     if out.exists() and out.samefile(checkpoint.path):
         raise UserError(f"{out}: expected another file to write than the checkpoint itself")
     try:

@@ -233,6 +233,7 @@ def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, line):
         (tmp_path / "absent" / "out.pth", "cannot be written: No such file or directory"),
         (path / "out.pth", "cannot be written: Not a directory"),
         (tmp_path, "cannot be written: Is a directory"),
+        (".", "cannot be written: Is a directory"),
         (path, "expected another file to write than the checkpoint itself"),
     ):
         said = line("export", "--to", "nnunet", path, out)
