@@ -30,16 +30,9 @@ from cmrssp.device import resolve_device
 from cmrssp.errors import UserError
 from cmrssp.kinds import vendor_names
 
-_SCORING = (
-    "--data",
-    "--split-file",
-    "--split-seed",
-    "--keep-overlap",
-    "--skip-broken",
-    "--phases",
-    "--vendors",
-    "--save-predictions",
-)  # of what instead of a split is asked for, says nothing
+# what these ask for has no meaning beside --predict, --compare or --tables
+_SCORING = ("--data", "--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases",
+            "--vendors", "--save-predictions")  # fmt: skip
 _PREDICTING = ("--checkpoint", "--flips", "--largest-component", "--label-suffix")
 
 
@@ -51,8 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="PATH",
         help="unet.pt, last.pt or a run folder (default: the newest finished fine-tuned run below runs/); of "
-        "several "
-        "the probabilities are averaged",
+        "several the probabilities are averaged",
     )
     what = parser.add_argument_group("instead of scoring a split").add_mutually_exclusive_group()
     what.add_argument(
@@ -66,8 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="RUN",
         help="runs evaluated on one split, paired by subject, all against the first; runs that differ in the "
-        "seed "
-        "alone are averaged first",
+        "seed alone are averaged first",
     )
     what.add_argument(
         "--tables",
@@ -142,16 +133,13 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         for checkpoint in checkpoints:
             weights.refuse_seen(checkpoint, split, (args.split,))
     wanted = splits.named(subjects, split, (args.split,))
-    if args.vendors:
-        vendors = sorted({s.vendor or "unknown" for s in wanted})
-        wanted = [s for s in wanted if s.vendor in args.vendors]
     if not wanted:
-        raise UserError(
-            f"--split {args.split}: "
-            + (f"its subjects have other --vendors: {', '.join(vendors)}" if args.vendors else "the split "
-                                                                                               "has no "
-               "subject there; " + ", ".join(f"{part} {len(keys)}" for part, keys in split.items()))
-        )  # fmt: skip
+        counts = ", ".join(f"{part} {len(keys)}" for part, keys in split.items())
+        raise UserError(f"--split {args.split}: the split has no subject there; {counts}")
+    vendors = sorted({s.vendor or "unknown" for s in wanted})
+    wanted = [s for s in wanted if args.vendors is None or s.vendor in args.vendors]
+    if not wanted:
+        raise UserError(f"--split {args.split}: its subjects have other --vendors: {', '.join(vendors)}")
     with distributed.main_first():
         cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
     print(check.summary(cines, problems))
@@ -237,7 +225,7 @@ def predict(args, methods: list[segmentation.Segmentation], provenance: dict) ->
             found.append(str(error).partition(":\n")[2].strip() or str(error))
     found = distributed.merge(found)
     rows, broken = ([x for x in found if isinstance(x, kind)] for kind in (dict, str))
-    rows.sort(key=lambda row: (prediction.severity(row["flags"]), row["cine"]))
+    rows.sort(key=lambda row: (-row["severity"], row["cine"]))
     if rows and distributed.is_main():
         evaluation.write_csv(out / "clinical.csv", rows)
         print(report.prediction_table(rows))

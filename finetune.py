@@ -48,8 +48,7 @@ def parse(argv: Sequence[str] | None):
         nargs="+",
         metavar="NAME",
         help="train on the subjects of these vendors alone: Siemens, Philips, GE, Canon, or the letters A to "
-        "D that "
-        "M&Ms gives them (paper, table 3; default: all)",
+        "D that M&Ms gives them, also as A+B (paper, table 3; default: all)",
     )
     Segmentation.add_flags(group)
     flags.add_network(parser)
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     start = checkpoint.provenance["method"] if checkpoint else "scratch"
     name = f"finetune-{start}-{data.name(paths)}-n{len(chosen)}-seed{args.seed}"
-    images = cines.digest([*chosen, *split["validation"]])
+    images = check.digests(every, every.index)
     run, state = resume.open_run(interrupted, args, name, images)
     if not state:
         described = {
@@ -166,12 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "split_seed": split_seed,
         "seed": args.seed,
         "subjects": chosen,
-        "images": images,
-        "digests": check.digests(every, every.index),
+        "digests": images,
         "slices": len(slices),
         "all_subjects": len(chosen) == len(labelled) >= len(split["validation"]),  # fewer: a published subset
         "phases": args.phases,
-        "vendors": args.vendors and sorted(args.vendors),
+        "vendors": args.vendors,
         "augmentation": args.augmentation,
         "freeze_encoder": args.freeze_encoder,
         "encoder_lr_factor": args.encoder_lr_factor,

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     memory.check(method, loaders["train"], amp=settings.amp, device=device)
 
-    images = cines.digest([*split["train"], *split["validation"]])
+    images = check.digests(cines, cines.index)
     run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images)
     if not state:
         run.start(
@@ -122,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "split_seed": args.split_seed,
         "seed": args.seed,
         "subjects": split["train"],
-        "images": images,
-        "digests": check.digests(cines, cines.index),
+        "digests": images,
         "slices": len(slices["train"]),
         "init": None,
     }

@@ -92,9 +92,7 @@ def score(
             maps = np.zeros(record.shape, np.uint8)
             for phase, labels in predicted.items():
                 maps[wanted[i][phase]] = labels
-            write_labels(
-                save / f"{subject.id.replace('/', '__')}.nii.gz", maps, record.geometry, subject.cine
-            )
+            write_labels(save / f"{subject.file_name}.nii.gz", maps, record.geometry, subject.cine)
         if sum(len(s.clinical) for s in mine) == 1 and len(share) > 1:
             seconds = (time.monotonic() - began) * len(share)
             print(f"estimated time: {meter.duration(seconds)}", flush=True)
@@ -159,20 +157,14 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, dict[str, dict[str, list]
 
 
 def _per_subject(rows: Sequence[dict], names: Sequence[str] = METRICS) -> dict[str, dict[str, list]]:
-    """{metric: {class or mean: values}}: the mean over a subject's phases, and for `mean` over its classes.
-    NaN where one of them was missed and has no distance; a structure that neither label map has is not asked
-    for.
-    """
-    table: dict[str, dict[str, list]] = {}
-    for metric in names:
-        table[metric] = {}
-        for group in (*CLASSES, "mean"):
-            found: dict[str, list[float]] = {}
-            for row in rows:
-                if group in (row["class"], "mean") and not (row.get("absent") and metric != "dice"):
-                    found.setdefault(row["subject"], []).append(row[metric])
-            table[metric][group] = [float(np.mean(values)) for values in found.values()]
-    return table
+    """{metric: {class or mean: values, one a subject}}, as `report.per_subject` over both phases."""
+    return {
+        metric: {
+            group: list(report.per_subject(rows, "both", names_of, metric).values())
+            for group, names_of in (*((name, (name,)) for name in CLASSES), ("mean", CLASSES))
+        }
+        for metric in names
+    }
 
 
 def breakdown(scores: Scores, seed: int = 0) -> list[dict[str, Any]]:
@@ -276,14 +268,6 @@ def cases(
         for phase, frame in sorted({(row["phase"], row["frame"]) for row in rows if row["subject"] == key}):
             mean = np.mean([row["dice"] for row in rows if (row["subject"], row["phase"]) == (key, phase)])
             (labels,) = predict_frames(methods, cines, i, [frame], device, **options)
-            sheet.append(
-                {
-                    "title": f"{name}: {key}, {phase}, Dice {mean:.3f}",
-                    "image": cines.volume(i, frame),
-                    "truth": cines.label_volume(i, frame),
-                    "prediction": labels,
-                    "spacing_mm": cines.cines[i].geometry.spacing_mm,
-                    "centre": cines.cines[i].centre,
-                }
-            )
+            title = f"{name}: {key}, {phase}, Dice {mean:.3f}"
+            sheet.append(report.case(cines, i, frame, title, labels, truth=True))
     return sheet

@@ -22,7 +22,6 @@ from cmrssp.report import save_figure
 
 PHASES = ("ED", "ES")
 BINS = 10  # of a slice's position between base and apex
-MOST_CURVES = 30  # of one figure: ten rows fill a page
 
 CLASS_COLOURS = dict(zip(CLASSES, ("#D55E00", "#009E73", "#56B4E9"), strict=True))
 _CLASS_LINES = dict(zip(CLASSES, (("o", "-"), ("s", "--"), ("^", "-.")), strict=True))
@@ -235,33 +234,25 @@ def time_axis(curve: Mapping) -> tuple[np.ndarray, str]:
     return np.arange(len(curve["lv_ml"])), "frame"
 
 
-def volume_curve(curves: Mapping[str, Mapping], path: Path) -> None:
-    """Volumes over the cycle, one panel per title, with ED and ES.
-
-    curves: {title: dict(time_ms (T,) or None, lv_ml (T,), rv_ml (T,), ed, es)}, ed and es indices of frames
-    or None. Of more than MOST_CURVES the first are drawn, and the figure says so.
+def volume_curve(title: str, curve: Mapping, path: Path) -> None:
+    """Volumes over the cycle, with ED and ES. curve: time_ms (T,) or None, lv_ml (T,), rv_ml (T,), ed and es,
+    indices of frames or None.
     """
-    if not curves:
-        return
-    shown = list(curves.items())[:MOST_CURVES]
-    figure, axes = _grid(len(shown), 3, height=1.6, sharey=True)
-    for axis, (title, curve) in zip(axes, shown, strict=False):
-        x, label = time_axis(curve)
-        for name, key in (("LV", "lv_ml"), ("RV", "rv_ml")):
-            colour, (marker, line) = CLASS_COLOURS[name], _CLASS_LINES[name]
-            axis.plot(x, curve[key], marker=marker, linestyle=line, color=colour, markersize=2, label=name)
-        for name, key, line in (("ED", "ed", "-"), ("ES", "es", ":")):
-            if curve[key] is not None:
-                axis.axvline(x[curve[key]], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
-        axis.set(title=title if len(title) <= 36 else f"{title[:16]}…{title[-19:]}", xlabel=label)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, None)
-    for axis in axes[::3]:
-        axis.set_ylabel("volume (ml)")
-    note = f"cines: {len(curves)}" + (f", the first {len(shown)} drawn" if len(shown) < len(curves) else "")
-    named = {line.get_label(): line for axis in axes for line in axis.lines}
-    figure.legend(handles=named.values(), title=note, loc="outside upper right", ncols=4, fontsize=_POINTS)
+    figure, (axis,) = _grid(1, 1, height=1.6)
+    x, label = time_axis(curve)
+    for name, key in (("LV", "lv_ml"), ("RV", "rv_ml")):
+        colour, (marker, line) = CLASS_COLOURS[name], _CLASS_LINES[name]
+        axis.plot(x, curve[key], marker=marker, linestyle=line, color=colour, markersize=2, label=name)
+    for name, key, line in (("ED", "ed", "-"), ("ES", "es", ":")):
+        if curve[key] is not None:
+            axis.axvline(x[curve[key]], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
+    axis.set(
+        title=title if len(title) <= 60 else f"{title[:28]}…{title[-31:]}", xlabel=label, ylabel="volume (ml)"
+    )
+    axis.set_ylim(0, None)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=4, fontsize=_POINTS)
     _write(figure, path)
 
 

@@ -131,8 +131,7 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
         "--keep-overlap",
         action="store_true",
         help="with M&Ms and M&Ms-2 together: draw from all M&Ms-2 subjects, also from those with NOR, HCM or "
-        "LV, "
-        "which may repeat M&Ms subjects",
+        "LV, which may repeat M&Ms subjects",
     )
     group.add_argument(
         "--skip-broken", action="store_true", help="leave unreadable subjects out, and name them"
@@ -146,8 +145,7 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         default=argparse.SUPPRESS,
         metavar="END",
         help="in a plain folder: what the names of label files have before .nii or .nii.gz, after that of "
-        "their cine "
-        f"(default: {LABEL_SUFFIX}, or as the checkpoint was trained with)",
+        f"their cine (default: {LABEL_SUFFIX}, or as the checkpoint was trained with)",
     )
     parser.add_argument(
         "--cache",
@@ -237,8 +235,7 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
             "--resume",
             metavar="auto|RUN",
             help="go on with a run that was stopped, exactly where it was: its folder (no other flag is "
-            "needed), or "
-            "auto: with the run in --out where there is one, else start it",
+            "needed), or auto: with the run in --out where there is one, else start it",
         )
         group.add_argument(
             "--save-every",
@@ -246,8 +243,7 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
             default="1min",
             metavar="N|Nmin",
             help="save last.pt every N epochs, or at an epoch's end when N minutes have passed (within an "
-            "epoch: "
-            "ten times as many)",
+            "epoch: ten times as many)",
         )
         group.add_argument(
             "--max-skipped",

@@ -125,8 +125,7 @@ class Meter:
             f"epoch {self.epoch + 1}, step {self.done} of {self.steps}: not finite: {odd}"
             + (f", {self.in_a_row} times in a row (--max-skipped)" if self.amp == "fp16" else "")
             + f"; the batch holds slices of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. Try a "
-            "smaller "
-            "--lr; what was saved before stays"
+            "smaller --lr; what was saved before stays"
         )
 
     def _estimate(self) -> None:

@@ -1,6 +1,7 @@
 """New cines, without masks or frame numbers: every frame segmented, volumes over the cycle, odd results."""
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,14 +18,13 @@ from cmrssp.data.subject import CLASSES, PLAIN, Subject
 from cmrssp.errors import UserError
 from cmrssp.segmentation import Segmentation, predict_frames
 
-_WORST_FIRST = ("no ", "implausible", "LV cavity", "jump", "more than one", "touches", "")
 _OPEN, _SCATTERED, _JUMP = 0.1, 0.01, 0.1  # of the cavity's border, of a class's voxels, of the EDV
 _EF = (0.05, 0.9)  # of either ventricle
 
 
 def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> list[Subject]:
-    """The cines that the paths name: NIfTI files, and folders in any layout. Raises UserError,
-    FileNotFoundError.
+    """The cines that the paths name: NIfTI files, and folders in any layout; what lies below `out` is not
+    taken. Raises UserError and FileNotFoundError.
     """
     subjects = []
     for path in map(Path, paths):
@@ -43,18 +43,12 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
                 f"--predict {path}: expected .nii or .nii.gz files, or folders of them; convert DICOM first, "
                 "for example with dcm2niix"
             )
-    names = [name(s) for s in subjects]
-    for one in subjects:
-        if names.count(name(one)) > 1:
-            raise UserError(
-                f"--predict: two cines would both be written as {name(one)}; give their folders one by one"
-            )
+    names = Counter(s.file_name for s in subjects)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(
+            f"--predict: two cines would both be written as {twice[0]}; give their folders one by one"
+        )
     return subjects
-
-
-def name(subject: Subject) -> str:
-    """What the files of a cine are called."""
-    return subject.id.replace("/", "__")
 
 
 def predict(
@@ -69,41 +63,35 @@ def predict(
         record = cines.cines[0]
         frames = list(range(record.shape[0]))
         labels = np.stack(list(predict_frames(methods, cines, 0, frames, device, **options)))
-        write_labels(out / f"{name(subject)}_labels.nii.gz", labels, record.geometry, subject.cine)
+        write_labels(out / f"{subject.file_name}_labels.nii.gz", labels, record.geometry, subject.cine)
         spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
         volumes = [metrics.volumes_ml(frame, spacing) for frame in labels]
         lv = np.array([v["LV"] for v in volumes])
         ed, es = int(lv.argmax()), int(lv.argmin())
         phases = {"ED": volumes[ed], "ES": volumes[es]} if len(frames) > 1 else {"ED": volumes[0]}
         reach = min(method.image_size * method.spacing_mm for method in methods) / 2
-        _pictures(cines, labels, volumes, ed, es, out / name(subject))
+        _pictures(cines, labels, volumes, ed, es, out / subject.file_name)
     step = record.time_step_s
+    found = flags(labels, volumes, record, reach)
     return {
-        "cine": name(subject),
+        "cine": subject.file_name,
         "frames": len(frames),
         "ed_frame": ed,
         "es_frame": es if len(frames) > 1 else None,
         **metrics.clinical(phases),
         "heart_rate_per_min": 60 / (step * len(frames)) if step and len(frames) > 1 else None,
-        "flags": "; ".join(flags(labels, volumes, record, reach)),
+        "severity": max((severity for severity, _ in found), default=0),
+        "flags": "; ".join(what for _, what in found),
     }
-
-
-def severity(flagged: str) -> tuple[int, int]:
-    """For sorting, worst first: the rank of the worst flag, then how many there are."""
-    ranks = [
-        i for i, start in enumerate(_WORST_FIRST) if any(f.startswith(start) for f in flagged.split("; "))
-    ]
-    return (min(ranks, default=len(_WORST_FIRST)), -flagged.count("; ") - bool(flagged))
 
 
 def _pictures(cines: store.Store, labels: np.ndarray, volumes: list, ed: int, es: int, stem: Path) -> None:
     record, key = cines.cines[0], cines.subjects[0].id
     cases = [
-        {"title": f"{key}, {phase}, frame {frame}", "image": cines.volume(0, frame), "truth": None,
-         "prediction": labels[frame], "spacing_mm": record.geometry.spacing_mm, "centre": record.centre}
-        for phase, frame in {"ED": ed, "ES": es}.items() if phase == "ED" or es != ed
-    ]  # fmt: skip
+        report.case(cines, 0, frame, f"{key}, {phase}, frame {frame}", labels[frame], truth=False)
+        for phase, frame in {"ED": ed, "ES": es}.items()
+        if phase == "ED" or es != ed
+    ]
     report.contour_sheet(cases, stem.with_name(f"{stem.name}_contours.png"), columns=6)
     if len(labels) == 1:
         return
@@ -115,7 +103,7 @@ def _pictures(cines: store.Store, labels: np.ndarray, volumes: list, ed: int, es
         "ed": ed,
         "es": es,
     }
-    figures.volume_curve({key: curve}, stem.with_name(f"{stem.name}_volumes.png"))
+    figures.volume_curve(key, curve, stem.with_name(f"{stem.name}_volumes.png"))
     found = np.flatnonzero((labels[ed] == 1).any(axis=(1, 2)))
     z = int(found[len(found) // 2]) if len(found) else record.shape[1] // 2
     images = np.stack([cines.slice(0, t, z) for t in range(len(labels))])
@@ -125,12 +113,14 @@ def _pictures(cines: store.Store, labels: np.ndarray, volumes: list, ed: int, es
         labels[(slice(None), z, *box)],
         record.geometry.spacing_mm,
         stem.with_name(f"{stem.name}.gif"),
-        step or 0.04,
+        step,
     )
 
 
-def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach_mm: float) -> list[str]:
-    """What looks wrong in the label maps (T, Z, H, W) of a cine, worst first; [] where nothing does.
+def flags(
+    labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach_mm: float
+) -> list[tuple[int, str]]:
+    """(severity, what) of all that looks wrong in the label maps (T, Z, H, W) of a cine, worst first.
 
     `reach_mm` is half the side of the crop that the network saw.
     """
@@ -138,22 +128,21 @@ def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach
     ml = {name: np.array([v[name] for v in volumes]) for name in CLASSES}
     absent = [n for id, n in enumerate(CLASSES, 1) if not (labels == id).any()]
     if absent:
-        found.append(f"no {' and no '.join(absent)} in any frame")
+        found.append((6, f"no {' and no '.join(absent)} in any frame"))
     lost = [t for t, v in enumerate(volumes) if "LV" not in absent and v["LV"] == 0]
     if lost:
-        found.append(f"no LV in {len(lost)} of {len(labels)} frames")
+        found.append((6, f"no LV in {len(lost)} of {len(labels)} frames"))
     for name in ("LV", "RV"):
         high, low = ml[name].max(), ml[name].min()
         if name not in absent and len(labels) > 1 and not _EF[0] < 1 - low / high < _EF[1]:
-            found.append(f"implausible {name} ejection fraction of {100 * (1 - low / high):.0f} %")
+            found.append((5, f"implausible {name} ejection fraction of {100 * (1 - low / high):.0f} %"))
     border, open_to_others = _cavity_border(labels)
     if border and open_to_others > _OPEN * border:
-        found.append(
-            f"LV cavity not enclosed by myocardium ({100 * open_to_others / border:.0f} % of its border)"
-        )
+        share = f"{100 * open_to_others / border:.0f} % of its border"
+        found.append((4, f"LV cavity not enclosed by myocardium ({share})"))
     scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_largest(labels == id) > _SCATTERED]
     if scattered:
-        found.append(f"more than one component: {', '.join(scattered)}")
+        found.append((2, f"more than one component: {', '.join(scattered)}"))
     for name in ("LV", "RV") if len(labels) > 4 else ():
         curve = ml[name]
         smooth = np.median([np.roll(curve, 1), curve, np.roll(curve, -1)], axis=0)
@@ -161,7 +150,7 @@ def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach
         turn = np.ptp(curve) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(curve))))
         jumps = np.flatnonzero(np.abs(curve - smooth) > _JUMP * curve.max() + turn)
         if len(jumps):
-            found.append(f"jump in the {name} volume at frame {', '.join(map(str, jumps[:5]))}")
+            found.append((3, f"jump in the {name} volume at frame {', '.join(map(str, jumps[:5]))}"))
     rows, columns = (np.flatnonzero(labels.any(axis=axes)) for axes in ((0, 1, 3), (0, 1, 2)))
     at = [
         np.abs(line - centre).max() * spacing
@@ -171,8 +160,9 @@ def flags(labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach
         if len(line)
     ]
     if at and max(at) > reach_mm - 2 * max(record.geometry.spacing_mm):
-        found.append("touches the edge of the crop")
-    return [*found, *(problem.what for problem in record.problems)]
+        found.append((1, "touches the edge of the crop"))
+    found += [(1, problem.what) for problem in record.problems]
+    return sorted(found, key=lambda flag: -flag[0])
 
 
 def _cavity_border(labels: np.ndarray) -> tuple[int, int]:

@@ -27,7 +27,7 @@ def dice_table(rows: Sequence[dict]) -> str:
     mm.
 
     rows: dicts with subject, phase (ED or ES), class, dice, hd95_mm and assd_mm. `mean` averages the classes
-    of a subject, `both` its phases; structures without a distance are left out of it.
+    of a subject, `both` its phases; subjects with a missed structure have no distance and are left out of it.
     """
     lines = [f"{'3D Dice':<8}" + "".join(f"{name:>16}" for name in (*CLASSES, "mean"))]
     phases = [phase for phase in ("ED", "ES") if any(row["phase"] == phase for row in rows)]
@@ -47,10 +47,13 @@ def _line(rows: Sequence[dict], phase: str, metric: str, digits: int) -> str:
 def per_subject(
     rows: Sequence[dict], phase: str, classes: Sequence[str], metric: str = "dice"
 ) -> dict[str, float]:
-    """{subject: mean over the classes, and over its phases where `phase` is "both"}; NaN is left out."""
+    """{subject: mean over the classes, and over its phases where `phase` is "both"}. NaN for a distance where
+    one of the structures was missed; one that neither label map has is not asked for.
+    """
     scores: dict[str, list[float]] = {}
     for row in rows:
-        if phase in (row["phase"], "both") and row["class"] in classes and not np.isnan(row[metric]):
+        asked = metric == "dice" or not row["absent"]
+        if phase in (row["phase"], "both") and row["class"] in classes and asked:
             scores.setdefault(row["subject"], []).append(row[metric])
     return {subject: float(np.mean(values)) for subject, values in scores.items()}
 
@@ -109,12 +112,9 @@ def comparison_table(rows: dict[str, dict], first: str) -> str:
 
 
 def spread(scores: dict[str, float]) -> tuple[float, float]:
-    """(mean, sample standard deviation); NaN where there is too little."""
-    values = list(scores.values())
-    return (
-        float(np.mean(values)) if values else float("nan"),
-        float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"),
-    )
+    """(mean, sample standard deviation) of what is a number; NaN where there is too little."""
+    found = statistics.describe(scores.values())
+    return found["mean"], found["std"]
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
@@ -176,6 +176,18 @@ def around(centre: Sequence[float], spacing_mm: Sequence[float]) -> tuple[slice,
     """Rows and columns of a 160 mm square around a centre in pixels, as far as the image reaches."""
     half = [_SHEET_MM / 2 / spacing for spacing in spacing_mm]
     return tuple(slice(max(0, int(c - h)), int(c + h) + 1) for c, h in zip(centre, half, strict=True))
+
+
+def case(store: Store, subject: int, frame: int, title: str, prediction: np.ndarray, *, truth: bool) -> dict:
+    """What `contour_sheet` shows of a frame; with its reference or without."""
+    return {
+        "title": title,
+        "image": store.volume(subject, frame),
+        "truth": store.label_volume(subject, frame) if truth else None,
+        "prediction": prediction,
+        "spacing_mm": store.cines[subject].geometry.spacing_mm,
+        "centre": store.cines[subject].centre,
+    }
 
 
 def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:

@@ -189,10 +189,11 @@ def refuse_changes(
 
 
 def open_run(
-    interrupted: Interrupted | None, args: argparse.Namespace, default_name: str, images: str
+    interrupted: Interrupted | None, args: argparse.Namespace, default_name: str, images: dict[str, str]
 ) -> tuple[Run, dict | None]:
     """(the locked run folder, the state to go on from, None for a new run). Raises UserError where another
-    process trains in the folder, or the images are no longer those (`Store.digest`) that the run began with.
+    process trains in the folder, or the images of a training or validation subject are no longer those that
+    the run began with (`check.digests`).
     """
     if interrupted is None:
         again = args.resume == "auto"
@@ -205,7 +206,8 @@ def open_run(
     run = Run(interrupted.folder)
     run.lock()
     state = interrupted.state()
-    if state["provenance"].get("images") != images:
+    recorded, split = (state["provenance"][name] for name in ("digests", "split"))
+    if any(images.get(key) != recorded[key] for key in (*split["train"], *split["validation"])):
         raise UserError(
             f"--resume {run.folder}: its training or validation cines have changed since, or some are gone; "
             "bring them back, or start anew in another --out"

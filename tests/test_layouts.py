@@ -127,7 +127,9 @@ def test_mnms2_frames_are_found_by_their_images(mnms2, tmp_path, beating):
     assert set(problems) == {"mnms2/101", "mnms2/210", "mnms2/300"}
     assert [done for _, done in problems["mnms2/101"]] == ["used with correction"] * 2
     assert "frame 2 is the most alike (correlation 0.99" in problems["mnms2/101"][0][0]
-    assert [what[:29] for what, _ in problems["mnms2/210"]] == ["no frame of the cine looks li"] * 2
+    assert [(what[:29], done) for what, done in problems["mnms2/210"]] == [
+        ("no frame of the cine looks li", "left out")
+    ] * 2
     assert "no 300_SA_ED.nii.gz beside it" in problems["mnms2/300"][0][0]
 
 

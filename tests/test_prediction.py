@@ -123,7 +123,7 @@ def flagged(labels: np.ndarray, one, reach: float = 80.0) -> list[str]:
     volumes = [
         {n: float((frame == i).sum()) for i, n in enumerate(("LV", "MYO", "RV"), 1)} for frame in labels
     ]
-    return prediction.flags(labels, volumes, record, reach)
+    return [what for _, what in prediction.flags(labels, volumes, record, reach)]
 
 
 def test_a_sound_heart_has_no_flag(one):

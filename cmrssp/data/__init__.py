@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmrssp.data import acdc, folder, mnms, mnms2
-from cmrssp.data.subject import LEFT_OUT, PLAIN, Problem, Subject
+from cmrssp.data.subject import LEFT_OUT, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import below
 
@@ -55,7 +55,7 @@ def find(
         for found, odd in layouts:
             subjects += found
             problems += odd
-        problems += _unclaimed(files, [s for found, _ in layouts for s in found])
+        problems += _strangers(files, {s.dataset for found, _ in layouts for s in found})
     counts = Counter(s.key for s in subjects)
     twice = sorted(key for key, count in counts.items() if count > 1)
     if twice:
@@ -68,12 +68,11 @@ def find(
     return sorted(subjects, key=lambda s: s.key), problems
 
 
-def _unclaimed(files: Sequence[Path], subjects: Sequence[Subject]) -> list[Problem]:
-    """One line on the NIfTI files that no layout has taken, those that come with one and go unused apart."""
-    taken = {p for s in subjects for p in (s.cine, *(q for f in s.labels for q in (f.path, f.image)))}
-    known = re.compile(r".*_LA_.*|\d+_SA_E[DS](_gt)?\..*|patient\d+_frame\d+(_gt)?\..*|.*_sa_gt\..*")
-    rest = [f.name for f in files if ".nii" in f.name and f not in taken and not known.fullmatch(f.name)]
-    if not rest or all(s.dataset == PLAIN for s in subjects):
+def _strangers(files: Sequence[Path], datasets: set[str]) -> list[Problem]:
+    """One line on NIfTI files that are not named as in the layouts which were found beside them."""
+    patterns = [layout.NAMES for layout in (mnms, mnms2, acdc) if layout.DATASET in datasets]
+    rest = [f.name for f in files if ".nii" in f.name and not any(p.fullmatch(f.name) for p in patterns)]
+    if not rest or not patterns:
         return []
     more = f", ... ({len(rest)} in all)" if len(rest) > 8 else ""
     what = f"files that are not named as in the layouts found beside them: {', '.join(rest[:8])}{more}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, frame_number
 
 DATASET = "acdc"
+NAMES = re.compile(r"patient\d+_(4d|frame\d+(_gt)?)\.nii(\.gz)?")  # of all that belong to the layout
 _OFFICIAL_TEST = range(101, 151)
 _NAME = re.compile(r"(patient(\d+))_(4d|frame(\d+)_gt)\.nii(\.gz)?")
 

@@ -43,21 +43,15 @@ def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[
     """The split without those training subjects whose images are also a validation or test subject's, and
     without validation subjects that copy a test subject; each is named.
     """
-    held: dict[tuple, str] = {}  # images: what holds them
-    kept = dict(split)
+    images = digests(store, store.index)
+    held: dict[str, str] = {}  # images: the subject of a later part that has them
+    kept: dict[str, list[str]] = {}
     for part in ("test", "validation", "train"):
-        kept[part] = []
-        for key in split[part]:
-            record = store.cines[store.index[key]] if key in store.index else None
-            images = record and (record.digest, record.shape)
-            if images in held:
-                print(f"not used: {key} ({part}), the same images as {held[images]}")
-            else:
-                kept[part].append(key)
-        for key in kept[part] if part != "train" else ():
-            if key in store.index:
-                record = store.cines[store.index[key]]
-                held[record.digest, record.shape] = f"{key} ({part})"
+        copies = {key: held[images[key]] for key in split[part] if images.get(key) in held}
+        for key, other in copies.items():
+            print(f"not used: {key} ({part}), the same images as {other}")
+        kept[part] = [key for key in split[part] if key not in copies]
+        held |= {images[key]: f"{key} ({part})" for key in kept[part] if key in images}
     return {part: kept[part] for part in split}
 
 

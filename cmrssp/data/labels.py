@@ -51,11 +51,14 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
         def note(what: str, done: str = USED, file: LabelFile = file) -> None:
             problems.append(Problem(subject.key, file.path.name, what, done))
 
-        array = _label_ids(subject, file.path, cine.shape, _on_grid(file.path, reference, geometry, note))
+        def read(path: Path, note=note) -> np.ndarray:
+            return _on_grid(path, reference, geometry, note)
+
+        array = _label_ids(subject, file.path, cine.shape, read(file.path))
         if not array.any():
             note("holds no label")
             continue
-        for frame, mask in _place(subject, file, array, cine, geometry, note):
+        for frame, mask in _place(subject, file, array, cine, read, note):
             if not mask.any():
                 continue
             if frame in masks:
@@ -69,7 +72,7 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
     ed, es, odd = _phases(table, stacked, frames)
     odd += _gaps(stacked, frames, {"ED": ed, "ES": es}) + _order(stacked)
     problems += [Problem(subject.key, subject.labels[0].path.name, what, done) for what, done in odd]
-    return Labels(np.ascontiguousarray(stacked), frames, ed, es, _heart(stacked), tuple(problems))
+    return Labels(stacked, frames, ed, es, _heart(stacked), tuple(problems))
 
 
 def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, note) -> np.ndarray:
@@ -120,7 +123,7 @@ def _label_ids(subject: Subject, path: Path, shape: Sequence[int], array: np.nda
 
 
 def _place(
-    subject: Subject, file: LabelFile, array: np.ndarray, cine: np.ndarray, geometry: Geometry, note
+    subject: Subject, file: LabelFile, array: np.ndarray, cine: np.ndarray, read, note
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(cine frame, mask (Z, H, W)) of each volume of a label file."""
     if file.frame is None and file.image is None and len(array) == len(cine):
@@ -128,7 +131,7 @@ def _place(
         return
     frame, only = file.frame, [f for f in (subject.ed, subject.es) if f is not None]
     if file.image is not None:
-        frame = _matching(subject, file, cine, geometry, note)
+        frame = _matching(file.image, cine, read, note)
         if frame is None:
             return
     elif frame is None and len(only) == 1:
@@ -146,15 +149,14 @@ def _place(
     yield frame, array[0]
 
 
-def _matching(subject: Subject, file: LabelFile, cine: np.ndarray, geometry: Geometry, note) -> int | None:
+def _matching(path: Path, cine: np.ndarray, read, note) -> int | None:
     """The cine frame that shows the same as the labelled image: the one that correlates best with it, where
     one does at all; None, and a problem, where none does.
     """
-    image = _on_grid(file.image, load(subject.cine), geometry, note)
+    image = read(path)
     if image.shape[1:] != cine.shape[1:] or len(image) != 1:
         note(
-            f"{file.image.name} has shape {image.shape}, the cine {cine.shape}: the frame is not known, not "
-            "used"
+            f"{path.name} has shape {image.shape}, the cine {cine.shape}: frame not known, not used", LEFT_OUT
         )
         return None
 
@@ -167,13 +169,11 @@ def _matching(subject: Subject, file: LabelFile, cine: np.ndarray, geometry: Geo
     alike = np.nan_to_num([float(standard(frame) @ wanted) for frame in cine])
     frame = int(alike.argmax())
     if alike[frame] < _ALIKE:
-        note(
-            f"no frame of the cine looks like {file.image.name} (best correlation {alike[frame]:.2f}): not "
-            "used"
-        )
+        best = f"best correlation {alike[frame]:.2f}"
+        note(f"no frame of the cine looks like {path.name} ({best}): not used", LEFT_OUT)
         return None
     if alike[frame] < _SAME:
-        note(f"{file.image.name} is not in the cine; frame {frame} is the most alike "
+        note(f"{path.name} is not in the cine; frame {frame} is the most alike "
              f"(correlation {alike[frame]:.4f})", CORRECTED)  # fmt: skip
     return frame
 

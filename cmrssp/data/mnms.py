@@ -4,6 +4,7 @@ As distributed (Training/Labeled, Training/Unlabeled, Validation, Testing) or fl
 nothing here, its label file does.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cmrssp.data import table
 from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, frame_number, vendor_name
 
 DATASET = "mnms"
+NAMES = re.compile(r".+_sa(_gt)?\.nii(\.gz)?")  # of all NIfTI files that belong to the layout
 
 
 def find(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[Subject], list[Problem]]:
@@ -47,8 +49,7 @@ def find(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[Subject], 
             problems.append(Problem(f"{dataset}/{id}", path.name, f"no {id}_sa.nii.gz beside it", LEFT_OUT))
     if table_rows is None:
         problems.append(Problem("", "", f"{dataset}: no CSV with a column 'External code' was found, so "
-                                        "vendors and "
-                                "pathologies are unknown", USED))  # fmt: skip
+                                "vendors and pathologies are unknown", USED))  # fmt: skip
     elif missing := table.unmatched(list(rows), list(cines.values())):
         problems.append(Problem("", "", f"{dataset}: {missing}", LEFT_OUT))
     return subjects, problems

@@ -13,6 +13,7 @@ from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, ven
 
 DATASET = "mnms2"
 MAY_REPEAT_MNMS = ("NOR", "HCM", "LV")  # diseases of the subjects that the paper leaves out (section 2.1)
+NAMES = re.compile(r"\d+_(SA|LA)_.+\.nii(\.gz)?")  # of all NIfTI files that belong to the layout
 _OFFICIAL_TEST = range(201, 361)
 _NAME = re.compile(r"(\d+)_SA_(CINE|ED|ES|ED_gt|ES_gt)\.nii(\.gz)?")
 
@@ -57,8 +58,7 @@ def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
         )
     if table_rows is None:
         problems.append(Problem("", "", "mnms2: no CSV with a column 'SUBJECT_CODE' was found, so vendors "
-                                        "and "
-                                "diseases are unknown", USED))  # fmt: skip
+                                "and diseases are unknown", USED))  # fmt: skip
     elif missing := table.unmatched(list(rows), [s.id for s in subjects]):
         problems.append(Problem("", "", f"mnms2: {missing}", LEFT_OUT))
     return subjects, problems

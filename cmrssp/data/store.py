@@ -80,11 +80,6 @@ class Store:
         self.left_out = list(left_out)
         self.index = {subject.key: i for i, subject in enumerate(self.subjects)}
 
-    def digest(self, keys: Sequence[str]) -> str:
-        """Of the images of these subjects, whatever their order."""
-        images = sorted((key, self.cines[self.index[key]].digest) for key in keys)
-        return sha256(json.dumps(images).encode()).hexdigest()
-
     def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
         """(H, W) int16 of the cine frame."""
         return _read_slice(self.cines[subject], frame, slice, "<i2")
@@ -253,7 +248,7 @@ def _problems(subject: Subject, header: dict) -> tuple[Problem, ...]:
 
 def _path(folder: Path, subject: Subject, suffix: str) -> Path:
     place = sha256(str(subject.cine.resolve()).encode()).hexdigest()[:12]
-    return folder / f"{subject.id.replace('/', '_')[:80]}-{place}{suffix}"
+    return folder / f"{subject.file_name[:80]}-{place}{suffix}"
 
 
 def _fingerprint(paths: Sequence[Path]) -> list[list]:

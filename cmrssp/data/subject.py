@@ -66,6 +66,11 @@ class Subject:
     def key(self) -> str:
         return f"{self.dataset}/{self.id}"
 
+    @property
+    def file_name(self) -> str:
+        """What files that are made of it are called."""
+        return self.id.replace("/", "__")
+
 
 def vendor_name(text: str) -> str:
     """One spelling a vendor, from a name as scanners and tables spell it or from the letter of M&Ms (A to D);
