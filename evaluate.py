@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cmrssp import (
+    command,
     comparison,
     data,
     distributed,
@@ -37,7 +38,7 @@ _PREDICTING = ("--checkpoint", "--flips", "--largest-component", "--label-suffix
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = flags.Parser(prog="evaluate.py", description=__doc__)
+    parser = command.Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--split", choices=splits.PARTS, default="test", help="which subjects")
     parser.add_argument(
         "--checkpoint",
@@ -265,4 +266,4 @@ def print_tables(runs: Path, out: Path) -> int:
 
 
 if __name__ == "__main__":
-    flags.end(main)
+    command.end(main)

@@ -5,22 +5,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cmrssp import data, distributed, flags, memory, report, resume, training, weights
+from cmrssp import benchmark, command, data, distributed, flags, memory, report, resume, training, weights
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.subject import CLASSES
-from cmrssp.device import prepare_torch, resolve_amp, resolve_device
+from cmrssp.device import prepare_torch, resolve_device
 from cmrssp.errors import UserError
 from cmrssp.kinds import vendor_names
 from cmrssp.metrics import dice
 from cmrssp.segmentation import FINETUNING_LR, Segmentation, predict_frames
+from cmrssp.unet import recompute_activations
 
 
 def parse(argv: Sequence[str] | None):
     """(args, checkpoint or None, run that goes on or None). Data, split and network come from --init unless
     typed; of a run that goes on, everything comes from it.
     """
-    parser = flags.Parser(prog="finetune.py", description=__doc__)
+    parser = command.Parser(prog="finetune.py", description=__doc__)
     flags.add_data(parser, default=f"what --init was pretrained on, else {data.PHANTOM}")
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
@@ -54,6 +55,7 @@ def parse(argv: Sequence[str] | None):
     flags.add_network(parser)
     flags.add_optimisation(parser)
     flags.add_run(parser, training=True)
+    flags.add_speed(parser)
     interrupted = resume.find(flags.peek(argv, "--resume"), flags.peek(argv, "--out"), "fine-tuning")
     init = None if interrupted else flags.peek(argv, "--init")
     checkpoint = weights.load(init) if init else None
@@ -81,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
     method = Segmentation.from_flags(args)
-    settings = flags.settings(args, resolve_amp(args.amp, device))
+    if args.grad_checkpoint:
+        recompute_activations(method)
+    settings = flags.settings(args, device)
     transferred = weights.transfer(checkpoint, method.unet) if checkpoint else {}
     for part, what in transferred.items():
         print(f"{part}: {what}")
@@ -129,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         + ", ".join(f"{n} in {subset}" for subset, n in sizes(cines, labelled, args).items())
     )
     loader = Batches(cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=True, device=device)
-    memory.check(method, loader, amp=settings.amp, device=device)
+    memory.check(method, loader, amp=settings.amp, device=device, device_cache=args.device_cache)
+    if args.benchmark:
+        benchmark.run(method, loader, settings, args.benchmark)
+        return 0
 
     start = checkpoint.provenance["method"] if checkpoint else "scratch"
     name = f"finetune-{start}-{data.name(paths)}-n{len(chosen)}-seed{args.seed}"
@@ -247,4 +254,4 @@ def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int],
 
 
 if __name__ == "__main__":
-    flags.end(main)
+    command.end(main)

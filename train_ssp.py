@@ -2,21 +2,22 @@
 
 from collections.abc import Sequence
 
-from cmrssp import data, distributed, flags, health, memory, report, resume, training
+from cmrssp import benchmark, command, data, distributed, flags, health, memory, report, resume, training
 from cmrssp.data import check, splits, store
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.device import prepare_torch, resolve_amp, resolve_device
+from cmrssp.device import prepare_torch, resolve_device
 from cmrssp.errors import UserError
 from cmrssp.ssp import METHODS
 from cmrssp.ssp.method import Method
+from cmrssp.unet import recompute_activations
 
 
 def parse(argv: Sequence[str] | None):
     """(args, run that goes on or None), in two stages: --method decides which flags and which defaults there
     are.
     """
-    first = flags.Parser(prog="train_ssp.py", description=__doc__, add_help=False)
-    for parser in (first, full := flags.Parser(prog="train_ssp.py", description=__doc__)):
+    first = command.Parser(prog="train_ssp.py", description=__doc__, add_help=False)
+    for parser in (first, full := command.Parser(prog="train_ssp.py", description=__doc__)):
         parser.add_argument(
             "--method",
             choices=sorted(METHODS),
@@ -30,6 +31,7 @@ def parse(argv: Sequence[str] | None):
     flags.add_network(full)
     flags.add_optimisation(full)
     flags.add_run(full, training=True)
+    flags.add_speed(full)
     if known.method:
         method = METHODS[known.method]
         method.add_flags(full.add_argument_group(known.method))
@@ -50,7 +52,7 @@ def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[M
     """For flags that `method` does not have: whose they are."""
     for word in words:
         for name, other in methods.items():
-            parser = flags.Parser(add_help=False)
+            parser = command.Parser(add_help=False)
             other.add_flags(parser)
             if word.split("=")[0] in parser._option_string_actions:
                 return f"{word} belongs to --method {name}, and --method is {method}"
@@ -69,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
     method = method_class.from_flags(args)
-    settings = flags.settings(args, resolve_amp(args.amp, device))
+    if args.grad_checkpoint:
+        recompute_activations(method)
+    settings = flags.settings(args, device)
 
     with distributed.main_first():
         subjects, problems = data.find(paths, args.cache, label_suffix)
@@ -98,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(s)
     }
 
-    memory.check(method, loaders["train"], amp=settings.amp, device=device)
+    memory.check(method, loaders["train"], amp=settings.amp, device=device, device_cache=args.device_cache)
+    if args.benchmark:
+        benchmark.run(method, loaders["train"], settings, args.benchmark)
+        return 0
 
     images = check.digests(cines, cines.index)
     run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images)
@@ -151,4 +158,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    flags.end(main)
+    command.end(main)

@@ -7,6 +7,7 @@ mean and std -> noise -> blur -> brightness -> shift -> gamma -> solarise. One `
 probabilities.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,9 +135,9 @@ def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> 
     with torch.no_grad(), torch.autocast(batch["image"].device.type, enabled=False):
         grid = sampling_grid(batch, draws, image_size=image_size, spacing_mm=spacing_mm)
         image = F.grid_sample(batch["image"].float(), grid, mode="bicubic", align_corners=True)
-        image = (image - _column(batch["mean"])) / _column(batch["std"])
+        image.sub_(_column(batch["mean"])).mul_(_column(1 / batch["std"]))
         brightest = (batch["max"] - batch["mean"]) / batch["std"]
-        views = {"image": intensity(image, draws, brightest)}
+        views = {"image": intensity_(image, draws, brightest)}
         if "label" in batch:
             label = F.grid_sample(batch["label"].float(), grid, mode="nearest", align_corners=True)
             views["label"] = label.to(torch.uint8)
@@ -156,55 +157,53 @@ def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: fl
     )
     rows = (axis[None] + translation[:, :1]) * (zoom * flip[:, 0])[:, None]  # (B, S) mm
     columns = (axis[None] + translation[:, 1:]) * (zoom * flip[:, 1])[:, None]
-    cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
-    native_rows = cos * rows[:, :, None] - sin * columns[:, None, :]  # (B, S, S) mm
-    native_columns = sin * rows[:, :, None] + cos * columns[:, None, :]
-    return _normalised(
-        native_rows, native_columns, batch["spacing_mm"], batch["centre"], batch["image"].shape[2:]
+    cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
+    height, width = batch["spacing_mm"][:, :1], batch["spacing_mm"][:, 1:]  # of a native pixel
+    return _grid(
+        batch["centre"],
+        (cos * rows / height, sin * rows / width),
+        (-sin * columns / height, cos * columns / width),
+        batch["image"].shape[2:],
     )
 
 
 def native_grid(batch: Batch, *, image_size: int, spacing_mm: float) -> torch.Tensor:
     """(B, Hmax, Wmax, 2) for grid_sample: where in the plain centred crop each native pixel lies."""
-    height, width = batch["image"].shape[2:]
-    device = batch["image"].device
-    offset = [
-        (torch.arange(n, device=device)[None] - batch["centre"][:, i : i + 1])
-        * batch["spacing_mm"][:, i : i + 1]
-        for i, n in enumerate((height, width))
-    ]
-    shape = (len(batch["image"]), height, width)
-    spacing = torch.full_like(batch["spacing_mm"], spacing_mm)
-    middle = torch.full_like(batch["centre"], (image_size - 1) / 2)
-    return _normalised(
-        offset[0][:, :, None].expand(shape),
-        offset[1][:, None, :].expand(shape),
-        spacing,
-        middle,
-        (image_size, image_size),
+    rows, columns = (
+        (torch.arange(n, device=batch["image"].device)[None] - batch["centre"][:, i : i + 1])
+        * (batch["spacing_mm"][:, i : i + 1] / spacing_mm)
+        for i, n in enumerate(batch["image"].shape[2:])
     )
+    middle = torch.full_like(batch["centre"], (image_size - 1) / 2)
+    by_row, by_column = (rows, torch.zeros_like(rows)), (torch.zeros_like(columns), columns)
+    return _grid(middle, by_row, by_column, (image_size, image_size))
 
 
-def _normalised(
-    rows_mm: torch.Tensor,
-    columns_mm: torch.Tensor,
-    spacing_mm: torch.Tensor,
-    centre: torch.Tensor,
-    size: tuple[int, int],
+def _grid(
+    origin: torch.Tensor,
+    by_row: tuple[torch.Tensor, torch.Tensor],
+    by_column: tuple[torch.Tensor, torch.Tensor],
+    size: Sequence[int],
 ) -> torch.Tensor:
-    """Offsets from `centre` (row, column; pixels) as grid_sample's (x, y) in [-1, 1] with align_corners=True.
+    """(B, R, C, 2): positions in an image of `size` as grid_sample's (x, y) in [-1, 1], align_corners=True.
+
+    A position (row, column), in pixels, is origin (B, 2) plus what its row of the grid adds, two (B, R), plus
+    what its column adds, two (B, C): one pass over the large tensor for each coordinate.
     """
-    pixels = [
-        offset / spacing_mm[:, i, None, None] + centre[:, i, None, None]
-        for i, offset in enumerate((rows_mm, columns_mm))
-    ]
-    return torch.stack([2 * pixels[i] / (size[i] - 1) - 1 for i in (1, 0)], dim=-1)
+    rows, columns = by_row[0].shape[1], by_column[1].shape[1]
+    grid = origin.new_empty(len(origin), 2, rows, columns)
+    for i in (0, 1):
+        scale = 2 / (size[i] - 1)
+        of_row = (by_row[i] + origin[:, i, None]) * scale - 1
+        torch.add(of_row[:, :, None], (by_column[i] * scale)[:, None], out=grid[:, 1 - i])
+    return grid.permute(0, 2, 3, 1)
 
 
-def intensity(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> torch.Tensor:
-    """Noise, blur, brightness, shift, gamma and solarisation of standardised images (B, 1, H, W).
+def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> torch.Tensor:
+    """Noise, blur, brightness, shift, gamma and solarisation of standardised images (B, 1, H, W), in place.
 
-    brightest (B,): the standardised maximum of each image's subject.
+    brightest (B,): the standardised maximum of each image's subject. Gamma acts on an image rescaled to its
+    own minimum and maximum, which brightness and shift move along: they are taken in on the way back.
     """
     device = image.device
     brightness, shift, gamma = _to(device, draws.brightness, draws.shift, draws.gamma)
@@ -213,21 +212,21 @@ def intensity(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> tor
         noise_generator = torch.Generator(device).manual_seed(draws.noise_seed)
         noise = torch.randn((len(noisy), *image.shape[1:]), device=device, generator=noise_generator)
         rows, std = _to(device, noisy, draws.noise_std[noisy])
-        image = image.index_add(0, rows, noise * _column(std))
+        image.index_add_(0, rows, noise.mul_(_column(std)))
     blurred = draws.blur_sigma_px.sum(dim=1).nonzero()[:, 0]
     if len(blurred):
         rows, sigma = _to(device, blurred, draws.blur_sigma_px[blurred])
         radius = int(4 * float(draws.blur_sigma_px.max()) + 0.5)
-        image = image.index_copy(0, rows, gaussian_blur(image[rows], sigma, radius))
-    image = image * _column(brightness) + _column(shift)
+        image.index_copy_(0, rows, gaussian_blur(image[rows], sigma, radius))
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
-    span = (high - low).clamp_min(1e-7)
-    image = ((image - low) / span).clamp(0, 1) ** _column(gamma) * span + low
+    span = (high - low).clamp_min_(1e-7)
+    image.sub_(low).mul_(1 / span).clamp_(0, 1).pow_(_column(gamma))
+    image.mul_(span * _column(brightness)).add_(low * _column(brightness) + _column(shift))
     solarised = draws.solarise.nonzero()[:, 0]
     if len(solarised):
         (rows,) = _to(device, solarised)
         chosen = image[rows]
-        image = image.index_copy(0, rows, torch.where(chosen > 0, _column(brightest)[rows] - chosen, chosen))
+        image.index_copy_(0, rows, torch.where(chosen > 0, _column(brightest)[rows] - chosen, chosen))
     return image
 
 

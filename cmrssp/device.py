@@ -1,6 +1,7 @@
 """Which device a run takes, and how torch is set up on it."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -55,6 +56,25 @@ def resolve_amp(amp: str, device: torch.device) -> str:
         print("mixed precision: off (fp16 needs a GPU)")
         return "off"
     return amp
+
+
+def resolve_compile(wanted: bool, device: torch.device) -> bool:
+    """False, and that is said, where torch.compile has no compiler to work with."""
+    if wanted:
+        try:
+            torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+        except Exception as error:  # whatever a compiler that is absent or broken ends in
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"--compile: off, torch finds no compiler that works here ({first})")
+            return False
+    return wanted
+
+
+def uncompiled(compiled: bool) -> AbstractContextManager:
+    """Within it networks that were compiled run as they are: shapes that come now and then are worth no
+    kernels.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def prepare_torch(seed: int, deterministic: bool) -> None:

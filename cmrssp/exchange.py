@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmrssp import flags, nnunet, weights
+from cmrssp import command, nnunet, weights
 from cmrssp.errors import UserError
 from cmrssp.weights import Checkpoint
 
@@ -23,7 +23,7 @@ _NO_HEADS = "left out, nnU-Net makes its own segmentation layers"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 with one line for what the user can mend."""
-    parser = flags.Parser(prog="python -m cmrssp.weights", description=__doc__)
+    parser = command.Parser(prog="python -m cmrssp.weights", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|export")
     shown = commands.add_parser("show", help="what a checkpoint is, who was seen, what of it transfers where")
     shown.add_argument(

@@ -1,74 +1,26 @@
-"""The flags that the scripts share, each with its one default, and how a script ends.
+"""The flags that the scripts share, each with its one default.
 
 Precedence: typed > checkpoint > --quick > the method's defaults, by `set_defaults` in the reverse order.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from cmrssp import distributed
+from cmrssp.command import Parser
 from cmrssp.data import LABEL_SUFFIX, PHANTOM, default_cache
+from cmrssp.device import resolve_amp, resolve_compile
 from cmrssp.errors import UserError
 from cmrssp.kinds import at_least_0, not_empty, positive, save_interval
-from cmrssp.resume import Stopped
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
 from cmrssp.unet import NORMS
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        """The default behind the help, where there is one to tell."""
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line; flags only as they are spelled; defaults in the help."""
-
-    def __init__(self, **options) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
-
-    def error(self, message: str) -> NoReturn:
-        distributed.say(f"{self.prog}: error: {message} (--help lists the flags)")
-        self.exit(2)
-
-
-def end(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run a script's main and exit: 0, or 2 with one line for what the user can mend."""
-    prog, status = Path(sys.argv[0]).name, 1
-    try:
-        distributed.start()
-        status = main(None)
-    except (UserError, OSError) as error:
-        distributed.say(f"{prog}: error: {error}")
-        status = 2
-    except torch.cuda.OutOfMemoryError:
-        distributed.say(
-            f"{prog}: error: the GPU's memory is too small for these settings; try a smaller --batch-size or "
-            "--amp fp16"
-        )
-        status = 2
-    except Stopped as stop:
-        distributed.say(f"{prog}: {stop}")
-        status = 128 + stop.number
-    except KeyboardInterrupt:
-        distributed.say(f"{prog}: interrupted")
-        status = 130
-    except RuntimeError as error:
-        if not distributed.lost(error):
-            raise
-        distributed.say(f"{prog}: error: stopped, because another of the processes has ended")
-    finally:
-        distributed.finish(failed=status != 0)
-    sys.exit(status)
 
 
 def set_defaults(parser: Parser, argv: Sequence[str] | None, method: type[Method]) -> None:
@@ -269,7 +221,35 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
     )
 
 
-def settings(args: argparse.Namespace, amp: str) -> Settings:
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speed and memory")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the networks: the first steps take minutes, the others less time and memory",
+    )
+    group.add_argument(
+        "--device-cache",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="keep all slices in the device's memory; auto: on a GPU, where they fit beside the training",
+    )
+    group.add_argument(
+        "--grad-checkpoint",
+        action="store_true",
+        help="compute activations a second time in the backward pass: about half the memory, a third more "
+        "work, the same losses",
+    )
+    group.add_argument(
+        "--benchmark",
+        type=positive(int),
+        metavar="N",
+        help="measure N steps, what they are made of and what the device could do, and exit; makes no run "
+        "folder",
+    )
+
+
+def settings(args: argparse.Namespace, device: torch.device) -> Settings:
     if args.nesterov and not args.momentum:
         raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
     return Settings(
@@ -281,10 +261,11 @@ def settings(args: argparse.Namespace, amp: str) -> Settings:
         momentum=args.momentum,
         nesterov=args.nesterov,
         weight_decay=args.weight_decay,
-        amp=amp,
+        amp=resolve_amp(args.amp, device),
         seed=args.seed,
         save_every=args.save_every,
         max_skipped=args.max_skipped,
+        compile=resolve_compile(args.compile, device),
         validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
     )
 

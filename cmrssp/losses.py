@@ -25,11 +25,10 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_probabilities = logits.float().log_softmax(dim=1)
-        target = labels.long()
-        cross_entropy = F.nll_loss(log_probabilities, target[:, 0])
+        cross_entropy = F.nll_loss(log_probabilities, labels[:, 0].long())
         probabilities = log_probabilities[:, 1:].exp()
-        classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
-        truth = (target == classes).float()
+        classes = torch.arange(1, logits.shape[1], device=logits.device, dtype=labels.dtype).view(1, -1, 1, 1)
+        truth = labels == classes
         overlap = (probabilities * truth).sum((2, 3))
         total = probabilities.sum((2, 3)) + truth.sum((2, 3))
         dice = (2 * overlap + _SMOOTH) / (total + _SMOOTH)
@@ -49,7 +48,7 @@ def deep_supervision(
     for weight, output in zip(weights, outputs, strict=True):
         scaled = labels
         if output.shape[2:] != labels.shape[2:]:
-            scaled = F.interpolate(labels.float(), output.shape[2:], mode="nearest-exact")
+            scaled = F.interpolate(labels.to(torch.uint8), output.shape[2:], mode="nearest-exact")
         total = total + weight / sum(weights) * loss(output, scaled)
     return total
 

@@ -7,14 +7,20 @@ import torch
 
 from cmrssp import distributed
 from cmrssp.data.batches import Batches
+from cmrssp.data.resident import Resident
 from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
 
 _GB = 1e9
+_MARGIN = 1.3  # gradients on their way and the libraries' work space are not in the estimate
 
 
-def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -> None:
-    """Print the estimate; raise UserError with a batch size that fits when the device has less."""
+def check(
+    method: Method, batches: Batches, *, amp: str, device: torch.device, device_cache: str = "off"
+) -> None:
+    """Print the estimate; raise UserError with a batch size that fits when the device has less. With
+    `device_cache` on, or auto where a GPU has room for them, the slices go into the device's memory now.
+    """
     bottleneck = (method.image_size // 2 ** (len(method.encoder.channels) - 1)) ** 2
     ranks = distributed.world_size()
     if method.encoder.norm == "batch" and batches.share * bottleneck < 2:
@@ -38,6 +44,24 @@ def check(method: Method, batches: Batches, *, amp: str, device: torch.device) -
             f"{device} has {present / _GB:.0f} GB; {hint}"
             + ("" if amp != "off" else ", or --amp fp16 on a GPU")
         )
+    _keep_slices(batches, device_cache, needed)
+
+
+def _keep_slices(batches: Batches, wish: str, training: float) -> None:
+    """Into the device's memory, beside the bytes of the training; says what they would take if they stay out.
+    """
+    if wish == "off" or (wish == "auto" and batches.device.type == "cpu"):
+        return
+    slices = Resident.needs(batches.store, batches.slices, labelled=batches.labelled)
+    room = free(batches.device) - _MARGIN * training
+    sizes = f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free beside the training"
+    if slices <= room:
+        print(f"device cache: on, {sizes}")
+        batches.keep_on_device()
+    elif wish == "on":
+        raise UserError(f"--device-cache on: {sizes}; use auto or off, or a smaller --batch-size")
+    else:
+        print(f"device cache: off, {sizes}; they are read ahead")
 
 
 def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, float]:
@@ -73,3 +97,10 @@ def capacity(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.local_world_size()
+
+
+def free(device: torch.device) -> float:
+    """Bytes that nothing uses at present."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.local_world_size()

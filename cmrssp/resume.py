@@ -17,7 +17,19 @@ from cmrssp.run import Run
 
 _WITHIN_EPOCH = 10  # times longer than at an epoch's end: there is more to do again there
 _ECHO_S = 1.0  # torchrun passes on a signal that its processes may have got themselves: that is no second one
-_MAY_CHANGE = {"device", "out", "resume", "cache", "data", "save_every", "max_skipped", "help"}
+_MAY_CHANGE = {
+    "device",
+    "out",
+    "resume",
+    "cache",
+    "data",
+    "save_every",
+    "max_skipped",
+    "help",
+    "device_cache",
+    "grad_checkpoint",
+    "benchmark",
+}
 
 
 class Stopped(Exception):

@@ -60,6 +60,7 @@ class Segmentation(Method):
         self.freeze_encoder, self.encoder_lr_factor = freeze_encoder, encoder_lr_factor
         self.image_size, self.spacing_mm = image_size, spacing_mm
         self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
+        self.loss = deep_supervision
         self.unet = UNet(channels=channels, num_outputs=NUM_OUTPUTS, num_heads=len(channels) - 1, norm=norm)
 
     @property
@@ -102,11 +103,18 @@ class Segmentation(Method):
             batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
         )
 
+    def outputs(self, views: Views) -> list[torch.Tensor]:
+        """(B, 4, S / 2^i, S / 2^i) of each head i."""
+        return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
+
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.training and self.freeze_encoder:
             self.encoder.train(epoch >= self.freeze_encoder)  # frozen, it normalises by its own statistics
-        outputs = self.unet(views["image"].contiguous(memory_format=torch.channels_last))
-        return deep_supervision(dice_cross_entropy, outputs, views["label"]), {}
+        return self.loss(dice_cross_entropy, self.outputs(views), views["label"]), {}
+
+    def compile_networks(self) -> None:
+        self.unet.compile(dynamic=False)
+        self.loss = torch.compile(self.loss, dynamic=False)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         if self.encoder_lr_factor == 1:

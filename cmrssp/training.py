@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from cmrssp import distributed, weights
-from cmrssp.data.batches import Batches
+from cmrssp.data.batches import Batch, Batches
+from cmrssp.device import uncompiled
 from cmrssp.meter import Meter
 from cmrssp.resume import Saver, Signals
 from cmrssp.run import Run
@@ -31,6 +32,7 @@ class Settings:
     validate_every: int  # epochs
     save_every: str = "1min"  # minutes ("1min") or epochs ("1")
     max_skipped: int = 25  # steps in a row that fp16 may leave out
+    compile: bool = False  # the networks, by torch.compile
 
 
 def learning_rate(settings: Settings, epoch: float) -> float:
@@ -52,6 +54,58 @@ def step_generator(seed: int, epoch: int, step: int, rank: int = 0) -> torch.Gen
     return torch.Generator().manual_seed(int(state >> 1))
 
 
+class Step:
+    """One step of the optimiser, all of it: schedule, views, forward, backward, update.
+
+    The host never waits for the device in it: what a step finds stays there until somebody reads it.
+    """
+
+    def __init__(self, method: Method, batches: Batches, settings: Settings) -> None:
+        """Takes `method` to the device of the batches, and compiles it there if the settings say so."""
+        self.method, self.settings, self.steps, self.device = method, settings, len(batches), batches.device
+        method.to(self.device, memory_format=torch.channels_last).train()
+        if settings.compile:
+            method.compile_networks()
+        self.network = distributed.wrap(method, self.device)
+        self.optimizer = torch.optim.SGD(
+            method.param_groups(settings.weight_decay),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            fused=True,
+        )
+        # Begun from 0 by us: where fp16 leaves out the first step, the fused kernel would go on from whatever
+        # the memory held, and it takes no parameter that joins its group later
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if settings.momentum else ():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        amp_type = torch.bfloat16 if self.settings.amp == "bf16" else torch.float16
+        return torch.autocast(self.device.type, amp_type, enabled=self.settings.amp != "off")
+
+    def __call__(self, batch: Batch, epoch: int, number: int) -> dict[str, torch.Tensor]:
+        """0-d tensors on the device: loss, gradient_norm (under fp16 a scaled one), what the method logs."""
+        now = epoch + number / self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, now) * group.get("lr_factor", 1.0)
+        views = self.method.views(
+            batch, step_generator(self.settings.seed, epoch, number, distributed.rank())
+        )
+        with self.autocast():
+            loss, logs = self.network(views, now)
+        self.scaler.scale(loss).backward()
+        self.method.on_backward_end(now)
+        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.on_step_end(now)
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss.detach(), "gradient_norm": norm, **logs}
+
+
 def train(
     method: Method,
     batches: Batches,
@@ -71,25 +125,15 @@ def train(
     never been interrupted. A signal ends it with `Stopped`, once the step is done and saved. Under torchrun
     all ranks call it, each with its share of the batches; what one of them is told to do, all do.
     """
-    device = batches.device
-    method.to(device, memory_format=torch.channels_last).train()
-    network = distributed.wrap(method, device)
-    optimizer = torch.optim.SGD(
-        method.param_groups(settings.weight_decay),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-    amp_type = torch.bfloat16 if settings.amp == "bf16" else torch.float16
+    step = Step(method, batches, settings)
     meter = Meter(batches, settings, hint)
     saver = Saver(run, settings.save_every)
     first_epoch, first_step = 0, 0
     if state:
         config, provenance = state["config"], state["provenance"]
         method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        step.optimizer.load_state_dict(state["optimizer"])
+        step.scaler.load_state_dict(state["scaler"])
         first_epoch, first_step = state["epochs_done"], state["steps_done"]
         meter.load_state_dict(state["meter"], first_epoch * len(batches) + first_step)
         run.keep_log(first_epoch)
@@ -102,8 +146,8 @@ def train(
                 "config": config,
                 "provenance": {**provenance, "epochs": epochs},
                 "method": method.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
+                "optimizer": step.optimizer.state_dict(),
+                "scaler": step.scaler.state_dict(),
                 "meter": meter.state_dict(),
                 "epochs_done": epochs,
                 "steps_done": steps,
@@ -111,30 +155,18 @@ def train(
         )
 
     with Signals() as signals:
+        stream = batches.epochs(first_epoch, settings.epochs, first_step)
         for epoch in range(first_epoch, settings.epochs):
             meter.start_epoch(epoch, first_step)
-            for step, batch in enumerate(batches.epoch(epoch, first_step), first_step):
-                now = epoch + step / len(batches)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(settings, now) * group.get("lr_factor", 1.0)
-                views = method.views(batch, step_generator(settings.seed, epoch, step, distributed.rank()))
-                with torch.autocast(device.type, amp_type, enabled=settings.amp != "off"):
-                    loss, logs = network(views, now)
-                scaler.scale(loss).backward()
-                method.on_backward_end(now)
-                gradients = [p.grad for p in method.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(gradients)
-                scaler.step(optimizer)
-                scaler.update()
-                method.on_step_end(now)
-                optimizer.zero_grad(set_to_none=True)
-                meter.update({"loss": loss.detach(), "gradient_norm": norm, **logs}, batch["subject"])
+            for number in range(first_step, len(batches)):
+                batch = next(stream)
+                meter.update(step(batch, epoch, number), batch["subject"])
                 stop, save_now, read_now = signals.share(saver.due(), meter.due())
                 if read_now:
                     meter.read()
                 if stop or save_now:
-                    save(epoch, step + 1)
-                    signals.stop_if_received(run.folder, epoch, step + 1)
+                    save(epoch, number + 1)
+                    signals.stop_if_received(run.folder, epoch, number + 1)
             first_step = 0
             record = {
                 "epoch": epoch + 1,
@@ -145,7 +177,8 @@ def train(
             if last or (epoch + 1) % settings.validate_every == 0:
                 began = time.monotonic()
                 distributed.share_buffers(method)
-                figures = validate(method, epoch + 1)
+                with uncompiled(settings.compile):
+                    figures = validate(method, epoch + 1)
                 record |= figures
                 record["validation_s"] = round(time.monotonic() - began, 3)
                 meter.say(record, figures)

@@ -6,11 +6,13 @@ Batch norm is the paper's, instance norm is what nnU-Net builds by default.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cmrssp.errors import UserError
 
@@ -20,14 +22,55 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def stage(inputs: int, outputs: int, stride: int, norm: str) -> nn.Sequential:
-    layers = OrderedDict()
-    for i in (1, 2):
-        layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
-        layers[f"norm{i}"] = NORMS[norm](outputs)
-        layers[f"act{i}"] = nn.LeakyReLU(0.01, inplace=True)
-        inputs, stride = outputs, 1
-    return nn.Sequential(layers)
+class Stage(nn.Sequential):
+    """Two 3x3 convolutions, each with norm and activation; the first one has the stride."""
+
+    recompute = False  # keep the convolutions' inputs alone, and compute the rest anew in the backward pass
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
+        layers = OrderedDict()
+        for i in (1, 2):
+            layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+            layers[f"norm{i}"] = NORMS[norm](outputs)
+            layers[f"act{i}"] = nn.LeakyReLU(0.01, inplace=True)
+            inputs, stride = outputs, 1
+        super().__init__(layers)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return super().forward(image)
+        for conv, norm, act in ((self.conv1, self.norm1, self.act1), (self.conv2, self.norm2, self.act2)):
+            image = checkpoint(
+                nn.Sequential(conv, norm, act),
+                image,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda norm=norm: (nullcontext(), _seen_before(norm)),
+            )
+        return image
+
+
+@contextmanager
+def _seen_before(norm: nn.Module) -> Iterator[None]:
+    """The norm normalises as it did, but takes nothing into its running statistics a second time."""
+    momentum, counter = norm.momentum, norm.num_batches_tracked
+    count = None if counter is None else counter.clone()
+    norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        norm.momentum = momentum
+        if counter is not None:
+            counter.copy_(count)
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """Of every stage in the network keep about half as much for the backward pass, for one more forward pass
+    of its convolutions; losses, gradients and running statistics stay the same.
+    """
+    for layers in network.modules():
+        if isinstance(layers, Stage):
+            layers.recompute = True
 
 
 class Encoder(nn.Module):
@@ -38,7 +81,7 @@ class Encoder(nn.Module):
         self.channels, self.norm = tuple(channels), norm
         inputs = (1, *channels[:-1])
         self.stages = nn.ModuleList(
-            stage(i, o, 2 if n else 1, norm) for n, (i, o) in enumerate(zip(inputs, channels, strict=True))
+            Stage(i, o, 2 if n else 1, norm) for n, (i, o) in enumerate(zip(inputs, channels, strict=True))
         )
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -62,7 +105,7 @@ class Decoder(nn.Module):
             zip(channels[:0:-1], channels[-2::-1], strict=True)
         )  # (coarser, finer), from the bottleneck up
         self.ups = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
-        self.stages = nn.ModuleList(stage(2 * fine, fine, 1, norm) for _, fine in pairs)
+        self.stages = nn.ModuleList(Stage(2 * fine, fine, 1, norm) for _, fine in pairs)
 
     def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         image, decoded = features[-1], []

@@ -104,7 +104,7 @@ def test_validation_figures_equal_those_of_one_process(both, name):
 def test_the_ranks_share_the_batches_of_one_process(both, name):
     ranks, _, cines = both
     loader = two_processes.make_batches(cines, labelled=name == "segmentation", kind=two_processes.Recording)
-    steps = [*loader.epoch(0), *loader.epoch(1)]
+    steps = [*loader.epochs(0, 1), *loader.epochs(1, 2)]
     assert len(steps) == len(ranks[0][name]["seen"]) == len(ranks[1][name]["seen"])
     for whole, *parts in zip(loader.seen, *(rank[name]["seen"] for rank in ranks), strict=True):
         assert [part.shape[1] for part in parts] == [4, 4] and torch.equal(torch.cat(parts, dim=1), whole)

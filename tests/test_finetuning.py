@@ -13,7 +13,7 @@ import torch
 import evaluate
 import finetune
 import train_ssp
-from cmrssp import data, flags, training
+from cmrssp import command, data, training
 from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
@@ -111,7 +111,7 @@ def test_freezing_equals_training_the_rest_alone(loader, tmp_path):
     velocity = [torch.zeros_like(p) for p in rest]
     slow.encoder.requires_grad_(False).eval()
     for epoch in range(3):
-        for step, batch in enumerate(loader.epoch(epoch)):
+        for step, batch in enumerate(loader.epochs(epoch, epoch + 1)):
             lr = 0.05 * (1 - (epoch + step / len(loader)) / 3) ** 0.9
             views = slow.views(batch, training.step_generator(4, epoch, step))
             features = slow.encoder(views["image"].contiguous(memory_format=torch.channels_last))
@@ -134,7 +134,7 @@ def test_the_encoders_learning_rate_and_the_warm_up(loader, tmp_path):
     train(method, loader, tmp_path / "run", **options)
     rates = []
     for epoch in range(3):
-        for step, batch in enumerate(loader.epoch(epoch)):
+        for step, batch in enumerate(loader.epochs(epoch, epoch + 1)):
             now = epoch + step / len(loader)
             rates.append(0.05 * now / 1.5 if now < 1.5 else 0.05 * (1 - (now - 1.5) / 1.5) ** 0.9)
             loss, _ = slow(slow.views(batch, training.step_generator(4, epoch, step)), now)
@@ -243,7 +243,7 @@ def test_another_norm_ends_in_one_line(pretrained, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--init", str(run), "--norm", "batch", "--out", "made"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        flags.end(importlib.import_module("finetune").main)
+        command.end(importlib.import_module("finetune").main)
     assert end.value.code == 2 and capsys.readouterr().err.splitlines() == [
         f"finetune.py: error: {run / 'unet.pt'}: was trained with --norm instance, this network has --norm "
         "batch; leave --norm out, or pretrain with --norm batch"

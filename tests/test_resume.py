@@ -70,9 +70,9 @@ class Interrupting(Batches):
         super().__init__(*words, **named)
         self.at = at
 
-    def epoch(self, epoch: int, first: int = 0):
-        for step, batch in enumerate(super().epoch(epoch, first), first):
-            if (epoch, step) == self.at:
+    def epochs(self, first: int, end: int, step: int = 0):
+        for number, batch in enumerate(super().epochs(first, end, step), first * len(self) + step):
+            if divmod(number, len(self)) == self.at:
                 os.kill(os.getpid(), signal.SIGUSR1)
             yield batch
 

@@ -16,7 +16,7 @@ import torch
 import evaluate
 import finetune
 import train_ssp
-from cmrssp import data, evaluation, flags, memory
+from cmrssp import command, data, evaluation, memory
 from cmrssp.data import store
 from cmrssp.data.batches import Slices, collate
 from cmrssp.metrics import dice
@@ -246,7 +246,7 @@ def refused(tmp_path, monkeypatch, capsys):
     def run(name, *words):
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         with pytest.raises(SystemExit) as end:
-            flags.end(importlib.import_module(name.removesuffix(".py")).main)
+            command.end(importlib.import_module(name.removesuffix(".py")).main)
         lines = capsys.readouterr().err.strip().splitlines()
         assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: error: "), lines
         return lines[0]

@@ -96,7 +96,7 @@ def test_the_loop_equals_plain_steps(loaders, tmp_path):
     losses = []
     for epoch in range(3):
         losses.append([])
-        for step, batch in enumerate(loader.epoch(epoch)):
+        for step, batch in enumerate(loader.epochs(epoch, epoch + 1)):
             lr = 0.05 * (1 - (epoch + step / len(loader)) / 3) ** 0.9
             loss, _ = slow(slow.views(batch, training.step_generator(4, epoch, step)), 0.0)
             slow.zero_grad()

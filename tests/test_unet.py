@@ -16,8 +16,13 @@ def test_the_papers_size():
     assert sum(p.numel() for p in network.encoder.parameters()) == pytest.approx(14.16e6, abs=5e3)
 
 
-@pytest.mark.parametrize(("norm", "name"), [("batch", "outputs"), ("instance", "instance_outputs")])
-def test_same_outputs_as_plain_conv_unet_at_all_six_scales(norm, name):
+@pytest.mark.parametrize(
+    ("norm", "name", "rounding"), [("batch", "outputs", 1e-6), ("instance", "instance_outputs", 2e-4)]
+)
+def test_same_outputs_as_plain_conv_unet_at_all_six_scales(norm, name, rounding):
+    """An instance norm over the few pixels of the coarse scales enlarges what float32 rounds away, which is
+    another part of it on every kind of processor.
+    """
     golden = json.loads(golden_unet.GOLDEN.read_text())[name]
     network = UNet(channels=golden_unet.CHANNELS, num_outputs=4, num_heads=6, norm=norm).eval()
     network.load_state_dict(
@@ -32,7 +37,7 @@ def test_same_outputs_as_plain_conv_unet_at_all_six_scales(norm, name):
     assert [o.shape[2] for o in outputs] == [128, 64, 32, 16, 8, 4] and len(golden) == 6
     for output, expected in zip(outputs, golden, strict=True):
         ours = [output[0, :, y, x].tolist() for y, x in golden_unet.pixels(output.shape[2])]
-        assert (torch.tensor(ours) - torch.tensor(expected)).abs().max() < 1e-5
+        assert (torch.tensor(ours) - torch.tensor(expected)).abs().max() < rounding
 
 
 def test_the_decoder_does_not_hold_the_encoder():

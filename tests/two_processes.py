@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cmrssp import data, distributed, flags, health, resume, training, weights
+from cmrssp import command, data, distributed, health, resume, training, weights
 from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.device import resolve_device
@@ -140,9 +140,9 @@ class Recording(Batches):
         super().__init__(*words, **named)
         self.at, self.does, self.seen = at, does, []
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
-        for step, batch in enumerate(super().epoch(epoch, first), first):
-            if (distributed.rank(), epoch, step) == self.at:
+    def epochs(self, first: int, end: int, step: int = 0) -> Iterator[dict]:
+        for number, batch in enumerate(super().epochs(first, end, step), first * len(self) + step):
+            if (distributed.rank(), *divmod(number, len(self))) == self.at:
                 self.does(batch)
             self.seen.append(
                 torch.stack([batch["subject"], batch["frame"], batch["position"].nan_to_num(-1)])
@@ -247,4 +247,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    flags.end(main)
+    command.end(main)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmrssp import data, flags, report
+from cmrssp import command, data, flags, report
 from cmrssp.data import check, store
 from cmrssp.data.subject import LEFT_OUT
 from cmrssp.errors import UserError
@@ -13,7 +13,7 @@ from cmrssp.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 when a subject was left out, 2 on wrong usage."""
-    parser = flags.Parser(prog="python -m cmrssp.data", description=__doc__)
+    parser = command.Parser(prog="python -m cmrssp.data", description=__doc__)
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help=f"as for --data: folders, or '{data.PHANTOM}'"
     )

@@ -1,21 +1,24 @@
-"""From indices to batches: native slices of any size padded to one tensor, read ahead by one background
-thread.
+"""From indices to batches: native slices of any size padded to one tensor, read ahead in the background, or
+taken from the device's own memory where they all lie there.
 """
 
-import contextlib
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 from cmrssp import distributed
+from cmrssp.data.resident import Resident
 from cmrssp.data.store import Store
 from cmrssp.errors import UserError
 
 Batch = dict[str, torch.Tensor]
 _PAD_TO = 64  # so that shapes repeat
+_AHEAD = 3  # batches that are being read, or wait
+_READERS = 4  # threads that feed a GPU; a CPU that trains has no core to spare for more than one
 
 
 class Slices:
@@ -41,10 +44,14 @@ class Slices:
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """(subject in the store, cine frame, slice) of a slice number."""
-        i = int(np.searchsorted(self.ends, number, side="right"))
-        start = int(self.ends[i - 1]) if i else 0
-        frame, slice = divmod(int(number) - start, int(self.depths[i]))
+        i, within = self.entry(number)
+        frame, slice = divmod(within, int(self.depths[i]))
         return int(self.subjects[i]), int(self.frames[i][frame]), slice
+
+    def entry(self, number: int) -> tuple[int, int]:
+        """(which of `subjects`, how many of its slices come before) of a slice number."""
+        i = int(np.searchsorted(self.ends, number, side="right"))
+        return i, int(number) - (int(self.ends[i - 1]) if i else 0)
 
 
 class Batches:
@@ -79,16 +86,28 @@ class Batches:
             raise UserError(f"{ranks} processes cannot share {len(slices)} slices; start fewer of them")
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
         self.share = self.batch_size // ranks
+        self.resident: Resident | None = None
 
     def __len__(self) -> int:
         return len(self.slices) // self.batch_size
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The shuffled batches of one epoch on the device, from number `first` on, of each this rank's share;
-        the last incomplete batch is dropped.
+    def keep_on_device(self) -> None:
+        """From here on no slice is read from a file: all are copied into the device's memory now."""
+        self.resident = Resident(self.store, self.slices, labelled=self.labelled, device=self.device)
+
+    def epochs(self, first: int, end: int, step: int = 0) -> Iterator[Batch]:
+        """The shuffled batches of the epochs `first` to `end` - 1 on the device, without a pause between; of
+        the first one from number `step` on. Of each batch this rank's share; the last incomplete one of an
+        epoch is dropped.
         """
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
-        return self._read(order[first * self.batch_size : len(self) * self.batch_size], shared=True)
+
+        def parts() -> Iterator[np.ndarray]:
+            for epoch in range(first, end):
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
+                begin = step if epoch == first else 0
+                yield from order[: len(self) * self.batch_size].reshape(len(self), -1)[begin:]
+
+        return self._read(parts(), shared=True)
 
     def in_order(self, limit: int | None = None, *, shared: bool = False) -> Iterator[Batch]:
         """All slices once, unshuffled, the last batch as large as it is; with `limit` that many, evenly
@@ -97,44 +116,56 @@ class Batches:
         count = min(limit or len(self.slices), len(self.slices))
         if shared:
             count -= count % distributed.world_size()
-        return self._read(np.arange(count) * len(self.slices) // count, shared=shared)
+        order = np.arange(count) * len(self.slices) // count
+        return self._read((order[i : i + self.batch_size] for i in range(0, count, self.batch_size)), shared)
 
-    def _read(self, order: np.ndarray, *, shared: bool) -> Iterator[Batch]:
-        parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        if shared:
-            parts = [np.split(part, distributed.world_size())[distributed.rank()] for part in parts]
-        pin = self.device.type == "cuda"
+    def _read(self, parts: Iterable[np.ndarray], shared: bool) -> Iterator[Batch]:
+        ranks, rank = distributed.world_size(), distributed.rank()
+        cuda = self.device.type == "cuda"
+        copies = torch.cuda.Stream(self.device) if cuda else None
 
-        def read(part: np.ndarray) -> Batch:
-            batch = collate(self.store, [self.slices.locate(n) for n in part], labelled=self.labelled)
-            return {k: v.pin_memory() for k, v in batch.items()} if pin else batch
+        def read(part: np.ndarray) -> tuple[Batch, tuple[int, int], torch.cuda.Event | None]:
+            mine = np.split(part, ranks)[rank] if shared else part
+            places = [self.slices.locate(n) for n in mine]
+            if self.resident:
+                batch = {**describe(self.store, places), "start": self.resident.starts(mine)}
+            else:
+                batch = collate(self.store, places, labelled=self.labelled)
+            shape = padded(batch["size"].tolist())
+            if copies is None:
+                return batch, shape, None
+            with torch.cuda.stream(copies):  # beside the step that is being computed
+                batch = to_device({key: value.pin_memory() for key, value in batch.items()}, self.device)
+                return batch, shape, copies.record_event()
 
-        for batch in _ahead(read, parts):
-            yield to_device(batch, self.device)
+        readers = max(1, min(_READERS, (os.cpu_count() or 1) // distributed.local_world_size() - 1))
+        for batch, shape, copied in _ahead(read, parts, readers if cuda else 1):
+            if copied:
+                now = torch.cuda.current_stream(self.device)
+                now.wait_event(copied)
+                for value in batch.values():
+                    value.record_stream(now)
+            yield self.resident.fill(batch, shape) if self.resident else batch
 
 
-def collate(store: Store, places: Sequence[tuple[int, int, int]], *, labelled: bool) -> Batch:
-    """Slices (subject, frame, slice) as one batch before augmentation, on the CPU. B = len(places).
+def padded(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(rows, columns) that hold images of all these sizes, rounded up so that shapes repeat."""
+    height, width = (-(-max(size[axis] for size in sizes) // _PAD_TO) * _PAD_TO for axis in (0, 1))
+    return height, width
 
-    image (B, 1, Hmax, Wmax) int16, zero-padded at the bottom and the right to multiples of 64; label (same)
-    uint8 with `labelled`; size, spacing_mm, centre (B, 2) as (row, column); mean, std, max (B,) of the
-    subject's whole cine; position (B,), k / n from the base, NaN for a single-slice stack; subject, frame
-    (B,).
+
+def describe(store: Store, places: Sequence[tuple[int, int, int]]) -> Batch:
+    """What a batch says of its slices (subject, frame, slice), on the CPU. B = len(places).
+
+    size, spacing_mm, centre (B, 2) as (row, column); mean, std, max (B,) of the subject's whole cine;
+    position (B,), k / n from the base, NaN for a single-slice stack; subject, frame (B,).
     """
     cines = [store.cines[subject] for subject, _, _ in places]
-    height, width = (-(-max(c.shape[axis] for c in cines) // _PAD_TO) * _PAD_TO for axis in (2, 3))
-    image = np.zeros((len(places), 1, height, width), np.int16)
-    label = np.zeros(image.shape if labelled else 0, np.uint8)
-    for i, (place, cine) in enumerate(zip(places, cines, strict=True)):
-        image[i, 0, : cine.shape[2], : cine.shape[3]] = store.slice(*place)
-        if labelled:
-            label[i, 0, : cine.shape[2], : cine.shape[3]] = store.label_slice(*place)
 
     def column(values: list, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype)
 
-    batch = {
-        "image": torch.from_numpy(image),
+    return {
         "size": column([c.shape[2:] for c in cines], torch.int64),
         "spacing_mm": column([c.geometry.spacing_mm for c in cines]),
         "centre": column([c.centre for c in cines]),
@@ -150,6 +181,23 @@ def collate(store: Store, places: Sequence[tuple[int, int, int]], *, labelled: b
         "subject": column([subject for subject, _, _ in places], torch.int64),
         "frame": column([frame for _, frame, _ in places], torch.int64),
     }
+
+
+def collate(store: Store, places: Sequence[tuple[int, int, int]], *, labelled: bool) -> Batch:
+    """Slices (subject, frame, slice) as one batch before augmentation, on the CPU: what `describe` says of
+    them, and
+
+    image (B, 1, Hmax, Wmax) int16, zero-padded at the bottom and the right to multiples of 64; label (same)
+    uint8 with `labelled`.
+    """
+    sizes = [store.cines[subject].shape[2:] for subject, _, _ in places]
+    image = np.zeros((len(places), 1, *padded(sizes)), np.int16)
+    label = np.zeros(image.shape if labelled else 0, np.uint8)
+    for i, (place, (height, width)) in enumerate(zip(places, sizes, strict=True)):
+        image[i, 0, :height, :width] = store.slice(*place)
+        if labelled:
+            label[i, 0, :height, :width] = store.label_slice(*place)
+    batch = {"image": torch.from_numpy(image), **describe(store, places)}
     return {**batch, "label": torch.from_numpy(label)} if labelled else batch
 
 
@@ -157,33 +205,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def _ahead(
-    read: Callable[[np.ndarray], Batch], parts: Sequence[np.ndarray], depth: int = 3
-) -> Iterator[Batch]:
-    """`read(part)` for each part in order, `depth` of them ahead, in one background thread."""
-    ready: queue.Queue = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def work() -> None:
+def _ahead(read: Callable[[np.ndarray], tuple], parts: Iterable[np.ndarray], readers: int) -> Iterator[tuple]:
+    """`read(part)` for each part in order, some of them ahead, in background threads."""
+    with ThreadPoolExecutor(readers, "slice reader") as pool:
+        pending: deque = deque()
         try:
             for part in parts:
-                if stopped.is_set():
-                    return
-                ready.put(read(part))
-            ready.put(None)
-        except BaseException as error:  # handed to the consumer, who raises it
-            ready.put(error)
-
-    thread = threading.Thread(target=work, name="slice reader", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        while thread.is_alive():  # it may wait for room to put one more batch
-            with contextlib.suppress(queue.Empty):
-                ready.get_nowait()
-            thread.join(0.01)
+                pending.append(pool.submit(read, part))
+                if len(pending) > _AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

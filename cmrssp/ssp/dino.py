@@ -202,15 +202,19 @@ class DINO(Method):
             "local": torch.cat([crops(local, self.local_size) for _ in range(self.local_crops)]),
         }
 
-    def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def outputs(self, views: Views) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the student (2B + crops x B, K); of the teacher (2B, K), without gradient."""
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher_encoder.pooled(views["global"])).float()
-            if self.training:
-                mean = distributed.mean(teacher.mean(dim=0))
-                # not finite where fp16 overflows, in a step that the scaler leaves out
-                self.batch_centre.copy_(torch.where(mean.isfinite(), mean, self.centre))
+            teacher = self.teacher_head(self.teacher_encoder.pooled(views["global"]))
         pooled = [self.encoder.pooled(views["global"]), self.encoder.pooled(views["local"])]
-        student = self.head(torch.cat(pooled))
+        return self.head(torch.cat(pooled)), teacher
+
+    def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        student, teacher = self.outputs(views)
+        if self.training:
+            mean = distributed.mean(teacher.float().mean(dim=0))
+            # not finite where fp16 overflows, in a step that the scaler leaves out
+            self.batch_centre.copy_(torch.where(mean.isfinite(), mean, self.centre))
         loss = dino_cross_entropy(
             student.chunk(2 + self.local_crops),
             teacher.chunk(2),
@@ -219,6 +223,10 @@ class DINO(Method):
             self.teacher_temperature(epoch),
         )
         return loss, {}
+
+    def compile_networks(self) -> None:
+        super().compile_networks()
+        self.teacher_encoder.compile(dynamic=False)
 
     def teacher_temperature(self, epoch: float) -> float:
         start, end = self.teacher_temperatures

@@ -1,6 +1,7 @@
 """The contract of a method: what the one training loop may ask of it."""
 
 import argparse
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -37,9 +38,17 @@ class Method(nn.Module):
         """Augmented views on the batch's device, without gradient; no generator: the plain centred crop."""
         raise NotImplementedError
 
+    def outputs(self, views: Views) -> Sequence[torch.Tensor]:
+        """What the networks make of the views: `forward` without the loss. Some may have no gradient."""
+        raise NotImplementedError
+
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(float32 scalar loss, detached 0-d tensors to log); schedules depend on the epoch alone."""
         raise NotImplementedError
+
+    def compile_networks(self) -> None:
+        """torch.compile in place, so that no key is renamed; each shape gets kernels of its own."""
+        self.encoder.compile(dynamic=False)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """As torch.optim takes them; a group's `lr_factor`, 1 without one, multiplies the schedule's rate."""

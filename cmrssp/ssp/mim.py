@@ -105,12 +105,19 @@ class MIM(Method):
         mask = mask.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
         return {"image": image, "mask": mask}
 
+    def outputs(self, views: Views) -> list[torch.Tensor]:
+        """The restored images (B, 1, S, S)."""
+        return self.unet(self._masked(views))
+
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        restored = self.unet(self._masked(views))[0]
-        return masked_mse(restored, views["image"], views["mask"]), {}
+        return masked_mse(self.outputs(views)[0], views["image"], views["mask"]), {}
+
+    def compile_networks(self) -> None:
+        self.unet.compile(dynamic=False)
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
-        restored = torch.where(views["mask"], self.unet(self._masked(views))[0], views["image"])
+        restored = self.unet.full_resolution(self._masked(views))
+        restored = torch.where(views["mask"], restored, views["image"])
         return {"original": views["image"], "masked": self._masked(views), "restored": restored}
 
     def pretrained_state(self) -> dict[str, torch.Tensor]:

@@ -92,9 +92,13 @@ class SimCLR(Method):
         ]
         return {"image": torch.cat(images), "position": batch["position"].repeat(2)}
 
+    def outputs(self, views: Views) -> list[torch.Tensor]:
+        """The embeddings (2B, D)."""
+        return [self.projector(self.encoder.pooled(views["image"]))]
+
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of the batch of all ranks, on each of them."""
-        embeddings = self.projector(self.encoder.pooled(views["image"]))
+        (embeddings,) = self.outputs(views)
         embeddings, position = (_of_all_ranks(x) for x in (embeddings.float(), views["position"]))
         return nt_xent(embeddings, self.positives(position), self.temperature), {}
 

@@ -1,0 +1,206 @@
+"""How fast is a training on this machine, what is a step made of, and what could the device do?"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmrssp.data.batches import Batches
+from cmrssp.device import uncompiled
+from cmrssp.meter import duration
+from cmrssp.ssp.method import Method
+from cmrssp.training import Settings, Step, step_generator
+
+_ROUNDS = 5  # of all measurements, so that a slow minute of the machine meets each of them
+_WARM_UP = 3
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
+
+
+@dataclass
+class Measured:
+    """Of one kind of work, slices a second in each round."""
+
+    title: str
+    rates: list[float]
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+    def of(self, other: "Measured") -> str:
+        """This rate as a share of the other: median and range over the rounds."""
+        shares = [a / b for a, b in zip(self.rates, other.rates, strict=True)]
+        share, low, high = statistics.median(shares), min(shares), max(shares)
+        return f"{self.title} / {other.title}: {share:.3f} ({low:.3f} to {high:.3f})"
+
+
+def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
+    """Print what `num_steps` steps take, in each of several rounds. The learning rate is 0: the weights stay.
+    """
+    device, size = batches.device, batches.batch_size
+    step = Step(method, batches, replace(settings, lr=0.0, final_lr=0.0))
+    stream = batches.epochs(0, 10**9)
+    fixed = next(stream)
+    print(
+        f"benchmark: {method.name}, batches of {size} slices at {method.image_size} px, channels "
+        f"{' '.join(map(str, method.encoder.channels))}, mixed precision {settings.amp}, compile "
+        f"{'on' if settings.compile else 'off'}, device cache {'on' if batches.resident else 'off'}, grad "
+        f"checkpoint {'on' if method.encoder.stages[0].recompute else 'off'}"
+    )
+    print(f"on: {name(device)}, torch {torch.__version__}", flush=True)
+    with uncompiled(settings.compile):
+        flops, moved = work(lambda: step(fixed, 0, 0))
+    gradients = None
+
+    def network(views: dict[str, torch.Tensor]) -> None:
+        nonlocal gradients
+        with step.autocast():
+            outputs = [output for output in method.outputs(views) if output.requires_grad]
+        gradients = gradients or [torch.full_like(output, 1 / output.numel()) for output in outputs]
+        torch.autograd.backward(outputs, gradients)
+        method.zero_grad(set_to_none=True)
+
+    waited = 0.0
+
+    def real(i: int) -> None:
+        nonlocal waited
+        began = time.perf_counter()
+        batch = next(stream)
+        waited += time.perf_counter() - began
+        step(batch, 0, i)
+
+    views = method.views(fixed, step_generator(settings.seed, 0, 0))
+    kinds: dict[str, Callable[[int], object]] = {
+        "real path": real,
+        "step alone": lambda i: step(fixed, 0, i),
+        "augmentation alone": lambda i: method.views(fixed, step_generator(settings.seed, 0, i)),
+        "network alone": lambda i: network(views),
+    }
+    for act in kinds.values():
+        for i in range(_WARM_UP if device.type == "cuda" or settings.compile else 1):
+            act(i)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    waited, done = 0.0, {title: Measured(title, []) for title in kinds}
+    for _ in range(_ROUNDS):
+        for title, act in kinds.items():
+            done[title].rates.append(
+                num_steps * size / timed(lambda act=act: [act(i) for i in range(num_steps)], device)
+            )
+    stream.close()
+
+    print(f"\n{'':<20}{'slices/s':>10}   of {_ROUNDS} rounds of {num_steps} steps{'s a step':>12}")
+    for measured in done.values():
+        spread = f"{min(measured.rates):.4g} to {max(measured.rates):.4g}"
+        print(f"{measured.title:<20}{measured.rate:>10.4g}   {spread:<28}{size / measured.rate:>10.4g}")
+    path, alone, _, bare = done.values()
+    waiting = waited / sum(num_steps * size / rate for rate in path.rates)
+    print(f"\n{path.of(alone)}; waiting for slices: {100 * waiting:.1f} % of the time")
+    print(alone.of(bare))
+    print(f"peak memory: {peak_memory(device) / 1e9:.2f} GB")
+    peak, bandwidth = ceilings(device, settings.amp)
+    floor = max(flops / peak, moved / bandwidth) / size
+    bound = "arithmetic" if flops / peak > moved / bandwidth else "memory"
+    print(
+        f"a slice: {flops / size / 1e9:.3g} GFLOP, {moved / size / 1e9:.3g} GB in and out of operators; the "
+        f"device: {peak / 1e12:.3g} TFLOP/s in a matrix product, {bandwidth / 1e9:.3g} GB/s in a copy"
+    )
+    print(
+        f"floor: {1 / floor:.4g} slices/s, set by {bound}; step alone takes "
+        f"{1 / (alone.rate * floor):.2f} times as long"
+    )
+    left = len(batches) * settings.epochs * size / path.rate
+    print(
+        f"the whole training: {settings.epochs} epochs x {len(batches)} steps, {duration(left)} (validation "
+        "not counted)"
+    )
+
+
+def timed(act: Callable[[], object], device: torch.device) -> float:
+    """Seconds, to the end of what the device does of it."""
+    _wait(device)
+    began = time.perf_counter()
+    act()
+    _wait(device)
+    return time.perf_counter() - began
+
+
+def work(act: Callable[[], object]) -> tuple[int, int]:
+    """(floating-point operations of convolutions and matrix products, bytes that the operators read and write
+    when each touches its tensors once) of `act`. Compiled, it may need fewer bytes.
+    """
+    with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
+        act()
+    return counter.get_total_flops(), traffic.bytes
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes that operators read and write. A view moves nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        inputs = _tensors((*args, *(kwargs or {}).values()))
+        outputs = _tensors(result if isinstance(result, tuple | list) else [result])
+        mutates = operator._schema.is_mutable
+        held = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        fresh = [t for t in outputs if mutates or t.untyped_storage().data_ptr() not in held]
+        if fresh and operator._schema.name not in ("aten::empty", "aten::empty_like", "aten::new_empty"):
+            self.bytes += sum(t.numel() * t.element_size() for t in (*inputs, *fresh))
+        return result
+
+
+def _tensors(values) -> list[torch.Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+    return found
+
+
+def ceilings(device: torch.device, amp: str) -> tuple[float, float]:
+    """(FLOP/s of a large matrix product, byte/s of a large copy), the best of several. With float32 on a GPU
+    the product is in TF32 where convolutions may use it.
+    """
+    side, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
+    a, b = (torch.randn(side, side, device=device).to(_DTYPES[amp]) for _ in range(2))
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    product = min(timed(lambda: a @ b, device) for _ in range(8))
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    source = torch.zeros(length, dtype=torch.float32, device=device)
+    target = torch.ones_like(source)
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(8))
+    return 2 * side**3 / product, 2 * 4 * length / copy
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
+
+
+def name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

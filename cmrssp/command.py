@@ -1,0 +1,60 @@
+"""A command: its parser, and how it ends."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from cmrssp import distributed
+from cmrssp.errors import UserError
+from cmrssp.resume import Stopped
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The default behind the help, where there is one to tell."""
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; flags only as they are spelled; defaults in the help."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        distributed.say(f"{self.prog}: error: {message} (--help lists the flags)")
+        self.exit(2)
+
+
+def end(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
+    """Run a script's main and exit: 0, or 2 with one line for what the user can mend."""
+    prog, status = Path(sys.argv[0]).name, 1
+    try:
+        distributed.start()
+        status = main(None)
+    except (UserError, OSError) as error:
+        distributed.say(f"{prog}: error: {error}")
+        status = 2
+    except torch.cuda.OutOfMemoryError:
+        distributed.say(
+            f"{prog}: error: the GPU's memory is too small for these settings; try a smaller --batch-size or "
+            "--amp fp16"
+        )
+        status = 2
+    except Stopped as stop:
+        distributed.say(f"{prog}: {stop}")
+        status = 128 + stop.number
+    except KeyboardInterrupt:
+        distributed.say(f"{prog}: interrupted")
+        status = 130
+    except RuntimeError as error:
+        if not distributed.lost(error):
+            raise
+        distributed.say(f"{prog}: error: stopped, because another of the processes has ended")
+    finally:
+        distributed.finish(failed=status != 0)
+    sys.exit(status)
