@@ -1,5 +1,6 @@
 """How fast is a training on this machine, what is a step made of, and what could the device do?"""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from cmrssp.meter import duration
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings, Step, step_generator
 
-_ROUNDS = 5  # of all measurements, so that a slow minute of the machine meets each of them
+_MIN_ROUNDS = 5
+_ROUND_S = 1.0  # of one kind of work: rounds are short, so that a slow minute of the machine meets every kind
 _WARM_UP = 3
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
 
@@ -41,7 +43,8 @@ class Measured:
 
 
 def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
-    """Print what `num_steps` steps take, in each of several rounds. The learning rate is 0: the weights stay.
+    """Print what `num_steps` steps take, in rounds that measure one kind of work after the other, and back.
+    The learning rate is 0: the weights stay.
     """
     device, size = batches.device, batches.batch_size
     step = Step(method, batches, replace(settings, lr=0.0, final_lr=0.0))
@@ -88,19 +91,20 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     waited, done = 0.0, {title: Measured(title, []) for title in kinds}
-    for _ in range(_ROUNDS):
-        for title, act in kinds.items():
-            done[title].rates.append(
-                num_steps * size / timed(lambda act=act: [act(i) for i in range(num_steps)], device)
-            )
+    each = min(num_steps, math.ceil(_ROUND_S / timed(lambda: step(fixed, 0, 0), device)))
+    rounds = max(_MIN_ROUNDS, math.ceil(num_steps / each))
+    for number in range(rounds):
+        for title, act in list(kinds.items())[:: 1 if number % 2 else -1]:
+            seconds = timed(lambda act=act: [act(i) for i in range(each)], device)
+            done[title].rates.append(each * size / seconds)
     stream.close()
 
-    print(f"\n{'':<20}{'slices/s':>10}   of {_ROUNDS} rounds of {num_steps} steps{'s a step':>12}")
+    print(f"\n{'':<20}{'slices/s':>10}   {f'in {rounds} rounds of {each} steps':<28}{'s a step':>10}")
     for measured in done.values():
         spread = f"{min(measured.rates):.4g} to {max(measured.rates):.4g}"
         print(f"{measured.title:<20}{measured.rate:>10.4g}   {spread:<28}{size / measured.rate:>10.4g}")
     path, alone, _, bare = done.values()
-    waiting = waited / sum(num_steps * size / rate for rate in path.rates)
+    waiting = waited / sum(each * size / rate for rate in path.rates)
     print(f"\n{path.of(alone)}; waiting for slices: {100 * waiting:.1f} % of the time")
     print(alone.of(bare))
     print(f"peak memory: {peak_memory(device) / 1e9:.2f} GB")

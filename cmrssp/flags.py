@@ -252,6 +252,8 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
 def settings(args: argparse.Namespace, device: torch.device) -> Settings:
     if args.nesterov and not args.momentum:
         raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
+    if args.compile and args.grad_checkpoint:
+        raise UserError("--grad-checkpoint: not together with --compile; leave one of them out")
     return Settings(
         epochs=args.epochs,
         lr=args.lr,

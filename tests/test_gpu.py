@@ -1,0 +1,112 @@
+"""What only a GPU can show. Skipped where there is none."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+import two_processes
+from test_resume import assert_same
+
+import finetune
+import train_ssp
+from cmrssp import augmentation, memory
+from cmrssp.data import phantom
+from cmrssp.data.batches import Batches, Slices
+from cmrssp.resume import Stopped
+from cmrssp.training import Settings, Step, step_generator
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+GPU = torch.device("cuda")
+SETTINGS = dict(epochs=2, lr=0.01, schedule="cosine", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
+                nesterov=True, weight_decay=0.01, seed=4, validate_every=1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hearts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    phantom.write(folder / "hearts", num_subjects=8, num_frames=3, max_slices=3, max_matrix=96)
+    return two_processes.make_store(folder / "hearts", folder / "cache")
+
+
+def batches(cines, device, labelled=True):
+    slices = Slices(cines, sorted(cines.index), phases="both" if labelled else None)
+    return Batches(cines, slices, batch_size=8, seed=4, labelled=labelled, device=device)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_the_same_batches_as_on_a_cpu(hearts, resident):
+    loader = batches(hearts, GPU)
+    if resident:
+        memory._keep_slices(loader, "auto", 0.0)
+        assert loader.resident is not None
+    expected = batches(hearts, torch.device("cpu")).epochs(0, 2)
+    for ours, theirs in zip(loader.epochs(0, 2), expected, strict=True):
+        assert ours.keys() == theirs.keys() and ours["image"].device.type == "cuda"
+        for key, value in ours.items():
+            assert torch.equal(value.cpu().nan_to_num(-9), theirs[key].nan_to_num(-9)), key
+
+
+def test_the_same_views_as_on_a_cpu(hearts):
+    """Noise apart, which each device draws for itself."""
+    recipe = augmentation.Recipe(p_noise=0.0, p_blur=0.5, p_solarise=0.5)
+    views = []
+    for device in (torch.device("cpu"), GPU):
+        batch, generator = next(batches(hearts, device).in_order()), step_generator(0, 0, 0)
+        views.append(augmentation.views(batch, recipe, generator, image_size=64, spacing_mm=3.0))
+    assert (views[0]["image"] - views[1]["image"].cpu()).abs().max() < 1e-3
+    assert (views[0]["label"] != views[1]["label"].cpu()).float().mean() < 1e-3  # at a border of two pixels
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16", "bf16"])
+@pytest.mark.parametrize("name", two_processes.NAMES)
+def test_a_step_never_waits_for_the_device(hearts, name, amp):
+    step = Step(two_processes.make_method(name), batches(hearts, GPU), Settings(**SETTINGS, amp=amp))
+    batch = next(step_batches := batches(hearts, GPU).epochs(0, 1))
+    for number in range(2):
+        step(batch, 0, number)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step(batch, 0, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        step_batches.close()
+    assert found["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", two_processes.NAMES)
+def test_compiled_networks_give_the_same_loss(name):
+    plain = two_processes.make_method(name).to(GPU, memory_format=torch.channels_last)
+    compiled = copy.deepcopy(plain)
+    compiled.compile_networks()
+    views = {key: value.to(GPU) for key, value in two_processes.global_views(name).items()}
+    one, other = (two_processes.loss_and_gradients(m, m, views) for m in (plain, compiled))
+    assert one["loss"].item() == pytest.approx(other["loss"].item(), rel=1e-3)
+
+
+class Interrupting(Batches):
+    """Sends this process a signal before the third batch."""
+
+    def epochs(self, first: int, end: int, step: int = 0):
+        for number, batch in enumerate(super().epochs(first, end, step)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            yield batch
+
+
+@pytest.mark.parametrize("method", ["simclr", "pcl", "dino", "mim", None])
+def test_a_deterministic_run_goes_on_to_the_same_bits(phantom_folder, tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    script, words = (train_ssp, ["--method", method]) if method else (finetune, [])
+    words += ["--data", str(phantom_folder), "--cache", str(tmp_path / "cache"), "--deterministic"]
+    words += ["--channels", "8", "16", "16", "--image-size", "64", "--spacing", "3", "--batch-size", "4"]
+    words += ["--epochs", "2"]
+    words += ["--patch-size", "16"] if method == "mim" else []
+    assert script.main([*words, "--out", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "Batches", Interrupting)
+        with pytest.raises(Stopped):
+            script.main([*words, "--out", "broken"])
+    assert script.main(["--resume", "broken"]) == 0
+    assert_same(tmp_path / "whole", tmp_path / "broken")
