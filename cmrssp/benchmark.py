@@ -10,7 +10,6 @@ from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from cmrssp.data.batches import Batches
 from cmrssp.device import uncompiled
@@ -139,6 +138,8 @@ def work(act: Callable[[], object]) -> tuple[int, int]:
     """(floating-point operations of convolutions and matrix products, bytes that the operators read and write
     when each touches its tensors once) of `act`. Compiled, it may need fewer bytes.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # half a second that no training needs
+
     with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
         act()
     return counter.get_total_flops(), traffic.bytes

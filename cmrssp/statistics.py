@@ -7,7 +7,6 @@ comparison of runs refuses it, since they would no longer be compared on the sam
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import stats
 
 from cmrssp.errors import UserError
 
@@ -61,6 +60,8 @@ def wilcoxon(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     The correlation is (W+ - W-) / (W+ + W-), from -1 (every difference negative) to 1; Kerby 2014, doi
     10.2466/11.IT.3.1.
     """
+    from scipy import stats  # half a second that no training needs
+
     difference = np.round(_differences(a, b), _DECIMALS)
     if np.isnan(difference).any():
         raise ValueError(f"wilcoxon: expected numbers, got {np.isnan(difference).sum()} pairs with NaN")

@@ -4,8 +4,8 @@
 
 nnU-Net's recipe: PlainConvUNet of dynamic-network-architectures (not among the requirements) with batch norm
 and deep supervision, NCHW, mixed precision, torch.compile, Dice over the batch + cross-entropy, gradients cut
-to 12, SGD with Nesterov momentum 0.99, on views that lie ready. Ours: `training.Step` of the supervised method
-on the same slices, augmentation on and off (the plain crop is made all the same), compiled or not.
+to 12, SGD with Nesterov momentum 0.99, on views that lie ready. Ours: `training.Step` of the supervised
+method on the same slices, augmentation on and off (the plain crop is made all the same), compiled or not.
 """
 
 import argparse

@@ -18,12 +18,13 @@ from cmrssp.errors import UserError
 from cmrssp.run import Run
 
 TESTS = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 CLOCKS = ("slices_per_s", "seconds", "validation_s")
 
 
-def torchrun(*words, cwd, expect=0):
-    done = subprocess.run([*TORCHRUN, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300)
+def torchrun(*words, cwd, expect=0, processes=2):
+    command = [*TORCHRUN, f"--nproc-per-node={processes}", *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
@@ -86,6 +87,24 @@ def test_the_networks_stay_the_same(both, name):
         assert torch.equal(value, second[name]["trained"][key]), key
         moved += not torch.equal(value, start[key])
     assert len(first[name]["seen"]) >= 5 and moved > 0.9 * len(start)
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does(phantom_folder, tmp_path):
+    """Losses and gradients of the global batch, and one network after the loop."""
+    torchrun(TESTS / "two_processes.py", "everything", phantom_folder, tmp_path, cwd=tmp_path, processes=4)
+    ranks = [torch.load(tmp_path / f"everything-{rank}.pt", weights_only=True) for rank in range(4)]
+    for name in NAMES:
+        method = two_processes.make_method(name)
+        two_processes.freeze_norms(method)
+        one = two_processes.loss_and_gradients(method, method, two_processes.global_views(name))
+        losses = [rank[name]["loss"].item() for rank in ranks]
+        assert sum(losses) / 4 == pytest.approx(one["loss"].item(), abs=1e-5)
+        for rank in ranks:
+            for key, gradient in one["gradients"].items():
+                assert (rank[name]["gradients"][key] - gradient).abs().max() < 1e-5, (name, key)
+            for key, value in ranks[0][name]["trained"].items():
+                assert torch.equal(rank[name]["trained"][key], value), (name, key)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -129,19 +129,9 @@ def test_evaluation_scores_every_labelled_volume_of_the_split(way):
 def test_the_logged_dice_is_that_of_the_evaluation(way):
     cwd, _ = way
     run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
-    words = (
-        "--split",
-        "validation",
-        "--checkpoint",
-        run,
-        "--cache",
-        cwd / "cache",
-        "--quick",
-        "--out",
-        cwd / "again",
-    )
-    script("evaluate.py", *words, cwd=cwd)
-    dice = json.loads((cwd / "again" / "summary.json").read_text(), parse_constant=pytest.fail)["dice"][
+    words = ("--split", "validation", "--checkpoint", run, "--cache", cwd / "cache", "--quick")
+    assert evaluate.main([*map(str, words), "--out", str(cwd / "scored")]) == 0
+    dice = json.loads((cwd / "scored" / "summary.json").read_text(), parse_constant=pytest.fail)["dice"][
         "both"
     ]
     logged = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
@@ -166,29 +156,12 @@ def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
 
 
 def test_identical_runs_give_identical_weights(way, phantom_folder):
+    """The run that every other test looks at, once more, in another process."""
     cwd, _ = way
-    for out in ("one", "two"):
-        script(
-            "train_ssp.py",
-            "--method",
-            "mim",
-            "--data",
-            phantom_folder,
-            "--cache",
-            cwd / "cache",
-            *TINY,
-            "--patch-size",
-            8,
-            "--epochs",
-            2,
-            "--batch-size",
-            8,
-            "--out",
-            cwd / out,
-            cwd=cwd,
-        )
-    assert (cwd / "one" / "unet.pt").read_bytes() == (cwd / "two" / "unet.pt").read_bytes()
-    assert (cwd / "one" / "unet.pt").read_bytes() == (cwd / "runs" / "mim-hearts" / "unet.pt").read_bytes()
+    words = ("--method", "mim", "--data", phantom_folder, "--cache", cwd / "cache", *TINY, "--patch-size", 8)
+    words = (*words, "--epochs", 2, "--batch-size", 8, "--out", cwd / "again")
+    assert train_ssp.main([*map(str, words)]) == 0
+    assert (cwd / "again" / "unet.pt").read_bytes() == (cwd / "runs" / "mim-hearts" / "unet.pt").read_bytes()
 
 
 WATCH = """
@@ -650,8 +623,10 @@ def test_a_training_that_cannot_fit_is_refused(refused, phantom_folder, way, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_help_shows_the_methods_own_flags_and_defaults(tmp_path):
-    text = script("train_ssp.py", "--method", "mim", "--help", cwd=tmp_path).stdout
+def test_help_shows_the_methods_own_flags_and_defaults(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        train_ssp.main(["--method", "mim", "--help"])
+    text = capsys.readouterr().out
     assert (
         "--mask-ratio" in text
         and "(default: 0.75)" in " ".join(text.split())
@@ -659,26 +634,15 @@ def test_help_shows_the_methods_own_flags_and_defaults(tmp_path):
     )
 
 
-def test_real_patients_go_the_whole_way(acdc70, tmp_path):
+def test_real_patients_go_the_whole_way(acdc70, tmp_path, monkeypatch, capsys):
     """Four real patients, a tiny network: that it runs, not how well."""
     for patient in sorted(acdc70.iterdir())[:4]:
         (tmp_path / "acdc").mkdir(exist_ok=True)
         (tmp_path / "acdc" / patient.name).symlink_to(patient)
-    common = ("--cache", "cache")
-    script(
-        "train_ssp.py",
-        "--method",
-        "mim",
-        "--data",
-        "acdc",
-        *common,
-        *TINY,
-        "--patch-size",
-        8,
-        "--epochs",
-        1,
-        cwd=tmp_path,
-    )
-    script("finetune.py", "--init", "runs/mim-acdc", *common, "--epochs", 1, cwd=tmp_path)
-    out = script("evaluate.py", "--split", "test", *common, cwd=tmp_path).stdout
-    assert "test split, 1 subjects" in out
+    common = ["--cache", "cache"]
+    monkeypatch.chdir(tmp_path)
+    words = ["--method", "mim", "--data", "acdc", *common, *TINY, "--patch-size", "8", "--epochs", "1"]
+    assert train_ssp.main(words) == 0
+    assert finetune.main(["--init", "runs/mim-acdc", *common, "--epochs", "1"]) == 0
+    assert evaluate.main(["--split", "test", *common]) == 0
+    assert "test split, 1 subjects" in capsys.readouterr().out

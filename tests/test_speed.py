@@ -193,6 +193,7 @@ def test_compiled_networks_give_the_same_loss_and_gradients():
     assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, of a compiler that it finds no use for
 def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)

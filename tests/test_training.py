@@ -158,6 +158,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(loaders, tmp_path):
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+def test_batches_without_any_foreground(write_mnms, beating, tmp_path):
+    """Labels in one slice of three, batches of one: two of three hold background alone. The Dice loss of such
+    a slice is 1 (there is nothing to overlap with), half of which counts.
+    """
+    cine, labels = beating(0)
+    labels[:, :, 1:] = 0
+    folder = write_mnms("A", cine, labels)
+    cines = store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    one = Batches(cines, Slices(cines, ["mnms/A"], phases="both"), batch_size=1, seed=0, labelled=True,
+                  device=torch.device("cpu"))  # fmt: skip
+    foreground = [int(batch["label"].any()) for batch in one.epochs(0, 1)]
+    assert len(foreground) == 6 and sum(foreground) == 2
+    torch.manual_seed(0)
+    method = Segmentation(**SMALL, augment=True)
+    run = run_training(method, one, tmp_path / "run", epochs=2, lr=0.001)
+    records = run.records()
+    assert all(0.5 * 4 / 6 < r["loss"] < 1.5 and math.isfinite(r["gradient_norm"]) for r in records)
+    assert all(value.isfinite().all() for value in method.state_dict().values())
+
+
 def test_bf16_on_a_cpu_follows_float32(loaders, tmp_path):
     losses = []
     for amp in ("off", "bf16"):
