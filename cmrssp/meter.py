@@ -20,6 +20,7 @@ class Meter:
     def __init__(self, batches: Batches, settings, hint: str) -> None:
         self.steps, self.batch_size, self.keys = len(batches), batches.batch_size, batches.store.index
         self.epochs, self.amp, self.max_skipped = settings.epochs, settings.amp, settings.max_skipped
+        self.compiles = settings.compile
         self.hint, self.estimated, self.began, self.count = hint, False, time.monotonic(), 0
         self.total_steps, self.figures, self.in_a_row = self.steps * settings.epochs, {}, 0
         self.saved: dict | None = None
@@ -130,12 +131,12 @@ class Meter:
 
     def _estimate(self) -> None:
         """After a few steps (the first is slower and does not count), or the first one that takes half a
-        minute.
+        minute, unless it compiled the networks.
         """
         steps, now = self.count, time.monotonic()
         if steps == 1:
             self.first = now
-        slow_first = steps == 1 and now - self.began > 30
+        slow_first = steps == 1 and now - self.began > 30 and not self.compiles
         if not (slow_first or (steps > 1 and now - self.first > 1) or steps == min(20, self.total_steps)):
             return
         self.estimated = True
