@@ -11,8 +11,9 @@ from resource import RUSAGE_SELF, getrusage
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cmrssp import distributed
 from cmrssp.data.batches import Batches
-from cmrssp.device import uncompiled
+from cmrssp.device import AMP_TYPES, uncompiled
 from cmrssp.meter import duration
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings, Step, step_generator
@@ -20,7 +21,7 @@ from cmrssp.training import Settings, Step, step_generator
 _MIN_ROUNDS = 5
 _ROUND_S = 1.0  # of one kind of work: rounds are short, so that a slow minute of the machine meets every kind
 _WARM_UP = 3
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": torch.float32}
+_OVERWRITE = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_"}  # these read nothing of it
 
 
 @dataclass
@@ -42,10 +43,10 @@ class Measured:
 
 
 def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
-    """Print what `num_steps` steps take, in rounds that measure one kind of work after the other, and back.
-    The learning rate is 0: the weights stay.
+    """Print what `num_steps` steps or more take, in rounds that measure one kind of work after the other, and
+    back. The learning rate is 0: the weights stay.
     """
-    device, size = batches.device, batches.batch_size
+    device, size, share = batches.device, batches.batch_size, batches.share
     step = Step(method, batches, replace(settings, lr=0.0, final_lr=0.0))
     stream = batches.epochs(0, 10**9)
     fixed = next(stream)
@@ -75,12 +76,12 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
         began = time.perf_counter()
         batch = next(stream)
         waited += time.perf_counter() - began
-        step(batch, 0, i)
+        step(batch, 0, i % len(batches))
 
     views = method.views(fixed, step_generator(settings.seed, 0, 0))
     kinds: dict[str, Callable[[int], object]] = {
         "real path": real,
-        "step alone": lambda i: step(fixed, 0, i),
+        "step alone": lambda i: step(fixed, 0, i % len(batches)),
         "augmentation alone": lambda i: method.views(fixed, step_generator(settings.seed, 0, i)),
         "network alone": lambda i: network(views),
     }
@@ -90,7 +91,8 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     waited, done = 0.0, {title: Measured(title, []) for title in kinds}
-    each = min(num_steps, math.ceil(_ROUND_S / timed(lambda: step(fixed, 0, 0), device)))
+    fitting = math.ceil(_ROUND_S / timed(lambda: step(fixed, 0, 0), device))
+    (each,) = distributed.highest(min(num_steps, fitting))  # all ranks take as many steps
     rounds = max(_MIN_ROUNDS, math.ceil(num_steps / each))
     for number in range(rounds):
         for title, act in list(kinds.items())[:: 1 if number % 2 else -1]:
@@ -111,8 +113,8 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
     floor = max(flops / peak, moved / bandwidth) / size
     bound = "arithmetic" if flops / peak > moved / bandwidth else "memory"
     print(
-        f"a slice: {flops / size / 1e9:.3g} GFLOP, {moved / size / 1e9:.3g} GB in and out of operators; the "
-        f"device: {peak / 1e12:.3g} TFLOP/s in a matrix product, {bandwidth / 1e9:.3g} GB/s in a copy"
+        f"a slice: {flops / share / 1e9:.3g} GFLOP, {moved / share / 1e9:.3g} GB in and out of operators; "
+        f"the device: {peak / 1e12:.3g} TFLOP/s in a matrix product, {bandwidth / 1e9:.3g} GB/s in a copy"
     )
     print(
         f"floor: {1 / floor:.4g} slices/s, set by {bound}; step alone takes "
@@ -154,13 +156,17 @@ class _Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        inputs = _tensors((*args, *(kwargs or {}).values()))
-        outputs = _tensors(result if isinstance(result, tuple | list) else [result])
-        mutates = operator._schema.is_mutable
-        held = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        fresh = [t for t in outputs if mutates or t.untyped_storage().data_ptr() not in held]
-        if fresh and operator._schema.name not in ("aten::empty", "aten::empty_like", "aten::new_empty"):
-            self.bytes += sum(t.numel() * t.element_size() for t in (*inputs, *fresh))
+        schema, read, written = operator._schema, [], []
+        given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **(kwargs or {})}
+        for argument in schema.arguments:
+            tensors = _tensors([given.get(argument.name)])
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            written += tensors if writes else []
+            read += [] if writes and (argument.is_out or schema.name in _OVERWRITE) else tensors
+        held = {tensor.untyped_storage().data_ptr() for tensor in (*read, *written)}
+        written += [t for t in _tensors([result]) if t.untyped_storage().data_ptr() not in held]
+        if written and "empty" not in schema.name:
+            self.bytes += sum(t.numel() * t.element_size() for t in (*read, *written))
         return result
 
 
@@ -179,7 +185,7 @@ def ceilings(device: torch.device, amp: str) -> tuple[float, float]:
     the product is in TF32 where convolutions may use it.
     """
     side, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
-    a, b = (torch.randn(side, side, device=device).to(_DTYPES[amp]) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(AMP_TYPES.get(amp, torch.float32)) for _ in range(2))
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     product = min(timed(lambda: a @ b, device) for _ in range(8))

@@ -8,6 +8,8 @@ import torch
 from cmrssp import distributed
 from cmrssp.errors import UserError
 
+AMP_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one; under torchrun each process of a machine takes its own. Says what

@@ -244,8 +244,8 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
         "--benchmark",
         type=positive(int),
         metavar="N",
-        help="measure N steps, what they are made of and what the device could do, and exit; makes no run "
-        "folder",
+        help="measure N steps or more, what they are made of and what the device could do, and exit; no run "
+        "folder is made",
     )
 
 

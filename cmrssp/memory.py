@@ -12,6 +12,7 @@ from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
 
 _GB = 1e9
+_RESERVE = 2 * _GB  # beside the slices: batches on their way, libraries
 _MARGIN = 1.3  # gradients on their way and the libraries' work space are not in the estimate
 
 
@@ -53,7 +54,7 @@ def _keep_slices(batches: Batches, wish: str, training: float) -> None:
     if wish == "off" or (wish == "auto" and batches.device.type == "cpu"):
         return
     slices = Resident.needs(batches.store, batches.slices, labelled=batches.labelled)
-    room = free(batches.device) - _MARGIN * training
+    room = free(batches.device) - _MARGIN * training - _RESERVE
     sizes = f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free beside the training"
     if slices <= room:
         print(f"device cache: on, {sizes}")

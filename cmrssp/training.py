@@ -10,7 +10,7 @@ import torch
 
 from cmrssp import distributed, weights
 from cmrssp.data.batches import Batch, Batches
-from cmrssp.device import uncompiled
+from cmrssp.device import AMP_TYPES, uncompiled
 from cmrssp.meter import Meter
 from cmrssp.resume import Saver, Signals
 from cmrssp.run import Run
@@ -57,7 +57,7 @@ def step_generator(seed: int, epoch: int, step: int, rank: int = 0) -> torch.Gen
 class Step:
     """One step of the optimiser, all of it: schedule, views, forward, backward, update.
 
-    The host never waits for the device in it: what a step finds stays there until somebody reads it.
+    The host reads nothing back from the device in it: what a step finds stays there until somebody reads it.
     """
 
     def __init__(self, method: Method, batches: Batches, settings: Settings) -> None:
@@ -74,16 +74,30 @@ class Step:
             nesterov=settings.nesterov,
             fused=True,
         )
-        # Begun from 0 by us: where fp16 leaves out the first step, the fused kernel would go on from whatever
-        # the memory held, and it takes no parameter that joins its group later
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if settings.momentum else ():
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._begin_momentum()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
 
+    def _begin_momentum(self) -> None:
+        """From 0, of every parameter: where fp16 leaves out the first step, the fused kernel would go on from
+        whatever the memory held, and it takes no parameter that joins its group later.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                state = self.optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def load_state_dict(self, state: dict) -> None:
+        """`optimizer` and `scaler` of a last.pt, also of one whose optimiser was not fused."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"], group["foreach"] = True, None
+        self._begin_momentum()
+        self.scaler.load_state_dict(state["scaler"])
+
     def autocast(self) -> torch.autocast:
-        amp_type = torch.bfloat16 if self.settings.amp == "bf16" else torch.float16
-        return torch.autocast(self.device.type, amp_type, enabled=self.settings.amp != "off")
+        amp = self.settings.amp
+        return torch.autocast(self.device.type, AMP_TYPES.get(amp), enabled=amp != "off")
 
     def __call__(self, batch: Batch, epoch: int, number: int) -> dict[str, torch.Tensor]:
         """0-d tensors on the device: loss, gradient_norm (under fp16 a scaled one), what the method logs."""
@@ -132,8 +146,7 @@ def train(
     if state:
         config, provenance = state["config"], state["provenance"]
         method.load_state_dict(state["method"])
-        step.optimizer.load_state_dict(state["optimizer"])
-        step.scaler.load_state_dict(state["scaler"])
+        step.load_state_dict(state)
         first_epoch, first_step = state["epochs_done"], state["steps_done"]
         meter.load_state_dict(state["meter"], first_epoch * len(batches) + first_step)
         run.keep_log(first_epoch)

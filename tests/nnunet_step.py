@@ -19,6 +19,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cmrssp import benchmark
+from cmrssp.device import AMP_TYPES
 from cmrssp.flags import PAPER_NETWORK, QUICK_NETWORK
 from cmrssp.segmentation import Segmentation
 from cmrssp.training import Settings, Step
@@ -40,9 +41,9 @@ def make_batch(size: int, device: torch.device) -> dict[str, torch.Tensor]:
     rows, columns = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     distance = torch.hypot(rows - 128.0, columns - 104.0)
     label = (distance < 60).to(torch.uint8) + (distance < 40) + (distance < 25)
-    image = torch.randint(0, 1000, (size, 1, 256, 256), generator=generator).to(torch.int16) + 300 * label
+    noise = torch.randint(0, 1000, (size, 1, 256, 256), generator=generator)
     batch = {
-        "image": image.to(torch.int16),
+        "image": (noise + 300 * label.long()).to(torch.int16),
         "label": label.expand(size, 1, 256, 256).contiguous(),
         "size": torch.tensor([[256, 208]] * size),
         "spacing_mm": torch.full((size, 2), 1.4),
@@ -79,7 +80,7 @@ def nnunet_step(channels, image, label, amp: str, device: torch.device):
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, benchmark._DTYPES[amp], enabled=amp != "off"):
+        with torch.autocast(device.type, AMP_TYPES.get(amp), enabled=amp != "off"):
             outputs = network(image)
             losses = [loss(output, target) for output, target in zip(outputs, targets, strict=True)]
             total = sum(w * each for w, each in zip(weights, losses, strict=True)) / sum(weights)

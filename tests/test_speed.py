@@ -76,7 +76,7 @@ def test_what_the_device_has_no_room_for_is_read_or_refused(hearts, monkeypatch,
     memory.check(method, loader, amp="off", device=CPU, device_cache="auto")
     assert loader.resident is None and "device cache" not in capsys.readouterr().out  # on a CPU
     fixed, per_slice = memory.estimate(method, loader, amp="off")
-    training = 1.3 * (fixed + 5 * per_slice)
+    training = 1.3 * (fixed + 5 * per_slice) + 2e9
     monkeypatch.setattr(memory, "free", lambda device: training + needed - 1)
     with pytest.raises(UserError, match=r"--device-cache on: the slices take 0\.0 GB, .* are free beside"):
         memory.check(method, loader, amp="off", device=CPU, device_cache="on")
@@ -154,6 +154,27 @@ def test_fp16_leaves_out_a_first_step_and_begins_from_zero_momentum(hearts):
         assert (p - (before[name] - 0.05 * 1.9 * twin.grad / 8)).abs().max() < 1e-6, name
 
 
+def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on(hearts):
+    """Its momentum, and 0 for a parameter that had none; under fp16 the next step is taken as any other."""
+    settings = Settings(epochs=2, lr=0.05, schedule="poly", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
+                        nesterov=True, weight_decay=0.0, amp="fp16", seed=4, validate_every=1)  # fmt: skip
+    method, loader = two_processes.make_method("segmentation"), batches(hearts)
+    plain = torch.optim.SGD(method.param_groups(0.0), lr=0.05, momentum=0.9, nesterov=True)
+    late, *others = method.parameters()
+    for parameter in others:
+        parameter.grad = torch.full_like(parameter, 0.25)
+    plain.step()
+    step = Step(method, loader, settings)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    step.load_state_dict({"optimizer": plain.state_dict(), "scaler": step.scaler.state_dict()})
+    state = step.optimizer.state
+    assert all((state[p]["momentum_buffer"] == 0.25).all() for p in others)
+    assert not state[late]["momentum_buffer"].any()
+    method.zero_grad()
+    before = late.detach().clone()
+    assert step(next(loader.in_order()), 0, 0)["gradient_norm"].isfinite() and not torch.equal(late, before)
+
+
 def test_intensity_in_place_equals_the_plain_order():
     """Noise apart: blur, brightness, shift, gamma on the image rescaled to its own range, one by one, in
     float64.
@@ -203,10 +224,16 @@ def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
 
 
 def test_work_is_counted_as_by_hand():
-    a, b = torch.ones(3, 5), torch.ones(5, 7)
+    a, b, c = torch.ones(3, 5), torch.ones(5, 7), torch.ones(3, 5)
     assert benchmark.work(lambda: a @ b) == (2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7))
     assert benchmark.work(lambda: a.add_(1.0)) == (0, 4 * 2 * 15)  # read and written
+    assert benchmark.work(lambda: a.copy_(c)) == (0, 4 * 2 * 15)  # one read, the other written
+    assert benchmark.work(lambda: torch.add(a, c, out=c)) == (0, 4 * 3 * 15)
+    assert benchmark.work(lambda: a.zero_()) == (0, 4 * 15)
     assert benchmark.work(lambda: a.t().reshape(5, 3)[1:]) == (0, 0)  # views
+    optimizer = torch.optim.SGD([p := torch.ones(9, requires_grad=True)], 0.1, momentum=0.9, fused=True)
+    optimizer.state[p]["momentum_buffer"], p.grad = torch.zeros(9), torch.ones(9)
+    assert benchmark.work(optimizer.step) == (0, 4 * 6 * 9)  # parameter, gradient, momentum: in and out
     image, conv = torch.ones(2, 3, 8, 8, requires_grad=True), nn.Conv2d(3, 4, 3, padding=1, bias=False)
     forward = 2 * 2 * 4 * 8 * 8 * 3 * 9
     assert benchmark.work(lambda: conv(image))[0] == forward
@@ -223,7 +250,8 @@ def test_the_benchmark_of_both_scripts(phantom_folder, tmp_path, monkeypatch, ca
     common = ["--data", str(phantom_folder), "--cache", str(tmp_path / "cache"), *TINY, "--device", "cpu"]
     runs = {"simclr": (train_ssp, ["--method", "simclr"]), "segmentation": (finetune, [])}
     for name, (script, words) in runs.items():
-        assert script.main([*words, *common, "--epochs", "3", "--benchmark", "2"]) == 0
+        # more steps than the training has
+        assert script.main([*words, *common, "--epochs", "3", "--benchmark", "40"]) == 0
         out = capsys.readouterr().out
         rates = {title: float(rate) for title, rate in re.findall(r"^(\w+ \w+) +([\d.e+]+)   ", out, re.M)}
         assert rates.keys() == {"real path", "step alone", "augmentation alone", "network alone"}

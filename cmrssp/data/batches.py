@@ -87,6 +87,7 @@ class Batches:
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
         self.share = self.batch_size // ranks
         self.resident: Resident | None = None
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self.slices) // self.batch_size
@@ -121,8 +122,7 @@ class Batches:
 
     def _read(self, parts: Iterable[np.ndarray], shared: bool) -> Iterator[Batch]:
         ranks, rank = distributed.world_size(), distributed.rank()
-        cuda = self.device.type == "cuda"
-        copies = torch.cuda.Stream(self.device) if cuda else None
+        copies = self.copies
 
         def read(part: np.ndarray) -> tuple[Batch, tuple[int, int], torch.cuda.Event | None]:
             mine = np.split(part, ranks)[rank] if shared else part
@@ -139,7 +139,7 @@ class Batches:
                 return batch, shape, copies.record_event()
 
         readers = max(1, min(_READERS, (os.cpu_count() or 1) // distributed.local_world_size() - 1))
-        for batch, shape, copied in _ahead(read, parts, readers if cuda else 1):
+        for batch, shape, copied in _ahead(read, parts, readers if copies else 1, self.device):
             if copied:
                 now = torch.cuda.current_stream(self.device)
                 now.wait_event(copied)
@@ -205,9 +205,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def _ahead(read: Callable[[np.ndarray], tuple], parts: Iterable[np.ndarray], readers: int) -> Iterator[tuple]:
+def _on(device: torch.device) -> None:
+    """A reader stays away from the GPUs of other processes: it would start on the first one."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def _ahead(
+    read: Callable[[np.ndarray], tuple], parts: Iterable[np.ndarray], readers: int, device: torch.device
+) -> Iterator[tuple]:
     """`read(part)` for each part in order, some of them ahead, in background threads."""
-    with ThreadPoolExecutor(readers, "slice reader") as pool:
+    with ThreadPoolExecutor(readers, "slice reader", _on, (device,)) as pool:
         pending: deque = deque()
         try:
             for part in parts:
