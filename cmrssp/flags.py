@@ -226,7 +226,7 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the networks: the first steps take minutes, the others less time and memory",
+        help="torch.compile the networks, for long runs on a GPU: the first steps take minutes",
     )
     group.add_argument(
         "--device-cache",

@@ -1,13 +1,12 @@
 """What only a GPU can show. Skipped where there is none."""
 
 import copy
-import os
-import signal
+from functools import partial
 
 import pytest
 import torch
 import two_processes
-from test_resume import assert_same
+from test_resume import Interrupting, assert_same
 
 import finetune
 import train_ssp
@@ -85,16 +84,6 @@ def test_compiled_networks_give_the_same_loss(name):
     assert one["loss"].item() == pytest.approx(other["loss"].item(), rel=1e-3)
 
 
-class Interrupting(Batches):
-    """Sends this process a signal before the third batch."""
-
-    def epochs(self, first: int, end: int, step: int = 0):
-        for number, batch in enumerate(super().epochs(first, end, step)):
-            if number == 2:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            yield batch
-
-
 @pytest.mark.parametrize("method", ["simclr", "pcl", "dino", "mim", None])
 def test_a_deterministic_run_goes_on_to_the_same_bits(phantom_folder, tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
@@ -105,7 +94,7 @@ def test_a_deterministic_run_goes_on_to_the_same_bits(phantom_folder, tmp_path, 
     words += ["--patch-size", "16"] if method == "mim" else []
     assert script.main([*words, "--out", "whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(script, "Batches", Interrupting)
+        patch.setattr(script, "Batches", partial(Interrupting, at=(0, 2)))
         with pytest.raises(Stopped):
             script.main([*words, "--out", "broken"])
     assert script.main(["--resume", "broken"]) == 0
