@@ -1,6 +1,7 @@
 """Two processes with gloo on the CPU against one, and the scripts under torchrun."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -167,18 +168,36 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(both):
     assert not (out / "spoilt" / "last.pt").exists()
 
 
+@pytest.fixture(scope="module")
+def deaths(both, phantom_folder):
+    """How trainings end one of whose two ranks dies: (exit status, stderr, seconds)."""
+    _, out, _ = both
+    script, began = TESTS / "two_processes.py", time.monotonic()
+    started = {
+        how: subprocess.Popen(
+            [*TORCHRUN, "--nproc-per-node=2", script, how, phantom_folder, out],
+            cwd=out, stderr=subprocess.PIPE, text=True,
+        )
+        for how in ("kill", "fail", "save")
+    }  # fmt: skip
+    ends = {}
+    for how, process in started.items():
+        _, errors = process.communicate(timeout=300)
+        ends[how] = process.returncode, errors, time.monotonic() - began
+    return ends
+
+
 @pytest.mark.parametrize(
     ("how", "says"), [("kill", "another of the processes has ended"), ("fail", "error: the disk is gone"),
                       ("save", "next.pt")]
 )  # fmt: skip
-def test_a_rank_that_dies_ends_the_others(both, phantom_folder, how, says):
+def test_a_rank_that_dies_ends_the_others(both, deaths, how, says):
     """Killed, or by an error in a step, or while the others wait for what it saves."""
     _, out, _ = both
-    began = time.monotonic()
-    done = torchrun(TESTS / "two_processes.py", how, phantom_folder, out, cwd=out, expect=1)
-    assert time.monotonic() - began < 60
-    lines = [line for line in done.stderr.splitlines() if line.startswith("two_processes.py: error: ")]
-    assert any(says in line for line in lines), done.stderr
+    status, errors, seconds = deaths[how]
+    assert status == 1 and seconds < 60
+    lines = [line for line in errors.splitlines() if line.startswith("two_processes.py: error: ")]
+    assert any(says in line for line in lines), errors
     assert len(lines) == len(set(lines)) and not (out / how / "unet.pt").exists()
 
 
@@ -211,15 +230,14 @@ def test_the_scripts_under_torchrun(phantom_folder, tmp_path):
         p.name for p in run.iterdir()
     }
     assert [r["epoch"] for r in Run(run).records()] == [1, 2]
-    torchrun(
-        root / "finetune.py", "--init", run, *common, "--epochs", 2, "--batch-size", 4, "--out", "tuned",
-        cwd=tmp_path,
-    )  # fmt: skip
-    words = ["--checkpoint", str(tmp_path / "tuned"), *map(str, common)]
+    common = [*map(str, common)]
+    tune = ["finetune", "--init", str(run), *common, "--epochs", "2", "--batch-size", "4", "--out", "tuned"]
+    words = ["--checkpoint", str(tmp_path / "tuned"), *common]
+    score = ["evaluate", "--split", "train", *words, "--save-predictions", "--out", "two"]
     said = torchrun(
-        root / "evaluate.py", "--split", "train", *words, "--save-predictions", "--out", "two", cwd=tmp_path
+        TESTS / "two_processes.py", "scripts", shlex.join(tune), shlex.join(score), cwd=tmp_path
     ).stdout
-    assert said.count("3D Dice") == 1
+    assert said.count("done: ") == said.count("3D Dice") == 1
     assert (
         evaluate.main(["--split", "train", *words, "--save-predictions", "--out", str(tmp_path / "one")]) == 0
     )

@@ -218,17 +218,23 @@ def test_killed_runs_go_on_to_the_same_end(undisturbed, tmp_path, kills):
     assert_same(cwd / "whole", out)
 
 
-@pytest.fixture
-def stopped(undisturbed, tmp_path):
-    """A copy of the run as it was in its last epoch but one, and the words that started it."""
+@pytest.fixture(scope="module")
+def interrupted(undisturbed):
+    """The run as a SIGINT has left it, after its second epoch or a few more."""
     cwd, words = undisturbed
-    out = tmp_path / "stopped"
-    process = start([*words, "--out", out], tmp_path)
+    out = cwd / "interrupted"
+    process = start([*words, "--out", out], cwd)
     assert wait_for(lambda: (out / "previous.pt").exists(), process)
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 128 + signal.SIGINT
-    return cwd, words, out
+    return out
+
+
+@pytest.fixture
+def stopped(undisturbed, interrupted, tmp_path):
+    """The folder of the undisturbed run, the words that started it, and a copy of the interrupted one."""
+    return *undisturbed, shutil.copytree(interrupted, tmp_path / "stopped")
 
 
 def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path, capsys, monkeypatch):

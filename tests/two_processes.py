@@ -1,10 +1,13 @@
 """What test_distributed.py starts twice:  torchrun --nproc-per-node=2 two_processes.py CASE HEARTS OUT
 
 Each process leaves OUT/<case>-<rank>.pt; the test compares them with each other, and with one process. With
-`make_method`, `global_views` and `make_batches` the test makes the same things itself.
+`make_method`, `global_views` and `make_batches` the test makes the same things itself. Or, one after the
+other in the same two processes:  two_processes.py scripts "finetune WORDS" "evaluate WORDS"
 """
 
+import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -235,7 +238,12 @@ def die(how: str, cines: store.Store, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
-    case, hearts, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    case, *words = sys.argv[1:]
+    if case == "scripts":
+        for name, *flags in map(shlex.split, words):
+            importlib.import_module(name).main(flags)
+        return 0
+    hearts, out = map(Path, words)
     resolve_device("cpu")
     with distributed.main_first():
         cines = make_store(hearts, out / "cache")
