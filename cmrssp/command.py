@@ -1,6 +1,8 @@
 """A command: its parser, and how it ends."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,12 +32,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def end(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
-    """Run a script's main and exit: 0, or 2 with one line for what the user can mend."""
-    prog, status = Path(sys.argv[0]).name, 1
+def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) -> NoReturn:
+    """Run a script's main and exit as it says, or with 2 and one line for what the user can mend."""
+    prog, status = prog or Path(sys.argv[0]).name, 1
     try:
         distributed.start()
         status = main(None)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, as `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         distributed.say(f"{prog}: error: {error}")
         status = 2

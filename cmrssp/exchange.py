@@ -5,7 +5,6 @@ python -m cmrssp.weights export --to nnunet runs/mim/unet.pt mim.pth
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cmrssp import command, nnunet, weights
 from cmrssp.errors import UserError
 from cmrssp.weights import Checkpoint
 
+PROG = "python -m cmrssp.weights"
 _LANDS = {
     "encoder": "finetune.py --init: encoder.*; nnU-Net: encoder.*, decoder.encoder.*",
     "decoder": "finetune.py --init: decoder.*; nnU-Net: decoder.stages.*, decoder.transpconvs.*",
@@ -22,8 +22,8 @@ _NO_HEADS = "left out, nnU-Net makes its own segmentation layers"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 with one line for what the user can mend."""
-    parser = command.Parser(prog="python -m cmrssp.weights", description=__doc__)
+    """Raises UserError, and OSError for what cannot be read."""
+    parser = command.Parser(prog=PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|export")
     shown = commands.add_parser("show", help="what a checkpoint is, who was seen, what of it transfers where")
     shown.add_argument(
@@ -36,11 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument("checkpoint", metavar="RUN/unet.pt", help="unet.pt, last.pt or a run folder")
     export.add_argument("out", metavar="OUT.pth", type=Path, help="the file to write")
     args: argparse.Namespace = parser.parse_args(argv)
-    try:
-        print(show(args.file) if args.command == "show" else to_nnunet(args.checkpoint, args.out))
-    except (UserError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    print(show(args.file) if args.command == "show" else to_nnunet(args.checkpoint, args.out))
     return 0
 
 

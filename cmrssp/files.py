@@ -26,8 +26,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """All files below `root` whose names end in one of `suffixes` and do not start with a dot, sorted; linked
-    folders are entered, once each.
+    """All files below `root` whose names end in one of `suffixes`, small or capital letters, and do not start
+    with a dot, sorted; linked folders are entered, once each.
     """
     entered, found = set(), []
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -36,7 +36,7 @@ def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
             subfolders.clear()
             continue
         entered.add(real)
-        found += [Path(folder, name) for name in names if name.endswith(suffixes) and name[0] != "."]
+        found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
     return sorted(found)
 
 

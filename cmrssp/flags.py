@@ -236,7 +236,8 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--grad-checkpoint",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="compute activations a second time in the backward pass: about half the memory, a third more "
         "work, the same losses",
     )

@@ -12,6 +12,7 @@ from scipy import ndimage
 from cmrssp import data, figures, metrics, report
 from cmrssp.animation import animate
 from cmrssp.data import store
+from cmrssp.data.folder import stem_of
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.store import CineRecord
 from cmrssp.data.subject import CLASSES, PLAIN, Subject
@@ -36,8 +37,8 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
             subjects += [s for s in found if out.resolve() not in s.cine.resolve().parents]
         elif not path.exists():
             raise FileNotFoundError(f"--predict {path}: no such file or folder")
-        elif path.name.endswith((".nii", ".nii.gz")):
-            subjects.append(Subject(PLAIN, path.name.removesuffix(".gz").removesuffix(".nii"), path))
+        elif stem := stem_of(path.name):
+            subjects.append(Subject(PLAIN, stem, path))
         else:
             raise UserError(
                 f"--predict {path}: expected .nii or .nii.gz files, or folders of them; convert DICOM first, "

@@ -250,8 +250,6 @@ def refuse_seen(checkpoint: Checkpoint, split: dict[str, list[str]], parts: tupl
 
 
 if __name__ == "__main__":
-    import sys
+    from cmrssp import command, exchange
 
-    from cmrssp import exchange
-
-    sys.exit(exchange.main())
+    command.end(exchange.main, exchange.PROG)

@@ -18,6 +18,7 @@ import nibabel
 import numpy as np
 
 from cmrssp.data.__main__ import main
+from cmrssp.errors import UserError
 
 EXTREMES = (
     0,
@@ -164,17 +165,19 @@ def campaign(seed: int, count: int) -> dict:
             whole = path.read_bytes()
             kind, content = damaged(draw, path, whole)
             path.write_bytes(content)
-            out, errors = io.StringIO(), io.StringIO()
+            out = io.StringIO()
             try:
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
                     status = main(words)
+            except (UserError, OSError) as error:
+                assert len(str(error).splitlines()) == 1, error
+                status = 2
             except BaseException:
                 print(f"seed {seed}, mutation {number}: {kind} of {path.name}", file=sys.stderr)
                 raise
             finally:
                 path.write_bytes(whole)
             if status == 2:
-                assert len(errors.getvalue().splitlines()) == 1, errors.getvalue()
                 results["one clear error"] += 1
             elif status == 1:
                 assert "left out: " in out.getvalue()

@@ -120,9 +120,9 @@ def test_a_copy_of_a_test_subject_is_not_trained_on(tmp_path, write_mnms, beatin
     assert "not used: mnms/C (train), the same images as mnms/D (validation)" in said
 
 
-def test_wrong_usage(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere"), "--cache", str(tmp_path)]) == 2
-    assert "no such folder" in capsys.readouterr().err
+def test_wrong_usage(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        main([str(tmp_path / "nowhere"), "--cache", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2

@@ -280,6 +280,7 @@ def test_a_plain_folder(tmp_path, beating):
             ("subject,split", "a,training"),
             "expected train, validation, test or nothing as split of a, got training",
         ),
+        (("subject,vendor", "a,GE", "b,GE", "a,Siemens"), "expected one row a subject, got 2 of a"),
     ],
 )
 def test_a_table_that_is_wrong(tmp_path, beating, rows, message):
@@ -307,9 +308,34 @@ def test_the_same_subject_twice_and_dicom(tmp_path, beating):
     ):
         data.find([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path)
     (tmp_path / "raw").mkdir()
-    (tmp_path / "raw" / "IM1.dcm").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="DICOM files must be converted first"):
-        data.find([str(tmp_path / "raw")], tmp_path)
+    image = tmp_path / "raw" / "IM1"
+    for name, content, dicom in (
+        ("IM1", b"0" * 200, False), ("IM1", bytes(128) + b"DICM", True), ("a.DCM", b"", True)
+    ):  # fmt: skip
+        image.unlink(missing_ok=True)
+        image = tmp_path / "raw" / name
+        image.write_bytes(content)
+        with pytest.raises(FileNotFoundError, match="no cine found") as error:
+            data.find([str(tmp_path / "raw")], tmp_path)
+        assert ("DICOM files must be converted first" in str(error.value)) == dicom
+
+
+def test_names_in_capitals(tmp_path, beating):
+    """Cines and labels in a plain folder; beside a layout that is known they are named."""
+    cine, labels = beating()
+    other, _ = beating(1)
+    for name, voxels in (("a.nii.gz", cine), ("a_gt.nii.gz", labels), ("b.nii", other)):
+        save(tmp_path / "scans" / name, voxels)
+        stem, _, end = name.partition(".")
+        (tmp_path / "scans" / name).rename(tmp_path / "scans" / f"{stem}.{end.upper()}")
+    cines, _ = stored(tmp_path, tmp_path / "scans")
+    assert [(s.key, len(s.labels)) for s in cines.subjects] == [("folder/a", 1), ("folder/b", 0)]
+    for i, voxels in enumerate((cine, other)):
+        assert np.array_equal(np.sort(cines.volume(i, 1), axis=None), np.sort(voxels[..., 1], axis=None))
+    save(tmp_path / "scans" / "c_sa.nii.gz", cine)
+    ((subject,), problems) = data.find([str(tmp_path / "scans")], tmp_path)
+    assert subject.key == "mnms/c"
+    assert any("a.NII.GZ, a_gt.NII.GZ, b.NII" in problem.what for problem in problems)
 
 
 def test_a_linked_data_set_and_a_cell_with_a_comma(tmp_path, beating, write_mnms):

@@ -8,13 +8,16 @@ import math
 import os
 import pickle
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import golden_nnunet
 import golden_unet
 import pytest
 import torch
 
-from cmrssp import exchange, nnunet, weights
+from cmrssp import command, exchange, nnunet, weights
 from cmrssp.ssp.dino import DINO
 from cmrssp.ssp.mim import MIM
 from cmrssp.ssp.pcl import PCL
@@ -167,7 +170,8 @@ def line(capsys):
     """line(*words) -> the one line on stderr of a command that must end with 2."""
 
     def run(*words):
-        assert exchange.main([*map(str, words)]) == 2
+        with pytest.raises(SystemExit, match=r"^2$"):
+            command.end(lambda _: exchange.main([*map(str, words)]), exchange.PROG)
         said = capsys.readouterr()
         lines = said.err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("python -m cmrssp.weights: error: "), said
@@ -175,6 +179,19 @@ def line(capsys):
         return lines[0]
 
     return run
+
+
+def test_output_that_nobody_reads_to_its_end(tmp_path):
+    """As into `| head -1`: no traceback, the status of a program that a closed pipe has ended."""
+    path = saved(tmp_path, filled("batch")[1])
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "cmrssp.weights", "show", str(path)], cwd=Path(__file__).parents[1],
+        stdout=write, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + 13, "")
 
 
 def bad_files(folder):

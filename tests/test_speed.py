@@ -94,6 +94,9 @@ def test_where_slices_lie_and_what_is_recomputed_change_no_bit(phantom_folder, t
         assert train_ssp.main(words) == 0
         made[flag] = (tmp_path / flag.strip("-") / "unet.pt").read_bytes()
     assert len(set(made.values())) == 1
+    again = ["--resume", "grad-checkpoint"]
+    assert train_ssp.parse(again)[0].grad_checkpoint
+    assert not train_ssp.parse([*again, "--no-grad-checkpoint"])[0].grad_checkpoint
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])

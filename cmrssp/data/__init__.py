@@ -4,6 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cmrssp.data import acdc, folder, mnms, mnms2
@@ -48,7 +49,7 @@ def find(
             if not any(found for found, _ in layouts):
                 layouts = [folder.find(files, root, label_suffix)]
         if not any(found for found, _ in layouts):
-            hint = "; DICOM files must be converted first (dcm2niix)" if below(root, (".dcm", ".IMA")) else ""
+            hint = "; DICOM files must be converted first (dcm2niix)" if _has_dicom(root) else ""
             raise FileNotFoundError(
                 f"--data {path}: no cine found; expected .nii or .nii.gz files in this folder or below{hint}"
             )
@@ -71,12 +72,26 @@ def find(
 def _strangers(files: Sequence[Path], datasets: set[str]) -> list[Problem]:
     """One line on NIfTI files that are not named as in the layouts which were found beside them."""
     patterns = [layout.NAMES for layout in (mnms, mnms2, acdc) if layout.DATASET in datasets]
-    rest = [f.name for f in files if ".nii" in f.name and not any(p.fullmatch(f.name) for p in patterns)]
+    names = [f.name for f in files if ".nii" in f.name.lower()]
+    rest = [name for name in names if not any(pattern.fullmatch(name) for pattern in patterns)]
     if not rest or not patterns:
         return []
     more = f", ... ({len(rest)} in all)" if len(rest) > 8 else ""
     what = f"files that are not named as in the layouts found beside them: {', '.join(rest[:8])}{more}"
     return [Problem("", "", what, LEFT_OUT)]
+
+
+def _has_dicom(root: Path) -> bool:
+    """Whether a file below is called as DICOM files are, or one of the first has their magic word: exports of
+    a scanner often have no extension.
+    """
+    if below(root, (".dcm", ".ima")):
+        return True
+    for path in filter(Path.is_file, below(root, ("",))[:50]):
+        with suppress(OSError), open(path, "rb") as file:
+            if file.read(132)[128:] == b"DICM":
+                return True
+    return False
 
 
 def absolute(paths: Sequence[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """Build the slice store, labels included, and report what was found: python -m cmrssp.data PATH ..."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +9,12 @@ from cmrssp.data import check, store
 from cmrssp.data.subject import LEFT_OUT
 from cmrssp.errors import UserError
 
+PROG = "python -m cmrssp.data"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 when a subject was left out, 2 on wrong usage."""
-    parser = command.Parser(prog="python -m cmrssp.data", description=__doc__)
+    """0; 1 when a subject was left out. Raises UserError, and OSError for what cannot be read."""
+    parser = command.Parser(prog=PROG, description=__doc__)
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help=f"as for --data: folders, or '{data.PHANTOM}'"
     )
@@ -25,21 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write a contact sheet: a slice of each subject, its crop centre and crop square",
     )
     args: argparse.Namespace = parser.parse_args(argv)
-    try:
-        if args.figure and not args.figure.absolute().parent.is_dir():
-            raise UserError(f"--figure {args.figure}: there is no folder {args.figure.absolute().parent}")
-        suffix = getattr(args, "label_suffix", data.LABEL_SUFFIX)
-        subjects, problems = data.find(args.paths, args.cache, suffix)
-        cines = store.build(subjects, args.cache, labels=True, skip_broken=True, name_broken=False)
-        print(check.report(cines, problems))
-        if args.figure:
-            report.centre_sheet(cines, args.figure, check.CROP_MM)
-            print(f"written: {args.figure}" if cines.subjects else "no figure: there is no subject to show")
-    except (UserError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    if args.figure and not args.figure.absolute().parent.is_dir():
+        raise UserError(f"--figure {args.figure}: there is no folder {args.figure.absolute().parent}")
+    suffix = getattr(args, "label_suffix", data.LABEL_SUFFIX)
+    subjects, problems = data.find(args.paths, args.cache, suffix)
+    cines = store.build(subjects, args.cache, labels=True, skip_broken=True, name_broken=False)
+    print(check.report(cines, problems))
+    if args.figure:
+        report.centre_sheet(cines, args.figure, check.CROP_MM)
+        print(f"written: {args.figure}" if cines.subjects else "no figure: there is no subject to show")
     return int(any(problem.done == LEFT_OUT for problem in check.problems(cines, problems)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.end(main, PROG)

@@ -36,7 +36,7 @@ def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Sub
     Raises UserError for files that look like labels under another suffix: pretraining must not learn from
     them.
     """
-    stems = {path: stem for path in files if (stem := _stem(path.name)) is not None}
+    stems = {path: stem for path in files if (stem := stem_of(path.name)) is not None}
     cines = {path: stem for path, stem in stems.items() if not stem.endswith(label_suffix)}
     at = {(path.parent, stem): path for path, stem in stems.items()}
     for path, stem in cines.items():
@@ -89,17 +89,21 @@ def _rows(root: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
     if rows is None:
         raise UserError(f"{path}: expected the columns subject, vendor, pathology, ed, es, split (all but "
                         "the first may be missing), got no column 'subject'")  # fmt: skip
+    counts = Counter(row["subject"] for row in rows)
+    if twice := sorted(subject for subject, count in counts.items() if count > 1):
+        raise UserError(f"{path}: expected one row a subject, got {counts[twice[0]]} of {twice[0]}")
     for row in rows:
         part = row.get("split", "").lower()
         if part not in _PARTS:
             raise UserError(f"{path}: expected train, validation, test or nothing as split of "
                             f"{row['subject']}, got {row['split']}")  # fmt: skip
         row["split"] = _PARTS[part]
-    return {row["subject"]: row for row in rows}, {row["subject"] for row in rows}
+    return {row["subject"]: row for row in rows}, set(counts)
 
 
-def _stem(name: str) -> str | None:
+def stem_of(name: str) -> str | None:
+    """The name of a NIfTI file without .nii or .nii.gz, also in capitals; None for any other file."""
     for end in (".nii.gz", ".nii"):
-        if name.endswith(end) and len(name) > len(end):
-            return name.removesuffix(end)
+        if name.lower().endswith(end) and len(name) > len(end):
+            return name[: -len(end)]
     return None

@@ -36,7 +36,7 @@ def load(path: Path) -> nibabel.Nifti1Image:
         if kind.kind not in "iuf":
             raise BrokenSubject(f"{path}: expected grey values, got voxels of type {kind}")
         claimed, size = math.prod(shape) * kind.itemsize, path.stat().st_size
-        if claimed > size * (_MAX_COMPRESSION if path.suffix == ".gz" else 1):
+        if claimed > size * (_MAX_COMPRESSION if path.suffix.lower() == ".gz" else 1):
             raise BrokenSubject(
                 f"{path}: cannot be read as NIfTI: its header claims {claimed} bytes of voxels, the file has "
                 f"{size}"
