@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmrssp import distributed
 from cmrssp.data.batches import Batches
-from cmrssp.device import AMP_TYPES, uncompiled
+from cmrssp.device import AMP_TYPES, untuned
 from cmrssp.meter import duration
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings, Step, step_generator
@@ -57,7 +57,7 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
         f"checkpoint {'on' if method.encoder.stages[0].recompute else 'off'}"
     )
     print(f"on: {name(device)}, torch {torch.__version__}", flush=True)
-    with uncompiled(settings.compile):
+    with untuned(settings.compile):
         flops, moved = work(lambda: step(fixed, 0, 0))
     gradients = None
 

@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from cmrssp import distributed
 from cmrssp.errors import UserError
 from cmrssp.resume import Stopped
+
+_NO_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # what cuDNN says where its work space does not fit
+)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -45,12 +50,6 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
     except (UserError, OSError) as error:
         distributed.say(f"{prog}: error: {error}")
         status = 2
-    except torch.cuda.OutOfMemoryError:
-        distributed.say(
-            f"{prog}: error: the GPU's memory is too small for these settings; try a smaller --batch-size or "
-            "--amp fp16"
-        )
-        status = 2
     except Stopped as stop:
         distributed.say(f"{prog}: {stop}")
         status = 128 + stop.number
@@ -58,9 +57,16 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
         distributed.say(f"{prog}: interrupted")
         status = 130
     except RuntimeError as error:
-        if not distributed.lost(error):
+        if any(text in str(error) for text in _NO_MEMORY):
+            distributed.say(
+                f"{prog}: error: the GPU's memory is too small for these settings, or others fill it; "
+                f"try a smaller --batch-size or --amp fp16 ({str(error).splitlines()[0]})"
+            )
+            status = 2
+        elif distributed.lost(error):
+            distributed.say(f"{prog}: error: stopped, because another of the processes has ended")
+        else:
             raise
-        distributed.say(f"{prog}: error: stopped, because another of the processes has ended")
     finally:
         distributed.finish(failed=status != 0)
     sys.exit(status)

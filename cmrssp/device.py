@@ -1,7 +1,8 @@
 """Which device a run takes, and how torch is set up on it."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -60,8 +61,11 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     return amp
 
 
-def resolve_compile(wanted: bool, device: torch.device) -> bool:
-    """False, and that is said, where torch.compile has no compiler to work with."""
+def resolve_compile(wanted: bool, device: torch.device, norm: str) -> bool:
+    """False, and that is said, where torch.compile has no compiler to work with, or nothing to compile."""
+    if wanted and device.type == "cuda" and norm == "batch" and distributed.world_size() > 1:
+        print("--compile: off, torch does not compile the batch norm that several GPUs have in common")
+        return False
     if wanted:
         try:
             torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
@@ -72,17 +76,24 @@ def resolve_compile(wanted: bool, device: torch.device) -> bool:
     return wanted
 
 
-def uncompiled(compiled: bool) -> AbstractContextManager:
-    """Within it networks that were compiled run as they are: shapes that come now and then are worth no
-    kernels.
+@contextmanager
+def untuned(compiled: bool) -> Iterator[None]:
+    """Within it networks that were compiled run as they are, and cuDNN tries no algorithms out: a shape that
+    comes now and then is not worth it.
     """
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    tries = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = tries
 
 
 def prepare_torch(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic

@@ -268,7 +268,7 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
         seed=args.seed,
         save_every=args.save_every,
         max_skipped=args.max_skipped,
-        compile=resolve_compile(args.compile, device),
+        compile=resolve_compile(args.compile, device, args.norm),
         validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from cmrssp import distributed, weights
 from cmrssp.data.batches import Batch, Batches
-from cmrssp.device import AMP_TYPES, uncompiled
+from cmrssp.device import AMP_TYPES, untuned
 from cmrssp.meter import Meter
 from cmrssp.resume import Saver, Signals
 from cmrssp.run import Run
@@ -93,7 +93,8 @@ class Step:
         for group in self.optimizer.param_groups:
             group["fused"], group["foreach"] = True, None
         self._begin_momentum()
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty after steps without fp16, as on a CPU
+            self.scaler.load_state_dict(state["scaler"])
 
     def autocast(self) -> torch.autocast:
         amp = self.settings.amp
@@ -190,7 +191,7 @@ def train(
             if last or (epoch + 1) % settings.validate_every == 0:
                 began = time.monotonic()
                 distributed.share_buffers(method)
-                with uncompiled(settings.compile):
+                with untuned(settings.compile):
                     figures = validate(method, epoch + 1)
                 record |= figures
                 record["validation_s"] = round(time.monotonic() - began, 3)

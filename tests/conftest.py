@@ -30,6 +30,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="a campaign that takes minutes: add --slow"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu(request):
+    """Whatever the machine has: on a GPU sums depend on their order. Those of test_gpu.py take the GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_gpu":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # of the processes that tests start
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def acdc70() -> Path:
     if not (REAL / "acdc70").is_dir():

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import two_processes
+from test_distributed import torchrun
 from test_resume import Interrupting, assert_same
 
 import finetune
@@ -75,13 +76,34 @@ def test_a_step_never_waits_for_the_device(hearts, name, amp):
 
 
 @pytest.mark.parametrize("name", two_processes.NAMES)
-def test_compiled_networks_give_the_same_loss(name):
+def test_compiled_networks_give_the_same_loss_and_gradients(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     plain = two_processes.make_method(name).to(GPU, memory_format=torch.channels_last)
     compiled = copy.deepcopy(plain)
     compiled.compile_networks()
     views = {key: value.to(GPU) for key, value in two_processes.global_views(name).items()}
     one, other = (two_processes.loss_and_gradients(m, m, views) for m in (plain, compiled))
     assert one["loss"].item() == pytest.approx(other["loss"].item(), rel=1e-3)
+    for key, gradient in one["gradients"].items():
+        assert (gradient - other["gradients"][key]).norm() <= 1e-2 * gradient.norm() + 1e-5, key
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs here")
+def test_two_gpus_do_what_one_does(tmp_path, monkeypatch):
+    """Losses and gradients of the global batch, whose statistics the batch norms of both have in common."""
+    torchrun(two_processes.__file__, "gpus", tmp_path, cwd=tmp_path)
+    ranks = [torch.load(tmp_path / f"gpus-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for name in two_processes.NAMES:
+        method = two_processes.make_method(name).to(GPU)
+        views = {key: value.to(GPU) for key, value in two_processes.global_views(name).items()}
+        one = two_processes.loss_and_gradients(method, method, views)
+        mean = sum(rank[name]["loss"].item() for rank in ranks) / 2
+        assert mean == pytest.approx(one["loss"].item(), rel=1e-4), name
+        for key, gradient in one["gradients"].items():
+            for rank in ranks:
+                difference = rank[name]["gradients"][key] - gradient.cpu()
+                assert difference.norm() <= 1e-2 * gradient.norm().cpu() + 1e-5, (name, key)
 
 
 @pytest.mark.parametrize("method", ["simclr", "pcl", "dino", "mim", None])

@@ -573,6 +573,25 @@ def test_a_training_that_cannot_fit_is_refused(refused, phantom_folder, way, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+    ],
+)
+def test_a_full_gpu_is_one_line(error, capsys):
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit, match=r"^2$"):
+        command.end(main, "train_ssp.py")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train_ssp.py: error: the GPU's memory is too small")
+    assert str(error).splitlines()[0] in line
+
+
 def test_help_shows_the_methods_own_flags_and_defaults(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         train_ssp.main(["--method", "mim", "--help"])

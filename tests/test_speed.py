@@ -16,7 +16,6 @@ from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.device import resolve_compile
 from cmrssp.errors import UserError
-from cmrssp.segmentation import Segmentation
 from cmrssp.training import Settings, Step, step_generator
 from cmrssp.unet import UNet, recompute_activations
 
@@ -170,6 +169,8 @@ def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on(hearts):
     step = Step(method, loader, settings)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     step.load_state_dict({"optimizer": plain.state_dict(), "scaler": step.scaler.state_dict()})
+    step.load_state_dict({"optimizer": plain.state_dict(), "scaler": {}})  # saved where there was no fp16
+    assert step.scaler.get_scale() == 8.0
     state = step.optimizer.state
     assert all((state[p]["momentum_buffer"] == 0.25).all() for p in others)
     assert not state[late]["momentum_buffer"].any()
@@ -201,15 +202,15 @@ def test_intensity_in_place_equals_the_plain_order():
 
 
 @pytest.mark.slow
-def test_compiled_networks_give_the_same_loss_and_gradients():
-    """Supervised: the whole U-Net and its loss. No key is renamed."""
-    if not resolve_compile(True, CPU):
+@pytest.mark.parametrize("name", ["segmentation", "simclr", "dino"])
+def test_compiled_networks_give_the_same_loss_and_gradients(name):
+    """The whole U-Net and its loss; an encoder; one with a teacher beside it. No key is renamed."""
+    if not resolve_compile(True, CPU, "batch"):
         pytest.skip("there is no C++ compiler for torch.compile")
-    torch.manual_seed(0)
-    plain = Segmentation(channels=(4, 8), image_size=32, spacing_mm=3.0, augment=True)
+    plain = two_processes.make_method(name)
     compiled = copy.deepcopy(plain)
     compiled.compile_networks()
-    views = two_processes.global_views("segmentation")
+    views = two_processes.global_views(name)
     one, other = (two_processes.loss_and_gradients(m, m, views) for m in (plain, compiled))
     assert one["loss"].item() == pytest.approx(other["loss"].item(), abs=1e-5)
     for name, gradient in one["gradients"].items():
@@ -222,7 +223,7 @@ def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    assert resolve_compile(True, CPU) is False
+    assert resolve_compile(True, CPU, "batch") is False
     assert capsys.readouterr().out.startswith("--compile: off, torch finds no compiler that works here (")
 
 

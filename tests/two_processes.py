@@ -219,6 +219,20 @@ def everything(cines: store.Store, out: Path) -> dict:
     return result
 
 
+def on_gpus() -> dict:
+    """Of each method loss and gradients, nothing frozen: the ranks normalise by the batch of both."""
+    device, found = resolve_device("cuda"), {}
+    torch.backends.cudnn.allow_tf32 = False
+    for name in NAMES:
+        method = make_method(name).to(device)
+        network = distributed.wrap(method, device)
+        share = part(global_views(name), distributed.rank(), distributed.world_size())
+        result = loss_and_gradients(method, network, {key: value.to(device) for key, value in share.items()})
+        gradients = {key: gradient.cpu() for key, gradient in result["gradients"].items()}
+        found[name] = {"loss": result["loss"].cpu(), "gradients": gradients}
+    return found
+
+
 def die(how: str, cines: store.Store, out: Path) -> None:
     """One rank dies in the third step, by force or by an exception, or where it saves."""
 
@@ -242,6 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     if case == "scripts":
         for name, *flags in map(shlex.split, words):
             importlib.import_module(name).main(flags)
+        return 0
+    if case == "gpus":
+        torch.save(on_gpus(), Path(*words) / f"{case}-{distributed.rank()}.pt")
         return 0
     hearts, out = map(Path, words)
     resolve_device("cpu")

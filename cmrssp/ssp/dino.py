@@ -226,7 +226,7 @@ class DINO(Method):
 
     def compile_networks(self) -> None:
         super().compile_networks()
-        self.teacher_encoder.compile(dynamic=False)
+        self.teacher_encoder.pooled = torch.compile(self.teacher_encoder.pooled, dynamic=False)
 
     def teacher_temperature(self, epoch: float) -> float:
         start, end = self.teacher_temperatures

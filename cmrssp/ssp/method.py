@@ -47,8 +47,10 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def compile_networks(self) -> None:
-        """torch.compile in place, so that no key is renamed; each shape gets kernels of its own."""
-        self.encoder.compile(dynamic=False)
+        """torch.compile in place, so that no key is renamed; each shape gets kernels of its own. Of an
+        encoder no more than what is used: each further output would get a gradient of zeros.
+        """
+        self.encoder.pooled = torch.compile(self.encoder.pooled, dynamic=False)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """As torch.optim takes them; a group's `lr_factor`, 1 without one, multiplies the schedule's rate."""
