@@ -146,7 +146,7 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
     print(check.summary(cines, problems))
     for checkpoint in checkpoints:
         trained = checkpoint.seen() if args.split != "train" else ()
-        check.refuse_other_images(cines, checkpoint.digests, trained)
+        check.refuse_other_images(cines, checkpoint.digests, trained, cines.index)
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, checkpoints)
     saved = out / "predictions" if args.save_predictions else None
     scores = evaluation.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
@@ -178,6 +178,7 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         **options(args),
         "arm": evaluation.arm(first),
         "settings": evaluation.settings(first),
+        "recipe": evaluation.recipe(first),
     }
     out.mkdir(parents=True, exist_ok=True)
     names = evaluation.write(out, scores, table, summary)

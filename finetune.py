@@ -113,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         every = store.build(
             splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
         )
-    check.refuse_other_images(every, checkpoint.digests if checkpoint else {}, ())
+    if checkpoint:
+        held = (*split["validation"], *split["test"])
+        check.refuse_other_images(every, checkpoint.digests, checkpoint.seen(), held)
     split = check.without_copies(every, split)
     known = splits.named(every.subjects, split, ("train", "validation"))
     with distributed.main_first():
@@ -147,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kind": "fine-tuning",
             **vars(args),
             "split_seed": split_seed,
-            "data": paths,
+            "data": data.absolute(paths),
             "label_suffix": label_suffix,
-            "amp": settings.amp,
             "device": str(device),
             "transfer": transferred,
             "subjects": chosen,
@@ -178,8 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "phases": args.phases,
         "vendors": args.vendors,
         "augmentation": args.augmentation,
-        "freeze_encoder": args.freeze_encoder,
-        "encoder_lr_factor": args.encoder_lr_factor,
+        "recipe": flags.recipe(args, Segmentation),
         "init": checkpoint.provenance if checkpoint else None,
     }
     held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]

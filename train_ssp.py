@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images)
     if not state:
         run.start(
-            {"kind": "pretraining", **vars(args), "data": paths, "amp": settings.amp, "device": str(device)},
+            {"kind": "pretraining", **vars(args), "data": data.absolute(paths), "device": str(device)},
             split,
         )
     config = {
@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "subjects": split["train"],
         "digests": images,
         "slices": len(slices["train"]),
+        "recipe": flags.recipe(args, method_class),
         "init": None,
     }
 

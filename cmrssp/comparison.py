@@ -29,7 +29,7 @@ def arms(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
         same = (
             name
             for name, seeds in groups.items()
-            if (seeds[0].arm, seeds[0].settings) == (found.arm, found.settings)
+            if _but_seed(seeds[0]) == _but_seed(found)
             and found.seed not in {each.seed for each in seeds}
         )
         groups.setdefault(next(same, str(run)), []).append(found)
@@ -40,6 +40,10 @@ def arms(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
         name + (f" and {len(seeds) - 1} more seeds" if len(seeds) > 1 else ""): seeds
         for name, seeds in groups.items()
     }
+
+
+def _but_seed(run: Evaluated) -> tuple:
+    return run.arm, run.settings, run.recipe
 
 
 def arm_scores(arms: dict[str, list[Evaluated]], classes: Sequence[str]) -> dict[str, dict[str, float]]:

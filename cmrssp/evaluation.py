@@ -205,15 +205,20 @@ def arm(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What runs that are averaged should share."""
+    """Network and length, which all runs of a study should share."""
     names, link = ("channels", "image_size", "spacing_mm"), checkpoint.provenance
     return {
         **{n: checkpoint.config[n] for n in names},
         "norm": checkpoint.norm,
         "epochs": link.get("epochs"),
-        "freeze_encoder": link.get("freeze_encoder", 0.0),
-        "encoder_lr_factor": link.get("encoder_lr_factor", 1.0),
     }
+
+
+def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How it was trained and pretrained, as far as it remembers: what seeds of one experiment share."""
+    link = checkpoint.provenance
+    before = (link.get("init") or {}).get("recipe", {})
+    return {**link.get("recipe", {}), **{f"pretraining {name}": value for name, value in before.items()}}
 
 
 def write(out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any]) -> list[str]:

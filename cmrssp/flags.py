@@ -14,12 +14,14 @@ from cmrssp.command import Parser
 from cmrssp.data import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.device import resolve_amp, resolve_compile
 from cmrssp.errors import UserError
-from cmrssp.kinds import at_least_0, not_empty, positive, save_interval
+from cmrssp.kinds import at_least_0, folder, not_empty, positive, save_interval, share
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
 from cmrssp.unet import NORMS
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
+_OPTIMISATION = ("epochs", "batch_size", "lr", "schedule", "final_lr", "warmup_epochs", "momentum",
+                 "nesterov", "weight_decay", "amp")  # fmt: skip
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
 
 
@@ -38,6 +40,13 @@ def from_config(config: dict) -> dict:
         "spacing": config["spacing_mm"],
         "norm": config.get("norm", "batch"),
     }
+
+
+def recipe(args: argparse.Namespace, method: type[Method]) -> dict:
+    """What a checkpoint remembers of how it was trained: optimisation, and the method's own flags."""
+    own = Parser(add_help=False)
+    method.add_flags(own)
+    return {name: getattr(args, name) for name in (*_OPTIMISATION, *(a.dest for a in own._actions))}
 
 
 def flat(vendors: list | None) -> list[str] | None:
@@ -101,7 +110,7 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=folder,
         default=default_cache(),
         metavar="DIR",
         help="where the slice store and the phantom are written",
@@ -161,7 +170,7 @@ def add_optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0"
     )
-    group.add_argument("--momentum", type=at_least_0(float), help="of SGD")
+    group.add_argument("--momentum", type=share, help="of SGD")
     group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
     group.add_argument("--weight-decay", type=at_least_0(float), help="L2 penalty of SGD")
     group.add_argument("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
@@ -180,7 +189,11 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
         "--out",
         metavar="DIR",
         help="folder for everything that is written "
-        + ("(default: runs/<what it is>)" if training else "(default: RUN/evaluation-<split>)"),
+        + (
+            "(default: runs/<what it is>)"
+            if training
+            else "(default: RUN/evaluation-<split>; predictions for --predict, RUNS/tables for --tables)"
+        ),
     )
     if training:
         group.add_argument(
@@ -205,7 +218,10 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
             help="steps in a row that fp16 may leave out because a gradient overflows",
         )
         group.add_argument(
-            "--seed", type=at_least_0(int), default=0, help="initial weights, order of slices, augmentation"
+            "--seed",
+            type=at_least_0(int),
+            default=0,
+            help="initial weights, order of slices, augmentation; which subjects --n-subjects takes",
         )
         group.add_argument(
             "--deterministic",

@@ -1,9 +1,20 @@
 """What flags accept beyond plain numbers and words."""
 
 import argparse
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 from cmrssp.data.subject import vendor_name
+
+
+def share(text: str) -> float:
+    return _ranged(float, lambda value: 0 <= value <= 1, "from 0 to 1")(text)
+
+
+def folder(text: str) -> Path:
+    """Absolute, so that it means the same to a run that goes on from another folder."""
+    return Path(text).expanduser().absolute()
 
 
 def at_least_0(kind: type) -> Callable[[str], float]:
@@ -38,7 +49,7 @@ def not_empty(text: str) -> str:
 def _ranged(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
     def parse(text: str):
         value = kind(text)
-        if not fits(value):
+        if not (math.isfinite(value) and fits(value)):
             raise argparse.ArgumentTypeError(f"expected a number {what}, got {text}")
         return value
 

@@ -137,7 +137,7 @@ class Interrupted:
 
     def state(self) -> dict[str, Any]:
         """The content of last.pt, or of the one before it where that is damaged. Raises UserError."""
-        damaged = []
+        damaged: list[Path] = []
         for name in ("last.pt", "previous.pt"):
             path = self.folder / name
             if path.is_file():
@@ -150,9 +150,8 @@ class Interrupted:
                 except UserError:
                     pass
                 damaged.append(path)
-        raise UserError(
-            f"{self.folder}: nothing to go on from, {' and '.join(map(str, damaged))} cannot be read"
-        )
+        why = f"{' and '.join(map(str, damaged))} cannot be read" if damaged else "it was never saved"
+        raise UserError(f"{self.folder}: nothing to go on from, {why}; start it again in another --out")
 
 
 def find(auto_or_folder: str | None, out: str | None, kind: str) -> Interrupted | None:

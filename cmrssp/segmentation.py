@@ -1,7 +1,6 @@
 """The supervised objective under the contract of a method, and prediction on the native grid."""
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from cmrssp.data.batches import Batch, collate, to_device
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
+from cmrssp.kinds import at_least_0, positive
 from cmrssp.losses import deep_supervision, dice_cross_entropy
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import UNet, check_image_size
@@ -53,10 +53,6 @@ class Segmentation(Method):
         """
         super().__init__()
         check_image_size(image_size, channels, norm=norm)
-        if not freeze_encoder >= 0:
-            raise UserError(f"--freeze-encoder: expected epochs, 0 or more, got {freeze_encoder}")
-        if not 0 < encoder_lr_factor < math.inf:
-            raise UserError(f"--encoder-lr-factor: expected a number above 0, got {encoder_lr_factor}")
         self.freeze_encoder, self.encoder_lr_factor = freeze_encoder, encoder_lr_factor
         self.image_size, self.spacing_mm = image_size, spacing_mm
         self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
@@ -71,7 +67,7 @@ class Segmentation(Method):
     def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--freeze-encoder",
-            type=float,
+            type=at_least_0(float),
             default=0.0,
             metavar="EPOCHS",
             help="train the decoder and the heads alone for so many epochs: weights and batch statistics of "
@@ -79,7 +75,7 @@ class Segmentation(Method):
         )
         parser.add_argument(
             "--encoder-lr-factor",
-            type=float,
+            type=positive(float),
             default=1.0,
             metavar="FACTOR",
             help="of the encoder's learning rate; below 1 a pretrained encoder changes more slowly",

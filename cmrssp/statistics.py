@@ -111,7 +111,10 @@ def compare(scores: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, d
     Raises UserError for fewer than two runs, and where the runs were not all scored on the same subjects.
     """
     if len(scores) < 2:
-        raise UserError(f"a comparison needs two or more runs, got {', '.join(scores) or 'none'}")
+        raise UserError(
+            "a comparison needs two or more runs, seeds of one experiment counting as one, got "
+            f"{', '.join(scores) or 'none'}"
+        )
     first, *others = scores
     subjects = sorted(scores[first])  # the interval must not depend on the order of a file's lines
     if not subjects:

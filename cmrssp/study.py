@@ -19,7 +19,7 @@ SUBSETS = (None, 50, 25, 15, 10)  # labelled training subjects, None: all
 SEEDS = (0, 1, 2)
 VENDORS = {"A+B": ("Siemens", "Philips"), "C+D": ("GE", "Canon")}
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
-_SETTINGS = ("settings", "flips", "largest_component")  # of a summary: what averaged runs should share
+_SETTINGS = ("settings", "flips", "largest_component")  # of a summary: what all runs should share
 _KINDS = {"n_subjects": int, "all_subjects": bool, "slices": int, "vendors": list | None, "seed": int}
 
 
@@ -81,6 +81,7 @@ class Evaluated:
     scores: dict[tuple[str, str, str], float]  # Dice by subject, phase (ED or ES), class
     vendors: dict[str, str]  # of each test subject
     settings: str  # network and length, as text
+    recipe: dict[str, Any]  # how it was trained and pretrained
     written_ns: int  # when it was evaluated
     args: dict[str, Any] = field(default_factory=dict)  # its args.json, empty without one
 
@@ -150,6 +151,12 @@ def collect(folder: str | Path) -> list[Evaluated]:
     if len(kinds) > 1:
         found = "; ".join(f"{run.folder} {settings}" for settings, run in kinds.items())
         print(f"these runs differ in network or length, and cells may average over that: {found}")
+    for arm in dict.fromkeys(run.arm for run in runs):
+        recipes = [run.recipe for run in runs if run.arm == arm]
+        names = sorted({name for r in recipes for name in r if r[name] != recipes[0].get(name)})
+        if names:
+            folders = ", ".join(str(run.folder) for run in runs if run.arm == arm)
+            print(f"seeds of one arm that differ in {', '.join(names)}, too: {folders}")
     for run in runs:
         if run.arm not in arms():
             print(f"in no table: {run.folder}; the paper has no such run")
@@ -203,6 +210,7 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
         scores=scores,
         vendors=vendors,
         settings=json.dumps({key: summary.get(key) for key in _SETTINGS}, sort_keys=True),
+        recipe=dict(summary.get("recipe") or {}),
         written_ns=path.stat().st_mtime_ns,
         args=_object(path.parents[1] / "args.json"),
     )

@@ -44,7 +44,7 @@ def test_a_sound_data_set(reported, write_mnms, beating, tmp_path):
 
 
 def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_path):
-    for i, id in enumerate("ABCDEFGHI"):
+    for i, id in enumerate("ABCDEFGHIL"):
         cine, labels = beating(i)
         if id == "B":
             cine, labels = beating(0)  # the images of A
@@ -63,6 +63,8 @@ def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_
             labels = labels * 3
         if id == "H":
             labels = np.zeros_like(labels)
+        if id == "L":
+            labels = np.array([0, 3, 2, 1], np.uint8)[labels]
         if id == "I":
             cine = np.full_like(cine, 5)
         folder = write_mnms(id, cine, labels)
@@ -70,7 +72,7 @@ def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_
     status, text = reported()
     assert status == 1
     lines = text.split("problems: ")[1].splitlines()
-    assert lines[0] == "4 left out, 6 used"
+    assert lines[0] == "4 left out, 7 used"
     expected = (
         r"left out: mnms/F: .*F_sa_gt.nii.gz: expected the cine's shape .* = \(3, 3, 32, 40\), got \(3, 3, "
         "32, 39",
@@ -83,6 +85,8 @@ def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_
         r"used: mnms/D: D_sa_gt.nii.gz: ES has no RV",
         r"used: mnms/E: E_sa_gt.nii.gz: the slice order is contradicted by the labels",
         r"used: mnms/H: H_sa_gt.nii.gz: holds no label",
+        r"used: mnms/L: L_sa_gt.nii.gz: the myocardium lies around label 3 \(100% of its border\) rather "
+        r"than around label 1 \(0%\): are LV and RV exchanged",
     )
     found = [line.strip() for line in lines[1:]]
     assert all(re.match(pattern, line) for pattern, line in zip(expected, found, strict=True)), found
@@ -142,13 +146,14 @@ def test_real_patients(acdc70, tmp_path, capsys):
 def test_a_data_set_with_the_same_names_is_not_taken_for_the_one_that_is_known(three_subjects):
     cines = three_subjects
     known = check.digests(cines, cines.index)
-    check.refuse_other_images(cines, known, ["mnms/A"])
+    check.refuse_other_images(cines, known, ["mnms/A"], cines.index)
     with pytest.raises(
         UserError, match=r"1 of 3 subjects have the names but not the images .* first is mnms/B"
     ):
-        check.refuse_other_images(cines, {**known, "mnms/B": "0" * 16}, [])
+        check.refuse_other_images(cines, {**known, "mnms/B": "0" * 16}, [], [])
     with pytest.raises(UserError, match=r"images of subjects .* trained on, the first is mnms/C, as other/X"):
-        check.refuse_other_images(cines, {"other/X": known["mnms/C"]}, ["other/X"])
+        check.refuse_other_images(cines, {"other/X": known["mnms/C"]}, ["other/X"], ["mnms/B", "mnms/C"])
+    check.refuse_other_images(cines, {"other/X": known["mnms/C"]}, ["other/X"], ["mnms/B"])
 
 
 @pytest.fixture

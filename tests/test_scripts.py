@@ -229,7 +229,7 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
         ((*mim, *data, "--device", "meta"), ("--device: expected auto, cpu, cuda",)),
         (
             ("train_ssp.py", "--method", "dino", *data, "--local-crops", 0),
-            ("--local-crops: expected at least 1",),
+            ("--local-crops", "expected a number above 0, got 0"),
         ),
         (
             ("finetune.py", *data, "--image-size", 64, "--batch-size", 1),
@@ -332,18 +332,19 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
         assert "different test subjects or phases" in line or "no whole scores of the test split" in line
     assert "--flips says nothing to --compare" in refused("evaluate.py", "--compare", run, other, "--flips")
     # two runs of one name, and a third that differs in more than the seed, stay apart
-    for folder, change in (("a", {}), ("b", {"settings": {"epochs": 7}})):
+    for folder, change in (("a", {}), ("b", {"settings": {"epochs": 7}}), ("c", {"recipe": {"lr": 7.0}})):
         copy = shutil.copytree(run / "evaluation-test", tmp_path / folder / "run" / "evaluation-test")
         summary = json.loads((copy / "summary.json").read_text())
         (copy / "summary.json").write_text(
             json.dumps({**summary, **change, "arm": {**summary["arm"], "seed": 5}})
         )
-    assert evaluate.main(["--compare", str(tmp_path / "a/run"), str(tmp_path / "b/run"), str(run)]) == 0
+    folders = [str(tmp_path / name / "run") for name in "abc"]
+    assert evaluate.main(["--compare", *folders, str(run)]) == 0
     said = capsys.readouterr().out.split("\n\n")[0]
     assert (
         "a/run and 1 more seeds" in said
-        and str(tmp_path / "b" / "run") in said
-        and len(said.splitlines()) == 3
+        and all(folder in said for folder in folders[1:])
+        and len(said.splitlines()) == 4
     )
     assert evaluate.main(["--tables", str(cwd / "runs")]) == 0
     said = capsys.readouterr().out

@@ -146,9 +146,9 @@ def test_compare_does_not_depend_on_the_order_of_subjects():
 
 def test_compare_refuses():
     both = runs()
-    with pytest.raises(UserError, match=r"two or more runs, got A$"):
+    with pytest.raises(UserError, match=r"two or more runs, .* got A$"):
         compare({"A": both["A"]}, seed=0)
-    with pytest.raises(UserError, match="two or more runs, got none"):
+    with pytest.raises(UserError, match=r"two or more runs, .* got none"):
         compare({}, seed=0)
     fewer = {subject: score for subject, score in both["B"].items() if subject not in ("mnms/D", "mnms/F")}
     with pytest.raises(UserError, match=r"A and B .* different subjects: 2 in .* first is mnms/D \(in A\)"):

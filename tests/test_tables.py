@@ -218,6 +218,23 @@ def test_bold_is_decided_on_what_is_printed(tmp_path, middles, bold):
     assert [bool(cell) for cell in cells] == [dice is not None for dice in middles]
 
 
+def test_seeds_that_differ_in_more_are_named(tmp_path, capsys):
+    """Arms may be trained each in its own way, the seeds of one may not."""
+    for method, seed, recipe in (
+        ("mim", 0, {"lr": 0.1, "pretraining mask_ratio": 0.75}),
+        ("mim", 1, {"lr": 0.1, "pretraining mask_ratio": 0.5}),
+        ("scratch", 0, {"lr": 0.2}),
+        ("scratch", 1, {"lr": 0.2}),
+    ):
+        run = made(tmp_path / f"{method}{seed}", 0.8, pretraining=method, seed=seed)
+        path = run / "evaluation-test" / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "recipe": recipe}))
+    study.collect(tmp_path)
+    first = capsys.readouterr().out.splitlines()[0]
+    folders = f"{tmp_path / 'mim0'}, {tmp_path / 'mim1'}"
+    assert first == f"seeds of one arm that differ in pretraining mask_ratio, too: {folders}"
+
+
 def test_of_the_same_arm_and_seed_the_newest_counts(tmp_path, capsys):
     old = made(tmp_path / "z", 0.5, pretraining="mim", n_subjects=15, subjects={"mnms/a": "A"})
     new = made(tmp_path / "a", 0.8, pretraining="mim", n_subjects=15)

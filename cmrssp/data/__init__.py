@@ -37,9 +37,10 @@ def find(
     for path in paths:
         root = _phantom_folder(cache) if path == PHANTOM else Path(path).expanduser()
         if not root.is_dir():
+            what = "not a folder" if root.exists() else "no such folder"
             raise FileNotFoundError(
-                f"--data {path}: no such folder; give the folder that holds the cines, or "
-                f"'{PHANTOM}' for the synthetic set"
+                f"--data {path}: {what}; give the folder that holds the cines, or '{PHANTOM}' for the "
+                "synthetic set"
             )
         files = below(root, (".nii.gz", ".nii", ".csv"))
         if path == PHANTOM:

@@ -55,9 +55,12 @@ def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[
     return {part: kept[part] for part in split}
 
 
-def refuse_other_images(store: Store, recorded: dict[str, str], trained: Iterable[str]) -> None:
+def refuse_other_images(
+    store: Store, recorded: dict[str, str], trained: Iterable[str], held: Iterable[str]
+) -> None:
     """Raise UserError where a subject has other images than those that a checkpoint recorded under its name,
-    or the images of a subject that it was `trained` on under another. recorded: {subject key: `digests`}.
+    or a `held` one the images of a subject that it was `trained` on under another. recorded: {subject key:
+    `digests`}.
     """
     now = digests(store, store.index)
     other = sorted(key for key, image in now.items() if recorded.get(key, image) != image)
@@ -67,12 +70,13 @@ def refuse_other_images(store: Store, recorded: dict[str, str], trained: Iterabl
             f"the checkpoint knows, the first is {other[0]}; is it another data set with the same file names?"
         )
     seen = {recorded[key]: key for key in trained if key in recorded}
-    copies = sorted((key, seen[image]) for key, image in now.items() if image in seen and seen[image] != key)
+    held = sorted(key for key in held if key in now)
+    copies = [key for key in held if seen.get(now[key], key) != key]
     if copies:
         raise UserError(
-            f"--data: {len(copies)} of {len(now)} subjects have the images of subjects that the checkpoint "
-            f"has been trained on, the first is {copies[0][0]}, as {copies[0][1]}; leave them out with "
-            "--split-file"
+            f"--data: {len(copies)} of {len(held)} validation or test subjects have the images of subjects "
+            f"that the checkpoint has been trained on, the first is {copies[0]}, as {seen[now[copies[0]]]}; "
+            "leave them out with --split-file"
         )
 
 

@@ -70,7 +70,7 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
     stacked = np.stack([masks[f] for f in frames]) if frames else np.zeros((0, *cine.shape[1:]), np.uint8)
     table = {"ED": subject.ed, "ES": subject.es} | named
     ed, es, odd = _phases(table, stacked, frames)
-    odd += _gaps(stacked, frames, {"ED": ed, "ES": es}) + _order(stacked)
+    odd += _gaps(stacked, frames, {"ED": ed, "ES": es}) + _order(stacked) + _numbering(stacked)
     problems += [Problem(subject.key, subject.labels[0].path.name, what, done) for what, done in odd]
     return Labels(stacked, frames, ed, es, _heart(stacked), tuple(problems))
 
@@ -220,6 +220,26 @@ def _order(masks: np.ndarray) -> list[tuple[str, str]]:
         return [("the slice order is contradicted by the labels: the LV is wider in the last third of the "
                  "stack than in the first", USED)]  # fmt: skip
     return []
+
+
+def _numbering(masks: np.ndarray) -> list[tuple[str, str]]:
+    """Myocardium lies all around the LV, and along a part of the RV alone."""
+    lv, rv = (_beside_myocardium(masks, id) for id in (1, 3))
+    if rv <= lv:
+        return []
+    return [(f"the myocardium lies around label 3 ({rv:.0%} of its border) rather than around label 1 "
+             f"({lv:.0%}): are LV and RV exchanged, as in ACDC's numbering?", USED)]  # fmt: skip
+
+
+def _beside_myocardium(masks: np.ndarray, id: int) -> float:
+    """The share of a class's border, within slices, that is one with the myocardium; 0 without a border."""
+    beside = border = 0
+    for axis in (2, 3):
+        low, high = np.moveaxis(masks, axis, 0)[:-1], np.moveaxis(masks, axis, 0)[1:]
+        for inner, outer in ((low, high), (high, low)):
+            neighbours = outer[(inner == id) & (outer != id)]
+            beside, border = beside + np.count_nonzero(neighbours == 2), border + neighbours.size
+    return beside / max(border, 1)
 
 
 def _heart(masks: np.ndarray) -> Heart | None:

@@ -91,7 +91,10 @@ def read(path: Path) -> dict[str, list[str]]:
     """A split.json as this package writes it, or the YAML that the paper's authors publish. Raises UserError
     with what is wrong.
     """
-    text = Path(path).read_text(errors="replace")
+    try:
+        text = Path(path).read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"--split-file {path}: {error.strerror}") from None
     if Path(path).suffix.lower() in (".yaml", ".yml"):
         lists = _published(path, text)
     else:

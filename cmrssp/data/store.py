@@ -24,7 +24,7 @@ from cmrssp.data.labels import Heart, read_labels
 from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.files import atomic
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from cmrssp import augmentation, distributed
 from cmrssp.data.batches import Batch
-from cmrssp.errors import UserError
+from cmrssp.kinds import at_least_0, positive, share
 from cmrssp.losses import dino_cross_entropy
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, check_image_size
@@ -67,8 +67,6 @@ class DINO(Method):
         super().__init__()
         check_image_size(image_size, channels, norm=norm)
         check_image_size(local_size, channels, flag="--local-size", norm=norm)
-        if local_crops < 1:
-            raise UserError(f"--local-crops: expected at least 1, got {local_crops}")
         self.image_size, self.spacing_mm, self.epochs, self.augment = image_size, spacing_mm, epochs, augment
         self.local_size, self.local_crops = local_size, local_crops
         self.student_temperature, self.teacher_temperatures = (
@@ -90,45 +88,50 @@ class DINO(Method):
         add = parser.add_argument
         add(
             "--local-crops",
-            type=int,
+            type=positive(int),
             default=6,
             metavar="N",
             help="local crops of a slice, beside 2 global ones",
         )
         add(
             "--local-size",
-            type=int,
+            type=positive(int),
             metavar="PX",
             help="side of a local crop (default: half of --image-size)",
         )
         add(
             "--outputs",
-            type=int,
+            type=positive(int),
             default=8192,
             metavar="N",
             help="prototypes of the head (paper, section 2.4)",
         )
-        add("--head-width", type=int, default=2048, metavar="N", help="hidden units of the head")
-        add("--student-temperature", type=float, default=0.1, help="of the student's softmax")
+        add("--head-width", type=positive(int), default=2048, metavar="N", help="hidden units of the head")
+        add("--student-temperature", type=positive(float), default=0.1, help="of the student's softmax")
         add(
             "--teacher-temperature",
-            type=float,
+            type=positive(float),
             default=0.04,
             help="of the teacher's softmax after its warm-up",
         )
-        add("--teacher-temperature-start", type=float, default=0.02, help="lower is safer against collapse")
+        add(
+            "--teacher-temperature-start",
+            type=positive(float),
+            default=0.02,
+            help="lower is safer against collapse",
+        )
         add(
             "--teacher-temperature-epochs",
-            type=float,
+            type=at_least_0(float),
             default=30,
             metavar="N",
             help="linear warm-up between the two",
         )
-        add("--centre-momentum", type=float, default=0.9, help="of the running mean of the teacher's outputs")
-        add("--teacher-momentum", type=float, default=0.996, help="at the start; rises to 1 along a cosine")
+        add("--centre-momentum", type=share, default=0.9, help="of the running mean of the teacher's outputs")
+        add("--teacher-momentum", type=share, default=0.996, help="at the start; rises to 1 along a cosine")
         add(
             "--freeze-last-epochs",
-            type=float,
+            type=at_least_0(float),
             default=1,
             metavar="N",
             help="last layer of the head fixed so long",

@@ -12,6 +12,7 @@ import torch
 from cmrssp import augmentation
 from cmrssp.data.batches import Batch
 from cmrssp.errors import UserError
+from cmrssp.kinds import positive, share
 from cmrssp.losses import masked_mse
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import UNet, check_image_size
@@ -44,7 +45,7 @@ class MIM(Method):
     ) -> None:
         super().__init__()
         check_image_size(image_size, channels, norm=norm)
-        if patch_size < 1 or image_size % patch_size:
+        if image_size % patch_size:
             raise UserError(
                 f"--patch-size: expected a divisor of --image-size {image_size}, got {patch_size}"
             )
@@ -67,14 +68,14 @@ class MIM(Method):
     def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--patch-size",
-            type=int,
+            type=positive(int),
             default=32,
             metavar="PX",
             help="side of a masked patch in target pixels (paper, section 2.4)",
         )
         parser.add_argument(
             "--mask-ratio",
-            type=float,
+            type=share,
             default=0.75,
             help="share of the patches masked in every image (paper, section 2.4)",
         )

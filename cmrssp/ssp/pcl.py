@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from cmrssp.errors import UserError
+from cmrssp.kinds import share
 from cmrssp.ssp.simclr import SimCLR
 
 _ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the threshold: that is not below it
@@ -28,8 +28,6 @@ class PCL(SimCLR):
 
     def __init__(self, *, threshold: float, **options) -> None:
         super().__init__(**options)
-        if not 0 <= threshold <= 1:
-            raise UserError(f"--threshold: expected a difference of positions from 0 to 1, got {threshold}")
         self.threshold = threshold
 
     @staticmethod
@@ -37,7 +35,7 @@ class PCL(SimCLR):
         SimCLR.add_flags(parser)
         parser.add_argument(
             "--threshold",
-            type=float,
+            type=share,
             default=0.1,
             metavar="SHARE",
             help="slices attract when their positions from base 0 to apex 1 differ by less "

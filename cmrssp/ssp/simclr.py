@@ -13,7 +13,7 @@ from torch import nn
 
 from cmrssp import augmentation, distributed
 from cmrssp.data.batches import Batch
-from cmrssp.errors import UserError
+from cmrssp.kinds import positive
 from cmrssp.losses import nt_xent
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, check_image_size
@@ -46,8 +46,6 @@ class SimCLR(Method):
     ) -> None:
         super().__init__()
         check_image_size(image_size, channels, norm=norm)
-        if not temperature > 0:
-            raise UserError(f"--temperature: expected a number above 0, got {temperature}")
         self.image_size, self.spacing_mm, self.temperature = image_size, spacing_mm, temperature
         self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
         self.encoder = Encoder(channels, norm)
@@ -59,12 +57,16 @@ class SimCLR(Method):
     def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "--temperature",
-            type=float,
+            type=positive(float),
             default=0.1,
             help="of NT-Xent: lower weighs the hardest negatives more",
         )
         parser.add_argument(
-            "--projection", type=int, default=512, metavar="N", help="width of the MLP and its output"
+            "--projection",
+            type=positive(int),
+            default=512,
+            metavar="N",
+            help="width of the MLP and its output",
         )
 
     @classmethod
