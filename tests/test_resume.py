@@ -240,6 +240,7 @@ def stopped(undisturbed, interrupted, tmp_path):
 def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path, capsys, monkeypatch):
     cwd, words, out = stopped
     before = {p.name: p.read_bytes() for p in out.iterdir()}
+    unsaved = shutil.copytree(out, tmp_path / "unsaved", ignore=shutil.ignore_patterns("*.pt"))
     for typed, message in (
         (["--resume", out, "--lr", "0.5"], "--lr: the run in .* was started with 0.01, got 0.5"),
         (
@@ -248,6 +249,7 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
         ),
         (["--resume", out, "--method", "pcl", "--threshold", "0.1"], "--method: .* with mim, got pcl"),
         (["--resume", tmp_path / "nowhere"], "expected the folder of a run, found no args.json"),
+        (["--resume", unsaved], "unsaved: nothing to go on from, it was never saved; start it again"),
         (["--method", "mim", "--resume", "auto"], "--resume auto: needs --out"),
         ([*words, "--out", out], "already holds a run; .* or add --resume auto"),
     ):

@@ -235,6 +235,10 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
             ("finetune.py", *data, "--image-size", 64, "--batch-size", 1),
             ("--batch-size 1: batch norm needs",),
         ),
+        ((*mim, *data, "--lr", "inf"), ("--lr", "expected a number above 0, got inf")),
+        ((*mim, *data, "--mask-ratio", "nan"), ("--mask-ratio", "expected a number from 0 to 1, got nan")),
+        ((*mim, *data, "--split-file", "absent"), ("--split-file absent: No such file",)),
+        ((*mim, "--data", "text.pt"), ("--data text.pt: not a folder",)),
         (("evaluate.py", "--split", "tset"), ("--split", "invalid choice: 'tset'")),
         (("evaluate.py",), ("no finished fine-tuned run", "finetune.py")),
         (
@@ -413,6 +417,18 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
     line = refused("evaluate.py", "--predict", scans, "--checkpoint", cwd / "runs" / "mim-hearts")
     assert "expected a fine-tuned segmentation network, got one pretrained by mim" in line
+
+
+def test_held_out_images_that_pretraining_has_seen_are_refused(way, phantom_folder, tmp_path, refused):
+    """Also under other names: the whole data set again, every subject called otherwise."""
+    cwd, _ = way
+    other = shutil.copytree(phantom_folder, tmp_path / "other")
+    for path in [*other.rglob("*_sa*.nii.gz")]:
+        path.rename(path.with_name(f"again{path.name}"))
+    common = ("--data", other, "--cache", tmp_path / "cache", "--epochs", 1)
+    line = refused("finetune.py", "--init", cwd / "runs" / "mim-hearts", *common)
+    assert "validation or test subjects have the images of subjects that the checkpoint has" in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_fine_tuning_on_chosen_phases_and_vendors(way, phantom_folder, tmp_path, refused, capsys):
