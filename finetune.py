@@ -143,7 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = checkpoint.provenance["method"] if checkpoint else "scratch"
     name = f"finetune-{start}-{data.name(paths)}-n{len(chosen)}-seed{args.seed}"
     images = check.digests(every, every.index)
-    run, state = resume.open_run(interrupted, args, name, images)
+    held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]
+    used = [*chosen, *(cines.subjects[i].key for i in held_out)]
+    labels = check.digests(cines, used, labels=True)
+    run, state = resume.open_run(interrupted, args, name, images, labels)
     if not state:
         described = {
             "kind": "fine-tuning",
@@ -174,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seed": args.seed,
         "subjects": chosen,
         "digests": images,
+        "labels": labels,
         "slices": len(slices),
         "all_subjects": len(chosen) == len(labelled) >= len(split["validation"]),  # fewer: a published subset
         "phases": args.phases,
@@ -182,7 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipe": flags.recipe(args, Segmentation),
         "init": checkpoint.provenance if checkpoint else None,
     }
-    held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]
     if not held_out:
         print("no validation subject has labels: there will be no validation Dice")
     elif unlabelled := [key for key in split["validation"] if cines.index[key] not in held_out]:

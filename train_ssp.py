@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     images = check.digests(cines, cines.index)
-    run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images)
+    run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images, {})
     if not state:
         run.start(
             {"kind": "pretraining", **vars(args), "data": data.absolute(paths), "device": str(device)},

@@ -185,6 +185,8 @@ def ceilings(device: torch.device, amp: str) -> tuple[float, float]:
     the product is in TF32 where convolutions may use it.
     """
     side, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
+    if device.type == "cpu" and amp != "off":
+        side = 512  # many a CPU has no units for bfloat16
     a, b = (torch.randn(side, side, device=device).to(AMP_TYPES.get(amp, torch.float32)) for _ in range(2))
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32

@@ -4,7 +4,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,13 +38,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the block as Ctrl-C does, so that nothing stays half-written; a second one ends
+    the process. torchrun's processes are left alone: it must be able to end them.
+    """
+
+    def interrupt(number: int, frame) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    own = (signal.SIGTERM, signal.SIGUSR1) if distributed.world_size() == 1 else ()
+    before = {number: signal.signal(number, interrupt) for number in own}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) -> NoReturn:
     """Run a script's main and exit as it says, or with 2 and one line for what the user can mend."""
     prog, status = prog or Path(sys.argv[0]).name, 1
     try:
-        distributed.start()
-        status = main(None)
-        sys.stdout.flush()
+        with _signals():
+            distributed.start()
+            status = main(None)
+            sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, as `| head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
@@ -53,9 +74,10 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
     except Stopped as stop:
         distributed.say(f"{prog}: {stop}")
         status = 128 + stop.number
-    except KeyboardInterrupt:
-        distributed.say(f"{prog}: interrupted")
-        status = 130
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        distributed.say(f"{prog}: ended by {number.name}")
+        status = 128 + number
     except RuntimeError as error:
         if any(text in str(error) for text in _NO_MEMORY):
             distributed.say(

@@ -4,8 +4,10 @@ import csv
 import io
 import math
 import os
+import secrets
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +16,7 @@ from typing import Any, BinaryIO
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Write under a temporary name beside `path`, then rename; on any error `path` stays as it was."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -23,6 +25,14 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, older_than_s: float = 0.0) -> None:
+    """Remove what processes that were killed have left of `atomic` in a folder."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                path.unlink()
 
 
 def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:

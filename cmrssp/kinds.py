@@ -1,11 +1,12 @@
 """What flags accept beyond plain numbers and words."""
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 from cmrssp.data.subject import vendor_name
+
+_MANY = 2**63  # no number of anything is as large; infinity is no number
 
 
 def share(text: str) -> float:
@@ -49,7 +50,7 @@ def not_empty(text: str) -> str:
 def _ranged(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
     def parse(text: str):
         value = kind(text)
-        if not (math.isfinite(value) and fits(value)):
+        if not (fits(value) and value < _MANY):
             raise argparse.ArgumentTypeError(f"expected a number {what}, got {text}")
         return value
 

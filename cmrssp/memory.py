@@ -22,9 +22,9 @@ def check(
     """Print the estimate; raise UserError with a batch size that fits when the device has less. With
     `device_cache` on, or auto where a GPU has room for them, the slices go into the device's memory now.
     """
-    bottleneck = (method.image_size // 2 ** (len(method.encoder.channels) - 1)) ** 2
-    ranks = distributed.world_size()
-    if method.encoder.norm == "batch" and batches.share * bottleneck < 2:
+    factor, ranks = 2 ** (len(method.encoder.channels) - 1), distributed.world_size()
+    fewest = batches.share * min(number * (side // factor) ** 2 for side, number in method.view_sizes())
+    if method.encoder.norm == "batch" and fewest < 2:
         raise UserError(
             f"--batch-size {batches.batch_size}: batch norm needs more than one value a channel, and the "
             "bottleneck of these --channels and this --image-size has one; use --batch-size "

@@ -47,9 +47,12 @@ class Meter:
 
     def start_epoch(self, epoch: int, first_step: int = 0) -> None:
         self.epoch, self.sums, self.pending, self.done, self.skipped = epoch, {}, [], 0, 0
-        if first_step and self.saved:
-            self.sums, self.done = dict(self.saved["sums"]), self.saved["done"]
-            self.skipped, self.in_a_row = self.saved["skipped"], self.saved["in_a_row"]
+        if self.saved:
+            self.in_a_row = self.saved["in_a_row"]
+            if first_step:
+                self.sums = dict(self.saved["sums"])
+                self.done, self.skipped = self.saved["done"], self.saved["skipped"]
+            self.saved = None
         self.first_step = first_step
         self.epoch_began = self.last_read = time.monotonic()
 

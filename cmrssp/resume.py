@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -30,6 +31,9 @@ _MAY_CHANGE = {
     "grad_checkpoint",
     "benchmark",
 }
+
+
+_STATES = ("next.pt", "last.pt", "previous.pt")  # the newest first, where saving was broken off
 
 
 class Stopped(Exception):
@@ -81,7 +85,7 @@ class Signals:
         if self.agreed is not None:
             raise Stopped(
                 f"stopped by {signal.Signals(self.agreed).name} and saved after epoch {epochs}, step "
-                f"{steps}; go on with --resume {folder}",
+                f"{steps}; go on with: python {Path(sys.argv[0]).name} --resume {shlex.quote(str(folder))}",
                 self.agreed,
             )
 
@@ -138,7 +142,7 @@ class Interrupted:
     def state(self) -> dict[str, Any]:
         """The content of last.pt, or of the one before it where that is damaged. Raises UserError."""
         damaged: list[Path] = []
-        for name in ("last.pt", "previous.pt"):
+        for name in _STATES:
             path = self.folder / name
             if path.is_file():
                 try:
@@ -165,14 +169,21 @@ def find(auto_or_folder: str | None, out: str | None, kind: str) -> Interrupted 
         if auto_or_folder == "auto":
             return None
         raise UserError(f"--resume {folder}: expected the folder of a run, found no args.json in it")
-    run = Interrupted(folder, json.loads((folder / "args.json").read_text()))
+    try:
+        run = Interrupted(folder, dict(json.loads((folder / "args.json").read_text())))
+        if not run.split.keys() >= {"train", "validation", "test"}:
+            raise ValueError("split.json names no subjects")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: its args.json or split.json is damaged ({error})") from None
     if run.args.get("kind") != kind:
         raise UserError(f"--resume {folder}: expected a {kind}, got a {run.args.get('kind')}")
-    if auto_or_folder == "auto" and not any(
-        (folder / n).is_file() for n in ("last.pt", "previous.pt", "unet.pt")
-    ):
-        return None
-    return run
+    if auto_or_folder != "auto" and out is not None and Path(out).expanduser().resolve() != folder.resolve():
+        raise UserError(f"--out {out}: a run that goes on stays in its folder, {folder}; leave --out out")
+    return None if auto_or_folder == "auto" and not _saved(folder) else run
+
+
+def _saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*_STATES, "unet.pt"))
 
 
 def set_defaults(parser: argparse.ArgumentParser, run: Interrupted) -> None:
@@ -200,11 +211,15 @@ def refuse_changes(
 
 
 def open_run(
-    interrupted: Interrupted | None, args: argparse.Namespace, default_name: str, images: dict[str, str]
+    interrupted: Interrupted | None,
+    args: argparse.Namespace,
+    default_name: str,
+    images: dict[str, str],
+    labels: dict[str, str],
 ) -> tuple[Run, dict | None]:
     """(the locked run folder, the state to go on from, None for a new run). Raises UserError where another
-    process trains in the folder, or the images of a training or validation subject are no longer those that
-    the run began with (`check.digests`).
+    process trains in the folder or has done so meanwhile, or the images of a training or validation subject,
+    or the labels that are used, are no longer those that the run began with (both `check.digests`).
     """
     if interrupted is None:
         again = args.resume == "auto"
@@ -212,12 +227,19 @@ def open_run(
             Path(distributed.from_main(lambda: str(Run.create(args.out, default_name, again=again).folder)))
         )
         run.lock()
+        if distributed.is_main() and _saved(run.folder):
+            raise UserError(f"--out {run.folder}: another process has trained in it meanwhile")
         print(f"run folder: {run.folder}")
         return run, None
     run = Run(interrupted.folder)
     run.lock()
     state = interrupted.state()
     recorded, split = (state["provenance"][name] for name in ("digests", "split"))
+    if state["provenance"].get("labels", labels) != labels:
+        raise UserError(
+            f"--resume {run.folder}: its labels have changed since, or some are gone; bring them back, or "
+            "start anew in another --out"
+        )
     if any(images.get(key) != recorded[key] for key in (*split["train"], *split["validation"])):
         raise UserError(
             f"--resume {run.folder}: its training or validation cines have changed since, or some are gone; "

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import cmrssp
 from cmrssp import distributed
 from cmrssp.errors import UserError
-from cmrssp.files import atomic
+from cmrssp.files import atomic, sweep
 
 RUNS = Path("runs")
 
@@ -68,8 +69,12 @@ class Run:
         """One JSON line, appended in one write."""
         if not distributed.is_main():
             return
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        path = self.folder / "log.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
     def keep_log(self, epochs: int) -> None:
         """Drop what was logged after so many epochs: they are trained again."""
@@ -90,11 +95,16 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.folder}: another process is training in this run folder") from None
+        sweep(self.folder)
 
     def records(self) -> list[dict[str, Any]]:
         path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # the last may be half-written
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        records = []
+        for line in lines:
+            with suppress(ValueError):  # the last may be half-written
+                records.append(json.loads(line))
+        return records
 
 
 def newest_finished(kind: str) -> Path:

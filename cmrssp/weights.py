@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from cmrssp.unet import NORMS, UNet
 _PARTS = ("encoder", "decoder", "heads")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, LookupError, TypeError,
-            ValueError, AttributeError)  # fmt: skip
+            ValueError, AttributeError, AssertionError, struct.error)  # fmt: skip
 _CONFIG = {"channels", "image_size", "spacing_mm", "classes"}
 _PROVENANCE = {"method", "data", "split", "split_seed", "seed", "subjects"}
 
@@ -103,6 +104,10 @@ def locate(path: str | Path) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """The content of a file of this package. Runs no code from the file. Raises UserError for any other."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():  # torch does not look whether a bit has changed
+                    raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other protocols
             return dict(torch.load(path, map_location="cpu", weights_only=True))

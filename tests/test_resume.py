@@ -1,5 +1,6 @@
 """A run that was interrupted, wherever and however, ends as one that was not."""
 
+import argparse
 import io
 import json
 import os
@@ -11,14 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 
 import finetune
 import train_ssp
-from cmrssp import data, training, weights
+from cmrssp import data, resume, training, weights
 from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
@@ -185,7 +189,8 @@ def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(undisturbe
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM and saved after epoch" in errors and f"go on with --resume {out}" in errors
+    assert "stopped by SIGTERM and saved after epoch" in errors
+    assert f"go on with: python train_ssp.py --resume {out}" in errors
     assert not (out / "unet.pt").exists() and "Traceback" not in errors
     assert train_ssp.main(["--resume", str(out)]) == 0  # no other flag
     assert_same(cwd / "whole", out)
@@ -241,6 +246,8 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     cwd, words, out = stopped
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     unsaved = shutil.copytree(out, tmp_path / "unsaved", ignore=shutil.ignore_patterns("*.pt"))
+    torn = shutil.copytree(out, tmp_path / "torn")
+    (torn / "args.json").write_text((out / "args.json").read_text()[:-40])
     for typed, message in (
         (["--resume", out, "--lr", "0.5"], "--lr: the run in .* was started with 0.01, got 0.5"),
         (
@@ -249,6 +256,8 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
         ),
         (["--resume", out, "--method", "pcl", "--threshold", "0.1"], "--method: .* with mim, got pcl"),
         (["--resume", tmp_path / "nowhere"], "expected the folder of a run, found no args.json"),
+        (["--resume", torn], "torn: its args.json or split.json is damaged"),
+        (["--resume", out, "--out", tmp_path / "other"], "a run that goes on stays in its folder"),
         (["--resume", unsaved], "unsaved: nothing to go on from, it was never saved; start it again"),
         (["--method", "mim", "--resume", "auto"], "--resume auto: needs --out"),
         ([*words, "--out", out], "already holds a run; .* or add --resume auto"),
@@ -293,6 +302,61 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, capsy
     assert train_ssp.main(["--resume", str(out)]) == 0
     assert f"{last}: damaged; going on from {out / 'previous.pt'}" in capsys.readouterr().out
     assert_same(cwd / "whole", out)
+
+
+def test_a_run_that_was_killed_between_two_renames_goes_on(stopped, capsys):
+    """What is newest stands as next.pt, what was last.pt as previous.pt, and that one is damaged."""
+    cwd, _, out = stopped
+    (out / "last.pt").replace(out / "next.pt")
+    (out / "previous.pt").write_bytes((out / "previous.pt").read_bytes()[:-500])
+    (out / ".next.pt.1.tmp").write_bytes(b"half")
+    assert train_ssp.main(["--resume", str(out)]) == 0
+    assert_same(cwd / "whole", out)
+    assert not list(out.glob(".*.tmp")) and not (out / "next.pt").exists()
+
+
+def test_a_run_that_another_process_has_made_meanwhile_is_left_alone(stopped):
+    """Two of the same command, of which one has seen the folder while it was empty."""
+    _, _, out = stopped
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    args = argparse.Namespace(out=str(out), resume="auto")
+    with pytest.raises(UserError, match="another process has trained in it meanwhile"):
+        resume.open_run(None, args, "name", {}, {})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_labels_that_have_changed_are_refused(phantom_folder, tmp_path, monkeypatch):
+    """Of a subject that is trained on, or that validates; exchanged, or gone."""
+    hearts = shutil.copytree(phantom_folder, tmp_path / "hearts")
+    words = ["--data", str(hearts), "--cache", str(tmp_path / "cache"), *TINY[:-2], "--n-subjects", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "Batches", partial(Interrupting, at=(0, 1)))
+        with pytest.raises(Stopped):
+            finetune.main([*words, "--batch-size", "4", "--epochs", "2", "--out", str(tmp_path / "run")])
+    provenance = weights.read(tmp_path / "run" / "last.pt")["provenance"]
+    for key in (provenance["subjects"][0], provenance["split"]["validation"][0]):
+        path = next(hearts.rglob(f"{key.split('/')[1]}_sa_gt.nii.gz"))
+        before = path.read_bytes()
+        image = nibabel.load(path)
+        exchanged = np.array([0, 3, 2, 1], np.uint8)[np.asanyarray(image.dataobj)]
+        nibabel.save(nibabel.Nifti1Image(exchanged, image.affine, image.header), path)
+        with pytest.raises(UserError, match="its labels have changed since, or some are gone"):
+            finetune.main(["--resume", str(tmp_path / "run")])
+        path.unlink()
+        with pytest.raises(UserError, match="its labels have changed since, or some are gone"):
+            finetune.main(["--resume", str(tmp_path / "run")])
+        path.write_bytes(before)
+    assert finetune.main(["--resume", str(tmp_path / "run")]) == 0
+
+
+def test_a_signal_before_the_training_leaves_nothing_half_written(phantom_folder, tmp_path):
+    process = start(["--method", "mim", "--data", phantom_folder, "--cache", "cache", *TINY], tmp_path)
+    assert wait_for(lambda: (tmp_path / "cache").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    assert errors.strip().endswith("train_ssp.py: ended by SIGTERM")
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(stopped, tmp_path):
@@ -379,6 +443,23 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
         match=r"epoch 2, step 4 of 10: not finite: gradient_norm inf, 3 times in a row .* slices of mnms/B\.",
     ):
         meter.read()
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume_between_epochs():
+    settings = training.Settings(**{**SETTINGS, "amp": "fp16"}, max_skipped=2)
+    bad, subjects = torch.tensor(float("inf")), torch.tensor([0, 1])
+    meter = Meter(FewSteps(), settings, "")
+    meter.start_epoch(0)
+    for loss in (torch.tensor(1.0), bad, bad):
+        meter.update({"loss": loss, "gradient_norm": loss}, subjects)
+    meter.end_epoch()
+    again = Meter(FewSteps(), settings, "")
+    again.load_state_dict(meter.state_dict(), 10)
+    for either in (meter, again):
+        either.start_epoch(1)
+        either.update({"loss": bad, "gradient_norm": bad}, subjects)
+        with pytest.raises(UserError, match="3 times in a row"):
+            either.read()
 
 
 def test_a_gradient_that_is_not_finite_is_not_saved():

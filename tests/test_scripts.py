@@ -232,6 +232,11 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
             ("--local-crops", "expected a number above 0, got 0"),
         ),
         (
+            ("train_ssp.py", "--method", "dino", *data, *TINY, "--local-size", 4, "--local-crops", 1,
+             "--batch-size", 1),
+            ("--batch-size 1: batch norm needs",),
+        ),
+        (
             ("finetune.py", *data, "--image-size", 64, "--batch-size", 1),
             ("--batch-size 1: batch norm needs",),
         ),

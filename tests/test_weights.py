@@ -1,4 +1,5 @@
 import os
+import pickle
 
 import pytest
 import torch
@@ -52,6 +53,27 @@ def test_what_transfers_and_what_stays(tmp_path, parts, fresh):
     assert {part for part, what in report.items() if what.startswith("transferred")} == set(parts)
     for key, value in target.state_dict().items():
         assert torch.equal(value, (before if key.split(".")[0] in fresh else source.state_dict())[key])
+
+
+def test_a_bit_that_has_changed_is_noticed(tmp_path):
+    some = saved(tmp_path, unet()).state_dict["encoder.stages.2.conv2.weight"]
+    path = tmp_path / "unet.pt"
+    whole = path.read_bytes()
+    first = whole.index(some.numpy().tobytes())
+    for place in range(first, first + some.nbytes, some.nbytes // 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="got another or a damaged file"):
+            weights.read(path)
+    path.write_bytes(whole)
+    weights.read(path)
+
+
+def test_a_pickle_that_is_cut_off_anywhere_is_refused(tmp_path):
+    whole = pickle.dumps({"state_dict": {}, "config": {"channels": [1, 2]}, "x": "provenance"}, 2)
+    for length in range(len(whole)):
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        with pytest.raises(UserError, match="expected a checkpoint of this package"):
+            weights.read(tmp_path / "cut.pt")
 
 
 def test_heads_of_other_classes_stay_behind(tmp_path):

@@ -13,7 +13,9 @@ PROG = "python -m cmrssp.data"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 when a subject, a file or a row of a table was left out. Raises UserError, and OSError for what cannot be read."""
+    """0; 1 when a subject, a file or a row of a table was left out. Raises UserError, and OSError for what
+    cannot be read.
+    """
     parser = command.Parser(prog=PROG, description=__doc__)
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help=f"as for --data: folders, or '{data.PHANTOM}'"

@@ -80,9 +80,11 @@ def refuse_other_images(
         )
 
 
-def digests(store: Store, keys: Iterable[str]) -> dict[str, str]:
-    """{subject key: the beginning of its images' digest}, as a checkpoint remembers them."""
-    return {key: store.cines[store.index[key]].digest[:16] for key in keys}
+def digests(store: Store, keys: Iterable[str], *, labels: bool = False) -> dict[str, str]:
+    """{subject key: the beginning of its images' digest, or of its labels'}, as a checkpoint remembers them.
+    """
+    records = store.labels if labels else store.cines
+    return {key: records[store.index[key]].digest[:16] for key in keys}
 
 
 def reaches(store: Store) -> np.ndarray:

@@ -8,6 +8,7 @@ heart's contours are radii around the axis of the left ventricle (LV), tabulated
 import csv
 import gzip
 import os
+import secrets
 import shutil
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ def write(folder: Path, *, seed: int = 0, num_subjects: int = 60, num_frames: in
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: expected no such folder, or an empty one")
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     part.mkdir(parents=True)
     try:
         # Threads: numpy, scipy and zlib give up the interpreter lock for most of the work.
@@ -55,10 +56,13 @@ def write(folder: Path, *, seed: int = 0, num_subjects: int = 60, num_frames: in
                 part, seed, index, num_frames, max_slices, max_matrix), range(num_subjects)))
         with open(part / TABLE, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([_COLUMNS, *rows])
-        part.replace(folder)
-    except BaseException:
+        try:
+            part.replace(folder)
+        except OSError:
+            if not (folder / TABLE).is_file():  # else another process has written the same meanwhile
+                raise
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _write_subject(folder, seed, index, num_frames, max_slices, max_matrix):

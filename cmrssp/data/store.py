@@ -2,8 +2,8 @@
 folder.
 
 A file is one line of JSON (the record, padded to 64 bytes) and then the plain array, so that opening a store
-reads one line a subject, a slice is one read, and a volume is one memory map. A file that is half-written, of
-an older format, or whose source has changed since is not valid and is built again.
+reads one line a subject, a slice is one read, and a volume is one memory map. Its name has a hash of what it
+was made from: of a changed source there is a new file, and who reads the old one is not disturbed.
 """
 
 import json
@@ -22,9 +22,11 @@ from cmrssp.data.cine import read_cine
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.labels import Heart, read_labels
 from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
-from cmrssp.files import atomic
+from cmrssp.errors import UserError
+from cmrssp.files import atomic, sweep
 
 FORMAT = 4
+_OF_CINE = ("centre", "mean", "std", "max", "minimum", "scale", "time_step_s", "digest")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class LabelRecord:
     ed: int | None
     es: int | None
     heart: Heart | None
+    digest: str
     problems: tuple[Problem, ...]
 
     @property
@@ -76,8 +79,7 @@ class Store:
         left_out: Sequence[Problem] = (),
     ) -> None:
         self.subjects, self.cines = list(subjects), list(cines)
-        self.labels = None if labels is None else list(labels)
-        self.left_out = list(left_out)
+        self.labels, self.left_out = None if labels is None else list(labels), list(left_out)
         self.index = {subject.key: i for i, subject in enumerate(self.subjects)}
 
     def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
@@ -86,8 +88,7 @@ class Store:
 
     def volume(self, subject: int, frame: int) -> np.ndarray:
         """(Z, H, W) int16 of a cine frame, memory-mapped."""
-        record = self.cines[subject]
-        return np.memmap(record.path, "<i2", "r", record.offset, record.shape)[frame]
+        return _map(self.cines[subject], "<i2")[frame]
 
     def label_slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
         """(H, W) uint8 of a labelled cine frame. Raises ValueError for an unlabelled one."""
@@ -97,8 +98,7 @@ class Store:
     def label_volume(self, subject: int, frame: int) -> np.ndarray:
         """(Z, H, W) uint8 of a labelled cine frame, memory-mapped."""
         record = self.labels[subject]
-        volumes = np.memmap(record.path, "u1", "r", record.offset, record.shape)
-        return volumes[record.frames.index(frame)]
+        return _map(record, "u1")[record.frames.index(frame)]
 
 
 def build(
@@ -117,6 +117,7 @@ def build(
     """
     folder = Path(cache) / "store"
     folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, older_than_s=86400)
     cines, label_records, broken = {}, {}, {}
 
     def prepare(subject: Subject, write: bool) -> bool:
@@ -162,8 +163,8 @@ def build(
 
 def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
     """The record of the stored cine; where there is no valid file, write it or give None."""
-    path, sources = _path(folder, subject, ".cine"), _fingerprint([subject.cine])
-    header = _valid_header(path, sources)
+    path = _path(folder, subject, _fingerprint([subject.cine]), ".cine")
+    header = _valid_header(path)
     if header is None and not write:
         return None
     if header is None:
@@ -172,15 +173,7 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
             path,
             cine.stored,
             {
-                "sources": sources,
-                "centre": cine.centre,
-                "mean": cine.mean,
-                "std": cine.std,
-                "max": cine.max,
-                "minimum": cine.minimum,
-                "scale": cine.scale,
-                "time_step_s": cine.time_step_s,
-                "digest": cine.digest,
+                **{name: getattr(cine, name) for name in _OF_CINE},
                 "geometry": asdict(cine.geometry),
                 "problems": _plain(cine.problems),
             },
@@ -202,22 +195,22 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
 
 
 def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> LabelRecord | None:
-    path = _path(folder, subject, ".labels")
     files = [subject.cine, *(p for f in subject.labels for p in (f.path, f.image) if p)]
     # the cine binds the labels' shape and axes, the layout their ids and frames
     said = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
     sources = [*_fingerprint(files), json.loads(json.dumps(said))]
-    header = _valid_header(path, sources)
+    path = _path(folder, subject, sources, ".labels")
+    header = _valid_header(path)
     if header is None and not write:
         return None
     if header is None:
-        volumes = np.memmap(cine.path, "<i2", "r", cine.offset, cine.shape)
-        labels = read_labels(subject, volumes, cine.geometry)
+        labels = read_labels(subject, _map(cine, "<i2"), cine.geometry)
+        known = json.dumps([labels.frames, labels.ed, labels.es]).encode()
         header = _write(
             path,
             labels.masks,
             {
-                "sources": sources,
+                "digest": sha256(known + labels.masks.tobytes()).hexdigest(),
                 "frames": labels.frames,
                 "ed": labels.ed,
                 "es": labels.es,
@@ -234,6 +227,7 @@ def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> La
         header["ed"],
         header["es"],
         Heart(tuple(heart["centre"]), tuple(heart["box"])) if heart else None,
+        header["digest"],
         _problems(subject, header),
     )
 
@@ -246,9 +240,9 @@ def _problems(subject: Subject, header: dict) -> tuple[Problem, ...]:
     return tuple(Problem(subject.key, *entry) for entry in header["problems"])
 
 
-def _path(folder: Path, subject: Subject, suffix: str) -> Path:
-    place = sha256(str(subject.cine.resolve()).encode()).hexdigest()[:12]
-    return folder / f"{subject.file_name[:80]}-{place}{suffix}"
+def _path(folder: Path, subject: Subject, sources: list, suffix: str) -> Path:
+    made_from = json.dumps([FORMAT, str(subject.cine.resolve()), sources])
+    return folder / f"{subject.file_name[:80]}-{sha256(made_from.encode()).hexdigest()[:16]}{suffix}"
 
 
 def _fingerprint(paths: Sequence[Path]) -> list[list]:
@@ -260,7 +254,7 @@ def _fingerprint(paths: Sequence[Path]) -> list[list]:
 
 
 def _write(path: Path, array: np.ndarray, header: dict) -> dict:
-    record = json.dumps({"format": FORMAT, "shape": array.shape, "bytes": array.nbytes, **header})
+    record = json.dumps({"shape": array.shape, "bytes": array.nbytes, **header})
     line = record.encode() + b" " * (-(len(record.encode()) + 1) % 64) + b"\n"
     with atomic(path) as file:
         file.write(line)
@@ -268,8 +262,8 @@ def _write(path: Path, array: np.ndarray, header: dict) -> dict:
     return {**json.loads(record), "offset": len(line)}
 
 
-def _valid_header(path: Path, sources: list) -> dict | None:
-    """The record of a complete, current file; None where there is none."""
+def _valid_header(path: Path) -> dict | None:
+    """The record of a complete file; None where there is none."""
     try:
         with open(path, "rb") as file:
             line = file.readline()
@@ -277,8 +271,18 @@ def _valid_header(path: Path, sources: list) -> dict | None:
             whole = os.fstat(file.fileno()).st_size == len(line) + header["bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    current = header.get("format") == FORMAT and header.get("sources") == sources
-    return {**header, "offset": len(line)} if whole and current else None
+    return {**header, "offset": len(line)} if whole else None
+
+
+def _map(record: CineRecord | LabelRecord, dtype: str) -> np.ndarray:
+    try:
+        return np.memmap(record.path, dtype, "r", record.offset, record.shape)
+    except ValueError:
+        raise _shorter(record) from None
+
+
+def _shorter(record: CineRecord | LabelRecord) -> UserError:
+    return UserError(f"{record.path}: shorter than it was; start again, and it is written again")
 
 
 def _read_slice(record: CineRecord | LabelRecord, volume: int, slice: int, dtype: str) -> np.ndarray:
@@ -290,4 +294,6 @@ def _read_slice(record: CineRecord | LabelRecord, volume: int, slice: int, dtype
         read = os.pread(file, size, record.offset + (volume * slices + slice) * size)
     finally:
         os.close(file)
+    if len(read) < size:
+        raise _shorter(record)
     return np.frombuffer(read, dtype).reshape(height, width)

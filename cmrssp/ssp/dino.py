@@ -19,10 +19,8 @@ from cmrssp.losses import dino_cross_entropy
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, check_image_size
 
-_GLOBAL_AREA, _LOCAL_AREA = (
-    (0.14, 1.0),
-    (0.05, 0.14),
-)  # shares of the widest field of view, 1.4 x the plain crop's
+# shares of the widest field of view, 1.4 x the plain crop's
+_GLOBAL_AREA, _LOCAL_AREA = (0.14, 1.0), (0.05, 0.14)
 _LOCAL_OFFSET = 0.25  # of the plain crop's side: 80 mm of 320
 
 
@@ -204,6 +202,9 @@ class DINO(Method):
             "global": torch.cat([crops(first, self.image_size), crops(second, self.image_size)]),
             "local": torch.cat([crops(local, self.local_size) for _ in range(self.local_crops)]),
         }
+
+    def view_sizes(self) -> list[tuple[int, int]]:
+        return [(self.image_size, 2), (self.local_size, self.local_crops)]
 
     def outputs(self, views: Views) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the student (2B + crops x B, K); of the teacher (2B, K), without gradient."""

@@ -38,6 +38,10 @@ class Method(nn.Module):
         """Augmented views on the batch's device, without gradient; no generator: the plain centred crop."""
         raise NotImplementedError
 
+    def view_sizes(self) -> list[tuple[int, int]]:
+        """(side in pixels, how many of each slice) of what goes through the encoder at once."""
+        return [(self.image_size, 1)]
+
     def outputs(self, views: Views) -> Sequence[torch.Tensor]:
         """What the networks make of the views: `forward` without the loss. Some may have no gradient."""
         raise NotImplementedError

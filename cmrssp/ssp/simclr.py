@@ -94,6 +94,9 @@ class SimCLR(Method):
         ]
         return {"image": torch.cat(images), "position": batch["position"].repeat(2)}
 
+    def view_sizes(self) -> list[tuple[int, int]]:
+        return [(self.image_size, 2)]
+
     def outputs(self, views: Views) -> list[torch.Tensor]:
         """The embeddings (2B, D)."""
         return [self.projector(self.encoder.pooled(views["image"]))]
