@@ -65,9 +65,10 @@ def test_a_collapse_is_said_when_it_happens(phantom_folder, tmp_path, capsys, co
     torch.manual_seed(0)
     network = {"channels": (16, 32, 64, 128, 128), "image_size": 96, "spacing_mm": 2.25}
     method = MIM(**network, augment=True, patch_size=32, mask_ratio=0.75)
-    for _ in range(5):  # the batch norms learn the statistics of the features
-        for batch in loader.in_order():
-            method(method.views(batch, None), 0.0)
+    with torch.no_grad():
+        for _ in range(5):  # the batch norms learn the statistics of the features
+            for batch in loader.in_order():
+                method(method.views(batch, None), 0.0)
     if collapsed:
         with torch.no_grad():
             method.encoder.stages[-1].norm2.weight.zero_()  # every feature is its bias, whatever the image
