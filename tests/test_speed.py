@@ -227,6 +227,12 @@ def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("--compile: off, torch finds no compiler that works here (")
 
 
+def test_the_common_batch_norm_of_several_gpus_is_not_compiled(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolve_compile(True, torch.device("cuda"), "batch") is False
+    assert capsys.readouterr().out.startswith("--compile: off, torch does not compile the batch norm")
+
+
 def test_work_is_counted_as_by_hand():
     a, b, c = torch.ones(3, 5), torch.ones(5, 7), torch.ones(3, 5)
     assert benchmark.work(lambda: a @ b) == (2 * 3 * 5 * 7, 4 * (3 * 5 + 5 * 7 + 3 * 7))
