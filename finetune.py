@@ -204,11 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=config,
         provenance=provenance,
         validate=validate,
+        draw=lambda: report.curves(run.records(), run.folder / "curves.png"),
         hint=flags.quick_hint(args, device),
         state=state,
     )
-    if distributed.is_main():
-        report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}")
     return 0
 

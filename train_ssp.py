@@ -138,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def validate(method: Method, epoch: int) -> dict[str, float]:
         return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
 
+    def draw() -> None:
+        report.views(method, loaders["train"], run.folder / "views.png")
+        report.curves(run.records(), run.folder / "curves.png")
+
     if not state and distributed.is_main():
         report.views(method.to(device), loaders["train"], run.folder / "views.png")
     training.train(
@@ -148,12 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=config,
         provenance=provenance,
         validate=validate,
+        draw=draw,
         hint=flags.quick_hint(args, device),
         state=state,
     )
-    if distributed.is_main():
-        report.views(method, loaders["train"], run.folder / "views.png")
-        report.curves(run.records(), run.folder / "curves.png")
     print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
     return 0
 

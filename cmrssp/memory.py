@@ -22,6 +22,11 @@ def check(
     """Print the estimate; raise UserError with a batch size that fits when the device has less. With
     `device_cache` on, or auto where a GPU has room for them, the slices go into the device's memory now.
     """
+    if batches.batch_size < method.fewest_slices:
+        raise UserError(
+            f"--batch-size: {method.name} compares the slices of a batch with one another, expected at least "
+            f"{method.fewest_slices} of them, got {batches.batch_size} ({len(batches.slices)} to train on)"
+        )
     factor, ranks = 2 ** (len(method.encoder.channels) - 1), distributed.world_size()
     fewest = batches.share * min(number * (side // factor) ** 2 for side, number in method.view_sizes())
     if method.encoder.norm == "batch" and fewest < 2:

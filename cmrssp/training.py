@@ -130,15 +130,17 @@ def train(
     config: dict,
     provenance: dict,
     validate: Callable[[Method, int], dict[str, float]],
+    draw: Callable[[], None] | None = None,
     hint: str = "",
     state: dict | None = None,
 ) -> None:
     """Train `method` to the end of its schedule and leave last.pt, unet.pt and log.jsonl in the run's folder.
 
     `validate(method, epoch)` is called every `validate_every` epochs and after the last; its figures go to
-    the log. With `state`, the content of a last.pt, the training goes on after its last step, as if it had
-    never been interrupted. A signal ends it with `Stopped`, once the step is done and saved. Under torchrun
-    all ranks call it, each with its share of the batches; what one of them is told to do, all do.
+    the log. `draw()` makes the last pictures, on rank 0; only then unet.pt says that the run is finished.
+    With `state`, the content of a last.pt, the training goes on after its last step, as if it had never been
+    interrupted. A signal ends it with `Stopped`, once the step is done and saved. Under torchrun all ranks
+    call it, each with its share of the batches; what one of them is told to do, all do.
     """
     step = Step(method, batches, settings)
     meter = Meter(batches, settings, hint)
@@ -204,6 +206,8 @@ def train(
                 signals.stop_if_received(run.folder, epoch + 1, 0)
     done = {"config": config, "provenance": {**provenance, "epochs": settings.epochs}}
     if distributed.is_main():
+        if draw:
+            draw()
         weights.save(run.folder / "unet.pt", {"state_dict": method.pretrained_state(), **done})
     (run.folder / "previous.pt").unlink(missing_ok=True)
     meter.close()

@@ -293,6 +293,15 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     assert_same(cwd / "whole", out)
     assert train_ssp.main([*words, "--out", str(out), "--resume", "auto"]) == 0
     assert f"already finished: {out / 'unet.pt'}" in capsys.readouterr().out
+    # unet.pt comes last of all: a run that ended just before it gets all that is missing
+    views, curves, weights_file = (out / name for name in ("views.png", "curves.png", "unet.pt"))
+    assert weights_file.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in (views, curves))
+    before = views.read_bytes()
+    for path in (views, curves, weights_file):
+        path.unlink()
+    assert train_ssp.main(["--resume", str(out), "--data", str(moved)]) == 0
+    assert_same(cwd / "whole", out)
+    assert curves.is_file() and views.read_bytes() == before
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, capsys):

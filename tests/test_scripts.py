@@ -240,6 +240,10 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
             ("finetune.py", *data, "--image-size", 64, "--batch-size", 1),
             ("--batch-size 1: batch norm needs",),
         ),
+        (
+            ("train_ssp.py", "--method", "pcl", *data, *TINY, "--image-size", 64, "--batch-size", 1),
+            ("--batch-size: pcl compares the slices of a batch", "at least 2 of them, got 1"),
+        ),
         ((*mim, *data, "--lr", "inf"), ("--lr", "expected a number above 0, got inf")),
         ((*mim, *data, "--mask-ratio", "nan"), ("--mask-ratio", "expected a number from 0 to 1, got nan")),
         ((*mim, *data, "--split-file", "absent"), ("--split-file absent: No such file",)),

@@ -21,6 +21,7 @@ class Method(nn.Module):
     name: ClassVar[str]
     defaults: ClassVar[dict]  # the paper's optimisation settings, by flag (supplement A)
     quick: ClassVar[dict]  # what --quick changes of them
+    fewest_slices: ClassVar[int] = 1  # in a batch
     encoder: Encoder  # the network that is trained
     image_size: int  # side of the network's square, pixels
     spacing_mm: float
