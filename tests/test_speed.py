@@ -1,5 +1,6 @@
 """The fast ways give what the plain ones give, and the benchmark counts right."""
 
+import contextlib
 import copy
 import re
 
@@ -96,6 +97,34 @@ def test_where_slices_lie_and_what_is_recomputed_change_no_bit(phantom_folder, t
     again = ["--resume", "grad-checkpoint"]
     assert train_ssp.parse(again)[0].grad_checkpoint
     assert not train_ssp.parse([*again, "--no-grad-checkpoint"])[0].grad_checkpoint
+
+
+@pytest.mark.parametrize("name", two_processes.NAMES)
+def test_a_step_reads_nothing_back_from_the_device(hearts, name, monkeypatch):
+    """A tensor on torch's meta device holds no number: to read one is an error, and so is most arithmetic
+    between two devices. The patches are for what torch does not have there.
+    """
+
+    class Generator(torch.Generator):
+        def __new__(cls, device=None):
+            return super().__new__(cls)
+
+    randn = torch.randn
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator, **options: randn(*shape, **options))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    loader = batches(hearts)
+    batch = {key: value.to("meta") for key, value in next(loader.in_order()).items()}
+    loader.device = torch.device("meta")
+    settings = Settings(**two_processes.SETTINGS)
+    step = Step(two_processes.make_method(name), loader, settings)
+    for group in step.optimizer.param_groups:
+        group["fused"] = False
+    for number in range(4):  # which of the images get noise or blur differs
+        found = step(batch, 0, number)
+        assert {value.device.type for value in found.values()} == {"meta"}
+    with pytest.raises(RuntimeError, match="meta"):
+        found["loss"].item()
 
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
