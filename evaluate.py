@@ -22,6 +22,7 @@ from cmrssp import (
     run,
     segmentation,
     statistics,
+    study,
     tables,
     weights,
 )
@@ -29,9 +30,10 @@ from cmrssp.data import check, splits, store
 from cmrssp.data.subject import CLASSES, BrokenSubject
 from cmrssp.device import resolve_device
 from cmrssp.errors import UserError
+from cmrssp.files import check_writable, write_csv
 from cmrssp.kinds import vendor_names
 
-# what these ask for has no meaning beside --predict, --compare or --tables
+# flags that only the scoring of a split uses, and flags that only a prediction uses
 _SCORING = ("--data", "--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases",
             "--vendors", "--save-predictions")  # fmt: skip
 _PREDICTING = ("--checkpoint", "--flips", "--largest-component", "--label-suffix")
@@ -88,8 +90,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.vendors = flags.flat(args.vendors)
     mode = next((name for name in ("predict", "compare", "tables") if getattr(args, name)), None)
-    others = {"predict": ("--split", *_SCORING), "compare": (*_SCORING, *_PREDICTING), "tables": (
-        "--split", *_SCORING, *_PREDICTING)}  # fmt: skip
+    others = {
+        "predict": ("--split", *_SCORING),
+        "compare": ("--out", *_SCORING, *_PREDICTING),
+        "tables": ("--split", *_SCORING, *_PREDICTING),
+    }
     for flag in others.get(mode, ()):
         if flags.typed(argv, flag):
             parser.error(f"{flag} says nothing to --{mode}; leave it out")
@@ -104,8 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.tables:
             return print_tables(args.tables, Path(args.out) if args.out else args.tables / "tables")
         return compare(args.compare, args.split)
-    checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finished("fine-tuning")]]
+    checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finetuned()]]
     print(f"checkpoint: {', '.join(str(c.path) for c in checkpoints)}")
+    for checkpoint in checkpoints:
+        if checkpoint.unfinished:
+            print(f"{checkpoint.path}: an unfinished training, {checkpoint.unfinished}")
     methods = [segmentation.restore(checkpoint) for checkpoint in checkpoints]
     if args.predict:
         return predict(args, methods, checkpoints[0].provenance)
@@ -114,12 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segmentation.Segmentation]) -> int:
     first = checkpoints[0]
-    paths = getattr(args, "data", first.provenance["data"])
+    paths, label_suffix = data.source({**first.provenance, **vars(args)})
     data.announce(paths)
     device = resolve_device(args.device)
     methods = [method.to(device) for method in methods]
 
-    label_suffix = getattr(args, "label_suffix", first.provenance.get("label_suffix", data.LABEL_SUFFIX))
     with distributed.main_first():
         subjects, problems = data.find(paths, args.cache, label_suffix)
     inherited = None if flags.typed(argv, "--split-seed") else first.provenance["split"]
@@ -148,6 +155,7 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         trained = checkpoint.seen() if args.split != "train" else ()
         check.refuse_other_images(cines, checkpoint.digests, trained, cines.index)
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, checkpoints)
+    check_writable("--out", out)
     saved = out / "predictions" if args.save_predictions else None
     scores = evaluation.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
     if scores.unlabelled:
@@ -206,6 +214,7 @@ def default_folder(args, argv: Sequence[str] | None, checkpoints: Sequence) -> s
         *(["flips"] if args.flips else []),
         *(["largest"] if args.largest_component else []),
         *([f"ensemble{len(checkpoints)}"] if len(checkpoints) > 1 else []),
+        *([f"epoch{checkpoints[0].provenance['epochs']}"] if checkpoints[0].unfinished else []),
     ]
     return "-".join([f"evaluation-{args.split}", *changed])
 
@@ -215,8 +224,9 @@ def predict(args, methods: list[segmentation.Segmentation], provenance: dict) ->
     device = resolve_device(args.device)
     methods = [method.to(device) for method in methods]
     out = Path(args.out or "predictions")
-    suffix = getattr(args, "label_suffix", provenance.get("label_suffix", data.LABEL_SUFFIX))
-    subjects = prediction.find(args.predict, args.cache, suffix, out)
+    check_writable("--out", out)
+    _, label_suffix = data.source({**provenance, **vars(args)})
+    subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict | str] = []
     share = distributed.share(subjects)
@@ -229,7 +239,7 @@ def predict(args, methods: list[segmentation.Segmentation], provenance: dict) ->
     rows, broken = ([x for x in found if isinstance(x, kind)] for kind in (dict, str))
     rows.sort(key=lambda row: (-row["severity"], row["cine"]))
     if rows and distributed.is_main():
-        evaluation.write_csv(out / "clinical.csv", rows)
+        write_csv(out / "clinical.csv", rows)
         print(report.prediction_table(rows))
         print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")
     elif distributed.is_main() and not any(out.iterdir()):
@@ -253,16 +263,16 @@ def compare(runs: Sequence[str], split: str) -> int:
 
 
 def print_tables(runs: Path, out: Path) -> int:
-    found = tables.collect(runs)
+    found = study.collect(runs)
     made = tables.tables(found)
     print("\n\n".join(tables.markdown(table) for table in made))
-    missing = tables.missing(found, runs)
+    missing = study.missing(found, runs)
     if missing:
         print("\nto fill the empty cells:\n" + "\n".join(missing))
     out.mkdir(parents=True, exist_ok=True)
     tables.write_csv(made, out)
-    figures.learning_curves(tables.learning_curves(found), out / "learning_curves.png")
-    print(f"\nwritten: {out}/*.csv, learning_curves.png")
+    drawn = figures.learning_curves(tables.learning_curves(found), out / "learning_curves.png")
+    print(f"\nwritten: {out}/*.csv" + (", learning_curves.png" if drawn else ""))
     return 0
 
 

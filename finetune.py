@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"already finished: {interrupted.folder / 'unet.pt'}")
         return 0
     inherited = checkpoint.provenance if checkpoint else {}
-    paths = getattr(args, "data", inherited.get("data", [data.PHANTOM]))
-    label_suffix = getattr(args, "label_suffix", inherited.get("label_suffix", data.LABEL_SUFFIX))
+    paths, label_suffix = data.source({**inherited, **vars(args)})
     data.announce(paths)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
@@ -161,13 +160,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.start(described, split)
         if transferred:
             run.log({"epoch": 0, "transfer": transferred})
-    config = {
-        "channels": args.channels,
-        "image_size": args.image_size,
-        "spacing_mm": args.spacing,
-        "classes": list(CLASSES),
-        "norm": args.norm,
-    }
     provenance = {
         "method": method.name,
         "data": data.absolute(paths),
@@ -201,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loader,
         settings,
         run,
-        config=config,
+        config=method.config(),
         provenance=provenance,
         validate=validate,
         draw=lambda: report.curves(run.records(), run.folder / "curves.png"),
@@ -243,13 +235,10 @@ def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int],
     """
     mine: list[list[dict[str, float]]] = []
     for subject in distributed.share(subjects):
-        mine.append([])
-        record = cines.labels[subject]
-        frames = sorted({record.ed, record.es} - {None})
-        for frame, labels in zip(
-            frames, predict_frames([method], cines, subject, frames, device), strict=True
-        ):
-            mine[-1].append(dice(labels, cines.label_volume(subject, frame)))
+        frames = sorted(set(cines.labels[subject].phases.values()))
+        predicted = predict_frames([method], cines, subject, frames, device)
+        truth = (cines.label_volume(subject, frame) for frame in frames)
+        mine.append([dice(*pair) for pair in zip(predicted, truth, strict=True)])
     scores = [score for of_subject in distributed.merge(mine) for score in of_subject]
     means = {f"dice_{name}": float(np.mean([s[name] for s in scores])) for name in CLASSES}
     return {"dice": float(np.mean(list(means.values()))), **means}

@@ -16,8 +16,9 @@ def parse(argv: Sequence[str] | None):
     """(args, run that goes on or None), in two stages: --method decides which flags and which defaults there
     are.
     """
-    first = command.Parser(prog="train_ssp.py", description=__doc__, add_help=False)
-    for parser in (first, full := command.Parser(prog="train_ssp.py", description=__doc__)):
+    first = command.Parser(prog="train_ssp.py", add_help=False)
+    full = command.Parser(prog="train_ssp.py", description=__doc__)
+    for parser in (first, full):
         parser.add_argument(
             "--method",
             choices=sorted(METHODS),
@@ -65,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"already finished: {interrupted.folder / 'unet.pt'}")
         return 0
     method_class = METHODS[args.method]
-    paths = getattr(args, "data", [data.PHANTOM])
-    label_suffix = getattr(args, "label_suffix", data.LABEL_SUFFIX)
+    paths, label_suffix = data.source(vars(args))
     data.announce(paths)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
@@ -111,16 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images, {})
     if not state:
         run.start(
-            {"kind": "pretraining", **vars(args), "data": data.absolute(paths), "device": str(device)},
+            {
+                "kind": "pretraining",
+                **vars(args),
+                "data": data.absolute(paths),
+                "label_suffix": label_suffix,
+                "device": str(device),
+            },
             split,
         )
-    config = {
-        "channels": args.channels,
-        "image_size": args.image_size,
-        "spacing_mm": args.spacing,
-        "classes": None,
-        "norm": args.norm,
-    }
     provenance = {
         "method": args.method,
         "data": data.absolute(paths),
@@ -149,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaders["train"],
         settings,
         run,
-        config=config,
+        config=method.config(),
         provenance=provenance,
         validate=validate,
         draw=draw,

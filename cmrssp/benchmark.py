@@ -21,12 +21,12 @@ from cmrssp.training import Settings, Step, step_generator
 _MIN_ROUNDS = 5
 _ROUND_S = 1.0  # of one kind of work: rounds are short, so that a slow minute of the machine meets every kind
 _WARM_UP = 3
-_OVERWRITE = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_"}  # these read nothing of it
+_OVERWRITE = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_"}  # their target is not read
 
 
 @dataclass
 class Measured:
-    """Of one kind of work, slices a second in each round."""
+    """Of one kind of work, slices per second in each round."""
 
     title: str
     rates: list[float]
@@ -43,8 +43,8 @@ class Measured:
 
 
 def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
-    """Print what `num_steps` steps or more take, in rounds that measure one kind of work after the other, and
-    back. The learning rate is 0: the weights stay.
+    """Print how long at least `num_steps` steps take. Each round measures every kind of work, every second
+    round in reverse order. The learning rate is 0: the weights do not change.
     """
     device, size, share = batches.device, batches.batch_size, batches.share
     step = Step(method, batches, replace(settings, lr=0.0, final_lr=0.0))

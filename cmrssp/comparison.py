@@ -11,10 +11,12 @@ from cmrssp.study import Evaluated
 
 
 def arms(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
-    """{the first run's path as typed: its seeds}: runs that differ in nothing but the seed belong together.
-    Raises UserError for what is no evaluated run, and for runs with scores of different subjects or phases.
+    """{name: runs}: runs that differ in the seed alone are one group, named after the path of its first run
+    as typed and the number of further seeds. Raises UserError for what is no evaluated run, for one that is
+    named twice, and for runs with scores of different subjects or phases.
     """
     groups: dict[str, list[Evaluated]] = {}
+    seen: set[Path] = set()
     for run in runs:
         folder = Path(run) if (Path(run) / "summary.json").is_file() else Path(run) / f"evaluation-{split}"
         try:
@@ -26,13 +28,15 @@ def arms(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
             ) from None
         if found is None:
             raise UserError(f"{folder}: expected scores of the {split} split (--split), got those of another")
-        same = (
-            name
-            for name, seeds in groups.items()
-            if _but_seed(seeds[0]) == _but_seed(found)
-            and found.seed not in {each.seed for each in seeds}
-        )
-        groups.setdefault(next(same, str(run)), []).append(found)
+        if folder.resolve() in seen:
+            raise UserError(f"--compare: {run} is named twice")
+        seen.add(folder.resolve())
+        for seeds in groups.values():
+            if _but_seed(seeds[0]) == _but_seed(found) and found.seed not in {each.seed for each in seeds}:
+                seeds.append(found)
+                break
+        else:
+            groups[run] = [found]
     first, *others = (run for seeds in groups.values() for run in seeds)
     for other in others:
         study.refuse_other_subjects(first, other)

@@ -78,8 +78,8 @@ def resolve_compile(wanted: bool, device: torch.device, norm: str) -> bool:
 
 @contextmanager
 def untuned(compiled: bool) -> Iterator[None]:
-    """Within it networks that were compiled run as they are, and cuDNN tries no algorithms out: a shape that
-    comes now and then is not worth it.
+    """Inside, compiled networks run uncompiled and cuDNN does not search for the fastest algorithm: for
+    shapes that occur rarely, compiling and searching would take longer than they save.
     """
     tries = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False

@@ -95,7 +95,7 @@ def say(message: str) -> None:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Is it the end of another process, or of the connection to it, that this error tells of?"""
+    """Whether this error means that another process, or the connection to it, has ended."""
     return isinstance(error, Lost | dist.DistError) or "gloo" in str(error)
 
 
@@ -116,7 +116,7 @@ def main_first() -> Iterator[None]:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """What `make` gives on rank 0, where alone it is called: something that JSON can say."""
+    """The result of `make`, called on rank 0 only, on all ranks; it must be JSON-serialisable."""
     if world_size() == 1:
         return make()
     key = f"from main {_meetings + 1}"
@@ -127,7 +127,7 @@ def from_main(make: Callable[[], Any]) -> Any:
 
 
 def share(items: Sequence) -> Sequence:
-    """Every so manieth of them, for this rank to work on."""
+    """The items that this rank works on: every n-th, with n ranks, starting with the rank's number."""
     return items[rank() :: world_size()]
 
 

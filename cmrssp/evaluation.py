@@ -1,9 +1,12 @@
-"""A network's predictions against the reference of a split: rows a subject, phase, class and slice;
-summaries.
+"""A network's predictions against the reference of a split: one row per subject, phase,
+class and slice; summaries.
 """
 
+import hashlib
+import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +37,10 @@ AGREEMENT = [name for name in _NUMBERS if "_sv_" not in name]
 class Scores:
     """What was measured on a split."""
 
-    rows: list[dict] = field(default_factory=list)  # one a subject, phase and class
-    slices: list[dict] = field(default_factory=list)  # one a subject, phase, class and slice
-    clinical: list[dict] = field(default_factory=list)  # one a subject
-    unlabelled: list[str] = field(
-        default_factory=list
-    )  # subjects without a labelled frame of the wanted phases
+    rows: list[dict] = field(default_factory=list)  # one per subject, phase and class
+    slices: list[dict] = field(default_factory=list)  # one per subject, phase, class and slice
+    clinical: list[dict] = field(default_factory=list)  # one per subject
+    unlabelled: list[str] = field(default_factory=list)  # without a labelled frame of the wanted phases
 
 
 def score(
@@ -63,6 +64,7 @@ def score(
     slices = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
     print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
     share, mine = distributed.share(range(len(cines.subjects))), []
+    names = Counter(subject.file_name for subject in cines.subjects)
     for i in tqdm(share, "predicting", unit="subject", disable=distributed.hide_bar()):
         began, subject, scores = time.monotonic(), cines.subjects[i], Scores()
         mine.append(scores)
@@ -92,7 +94,8 @@ def score(
             maps = np.zeros(record.shape, np.uint8)
             for phase, labels in predicted.items():
                 maps[wanted[i][phase]] = labels
-            write_labels(save / f"{subject.file_name}.nii.gz", maps, record.geometry, subject.cine)
+            name = subject.file_name if names[subject.file_name] == 1 else subject.key.replace("/", "__")
+            write_labels(save / f"{name}.nii.gz", maps, record.geometry, subject.cine)
         if sum(len(s.clinical) for s in mine) == 1 and len(share) > 1:
             seconds = (time.monotonic() - began) * len(share)
             print(f"estimated time: {meter.duration(seconds)}", flush=True)
@@ -105,19 +108,20 @@ def score(
 
 def _slice_rows(labels: np.ndarray, truth: np.ndarray) -> Iterator[dict]:
     """Dice of each class in each slice, NaN where neither map has it; `third` counts from the first to the
-    last slice that the reference labels.
+    last slice that the reference labels, where these are three or more. A single slice has no position.
     """
     labelled = np.flatnonzero(truth.any(axis=(1, 2)))
     first, last = (labelled[0], labelled[-1]) if len(labelled) else (0, len(truth) - 1)
     for z, (ours, theirs) in enumerate(zip(labels, truth, strict=True)):
-        third = THIRDS[min(2, 3 * (z - first) // (last - first + 1))] if first <= z <= last else ""
+        inside = first <= z <= last and last - first >= 2
+        third = THIRDS[3 * (z - first) // (last - first + 1)] if inside else ""
         for id, name in enumerate(CLASSES, start=1):
             a, b = ours == id, theirs == id
             both, total = int((a & b).sum()), int(a.sum()) + int(b.sum())
             yield {
                 "class": name,
                 "slice": z,
-                "position": z / len(truth),
+                "position": z / len(truth) if len(truth) > 1 else math.nan,
                 "third": third,
                 "overlap_px": both,
                 "total_px": total,
@@ -137,7 +141,7 @@ def _clinical(volumes: dict[str, dict]) -> dict[str, float | None]:
 
 
 def groups(scores: Scores) -> Iterator[tuple[str, str, dict[str, dict[str, list]]]]:
-    """(by what, group, {metric: {class or mean: values, one a subject}}) of every breakdown."""
+    """(by what, group, {metric: {class or mean: values, one per subject}}) of every breakdown."""
     yield "all", "", _per_subject(scores.rows)
     for by in ("phase", "vendor", "pathology", "dataset"):
         for name in sorted({row[by] for row in scores.rows}):
@@ -157,7 +161,7 @@ def groups(scores: Scores) -> Iterator[tuple[str, str, dict[str, dict[str, list]
 
 
 def _per_subject(rows: Sequence[dict], names: Sequence[str] = METRICS) -> dict[str, dict[str, list]]:
-    """{metric: {class or mean: values, one a subject}}, as `report.per_subject` over both phases."""
+    """{metric: {class or mean: values, one per subject}}, as `report.per_subject` over both phases."""
     return {
         metric: {
             group: list(report.per_subject(rows, "both", names_of, metric).values())
@@ -190,7 +194,7 @@ def missed(rows: Iterable[dict]) -> dict[str, int]:
 
 
 def arm(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What distinguishes a fine-tuned network in the tables of a study, its seed apart from the rest."""
+    """Where a fine-tuned network belongs in the tables of a study: how it was trained, and its seed."""
     link = checkpoint.provenance
     return {
         "pretraining": checkpoint.history[-1]["method"] if link.get("init") else "scratch",
@@ -215,14 +219,24 @@ def settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How it was trained and pretrained, as far as it remembers: what seeds of one experiment share."""
-    link = checkpoint.provenance
-    before = (link.get("init") or {}).get("recipe", {})
-    return {**link.get("recipe", {}), **{f"pretraining {name}": value for name, value in before.items()}}
+    """How, and on the training subjects of which split, it was trained and pretrained, as far as it
+    remembers: what seeds of one experiment share.
+    """
+    found = {}
+    for when, link in zip(("", "pretraining "), checkpoint.history, strict=False):
+        train, validation = (link["split"][part] for part in ("train", "validation"))
+        listed = len(train) < len(validation)  # a published subset: each seed has its own
+        pool = None if listed else hashlib.sha256(json.dumps(sorted(train)).encode()).hexdigest()[:16]
+        every = {**link.get("recipe", {}), "training subjects": pool}
+        found |= {when + name: value for name, value in every.items()}
+    return found
 
 
 def write(out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any]) -> list[str]:
-    """The CSV files, summary.json and the figures of a scored split; their names."""
+    """The CSV files, the figures and, last, summary.json of a scored split; their names. Without summary.json
+    an evaluation counts for nothing: what was begun over another one is not taken for it.
+    """
+    (out / "summary.json").unlink(missing_ok=True)
     for name, rows in (("metrics", scores.rows), ("slices", scores.slices), ("clinical", scores.clinical),
                        ("breakdown", table)):  # fmt: skip
         write_csv(out / f"{name}.csv", rows)

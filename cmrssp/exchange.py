@@ -3,7 +3,6 @@ python -m cmrssp.weights show runs/mim
 python -m cmrssp.weights export --to nnunet runs/mim/unet.pt mim.pth
 """
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     export.add_argument("checkpoint", metavar="RUN/unet.pt", help="unet.pt, last.pt or a run folder")
     export.add_argument("out", metavar="OUT.pth", type=Path, help="the file to write")
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     print(show(args.file) if args.command == "show" else to_nnunet(args.checkpoint, args.out))
     return 0
 

@@ -149,7 +149,7 @@ def boxes(rows: Sequence[dict], path: Path) -> None:
                 if phases[phase]:
                     _box(axis, i + side, list(phases[phase].values()), phase)
         axis.set(title=name, xlim=(-0.6, max(len(groups), 1) - 0.4))
-        axis.set_xticks(range(len(groups)), labels)
+        axis.set_xticks(range(len(groups)), labels, parse_math=False)
         axis.grid(axis="y", alpha=0.3)
         if not groups:
             _say(axis, "no subjects")
@@ -195,15 +195,16 @@ def number_labels(numbers: Sequence[int], decades: float) -> list[str]:
     return labels
 
 
-def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
+def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> bool:
     """Mean Dice against the number of labelled subjects; bars are the sample standard deviation over seeds.
+    False, and no file, where there is nothing to draw.
 
     scores: {method: {number of subjects: [Dice of each seed]}}; the method "scratch" is the baseline.
     """
     order = sorted(scores, key=lambda method: method != "scratch")
     tables = {method: table for method in order if len(table := over_seeds(scores[method]))}
     if not tables:
-        return
+        return False
     figure, (axis,) = _grid(1, 1, height=2.9)
     axis.set(xlabel="labelled subjects", ylabel="3D Dice (mean ± SD over seeds)")
     numbers = sorted({int(number) for table in tables.values() for number in table[:, 0]})
@@ -225,6 +226,7 @@ def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: P
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=_POINTS)
     _write(figure, path)
+    return True
 
 
 def time_axis(curve: Mapping) -> tuple[np.ndarray, str]:
@@ -246,9 +248,8 @@ def volume_curve(title: str, curve: Mapping, path: Path) -> None:
     for name, key, line in (("ED", "ed", "-"), ("ES", "es", ":")):
         if curve[key] is not None:
             axis.axvline(x[curve[key]], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
-    axis.set(
-        title=title if len(title) <= 60 else f"{title[:28]}…{title[-31:]}", xlabel=label, ylabel="volume (ml)"
-    )
+    axis.set_title(title if len(title) <= 60 else f"{title[:28]}…{title[-31:]}", parse_math=False)
+    axis.set(xlabel=label, ylabel="volume (ml)")
     axis.set_ylim(0, None)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)

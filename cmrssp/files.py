@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cmrssp.errors import UserError
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
@@ -37,7 +39,8 @@ def sweep(folder: Path, older_than_s: float = 0.0) -> None:
 
 def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """All files below `root` whose names end in one of `suffixes`, small or capital letters, and do not start
-    with a dot, sorted; linked folders are entered, once each.
+    with a dot, sorted; linked folders are entered, once each. Raises UserError for a name that is not UTF-8:
+    neither a report nor a table could say it.
     """
     entered, found = set(), []
     for folder, subfolders, names in os.walk(root, followlinks=True):
@@ -47,7 +50,19 @@ def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
             continue
         entered.add(real)
         found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
+    for path in found:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{str(path)!a}: the name is not UTF-8; rename it") from None
     return sorted(found)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Raise UserError where the folder, or the nearest one above that exists, takes no new file."""
+    present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {folder}: {present} is no folder that can be written to; give another")
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

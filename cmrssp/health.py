@@ -5,7 +5,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from cmrssp import augmentation, distributed
+from cmrssp import distributed
 from cmrssp.data.batches import Batches
 from cmrssp.errors import UserError
 from cmrssp.ssp.method import Method
@@ -43,10 +43,8 @@ def position_probe(
     first = torch.isin(subject, ids[::2])
     residual = total = 0.0
     for fit, held in ((first, ~first), (~first, first)):
-        mean, scale = (
-            x[fit].mean(dim=0),
-            x[fit].std(dim=0, correction=0).square().mean().sqrt().clamp_min(1e-12),
-        )
+        mean = x[fit].mean(dim=0)
+        scale = x[fit].std(dim=0, correction=0).square().mean().sqrt().clamp_min(1e-12)
         a, b = (x[fit] - mean) / scale, (x[held] - mean) / scale
         gram = a.T @ a + penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
         weights = torch.linalg.solve(gram, a.T @ (y[fit] - y[fit].mean()))
@@ -65,14 +63,10 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     features, positions, subjects = [], [], []
     for i, batch in enumerate(loader.in_order(NUM_SLICES, shared=True)):
         views = method.views(batch, step_generator(0, 0, i, distributed.rank()))
-        loss, count = (
-            loss + method(views, float(epoch))[0].item() * len(batch["image"]),
-            count + len(batch["image"]),
-        )
-        plain = augmentation.views(
-            batch, None, None, image_size=method.image_size, spacing_mm=method.spacing_mm
-        )
-        features.append(method.encoder.pooled(plain["image"]).float().cpu())
+        loss += method(views, float(epoch))[0].item() * len(batch["image"])
+        count += len(batch["image"])
+        plain = method.view(batch, None)["image"]
+        features.append(method.encoder.pooled(plain).float().cpu())
         positions.append(batch["position"].cpu())
         subjects.append(batch["subject"].cpu())
     method.train()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cmrssp.data.subject import vendor_name
 
-_MANY = 2**63  # no number of anything is as large; infinity is no number
+_MANY = 2**63  # upper limit of every number; it also excludes infinity
 
 
 def share(text: str) -> float:

@@ -59,7 +59,7 @@ def nt_xent(embeddings: torch.Tensor, positives: torch.Tensor, temperature: floa
 
     embeddings (N, D), normalised here; positives (N, N) bool, 1 = attracts, diagonal 0. For every row the
     mean over its positives j of -log(exp(s_ij) / sum over k != i of exp(s_ik)), s the cosine over the
-    temperature; then the mean over rows. One positive a row: Eq. 1, arXiv 2002.05709; several: Eq. 2, arXiv
+    temperature; then the mean over rows. One positive per row: Eq. 1, arXiv 2002.05709; several: Eq. 2, arXiv
     2106.09157.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -80,7 +80,7 @@ def dino_cross_entropy(
     """Cross-entropy of every student view with every teacher view of another crop, mean over pairs and
     slices.
 
-    student, teacher: one (B, K) output a view; the teacher's views are the first of the student's; centre
+    student, teacher: one (B, K) output per view; the teacher's views are the first of the student's; centre
     (K,). Eq. 1 and 2, arXiv 2104.14294.
     """
     with torch.autocast(centre.device.type, enabled=False):

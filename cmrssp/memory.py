@@ -54,7 +54,7 @@ def check(
 
 
 def _keep_slices(batches: Batches, wish: str, training: float) -> None:
-    """Into the device's memory, beside the bytes of the training; says what they would take if they stay out.
+    """Copy the slices into the device's memory where they fit beside the training (bytes); else say why not.
     """
     if wish == "off" or (wish == "auto" and batches.device.type == "cpu"):
         return
@@ -71,7 +71,7 @@ def _keep_slices(batches: Batches, wish: str, training: float) -> None:
 
 
 def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, float]:
-    """(bytes whatever the batch, bytes a slice), on the CPU: weights, gradients, momentum; what autograd
+    """(bytes whatever the batch, bytes per slice), on the CPU: weights, gradients, momentum; what autograd
     keeps.
 
     A copy of the method runs forward on two slices, and every tensor that is kept for the backward pass is
@@ -90,10 +90,9 @@ def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, floa
 
     views = trial.views(batch, torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = trial(views, 0.0)
+        trial(views, 0.0)
     given = sum(view.untyped_storage().nbytes() for view in views.values())
     activations = sum(kept.values()) * (1.0 if amp == "off" else 0.5)
-    del loss
     weights = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in trial.parameters())
     return weights, (activations + given) / len(batch["image"])
 

@@ -1,4 +1,4 @@
-"""An epoch's means, the bar, the time that is left, and the check that every number is one."""
+"""An epoch's means, the progress bar, the remaining time, and the check that every number is finite."""
 
 import math
 import time
@@ -88,10 +88,8 @@ class Meter:
     def say(self, record: dict[str, float], figures: dict[str, float]) -> None:
         """One line that stays, and the validation's figures in the bar: nothing stands in the bar alone."""
         self.figures = {name: f"{value:.4g}" for name, value in figures.items()}
-        figures = " ".join(
-            f"{k} {v:.4g}" for k, v in record.items() if k not in ("epoch", "seconds", "validation_s")
-        )
-        self.bar.write(f"epoch {record['epoch']}/{self.epochs} {figures}")
+        shown = (f"{k} {v:.4g}" for k, v in record.items() if k not in ("epoch", "seconds", "validation_s"))
+        self.bar.write(f"epoch {record['epoch']}/{self.epochs} {' '.join(shown)}")
 
     def close(self) -> None:
         self.bar.close()

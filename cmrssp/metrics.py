@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects, generate_binary_structure
 
 from cmrssp.data.subject import CLASSES
 
@@ -33,8 +33,9 @@ def surface_distances(
     """Distances between the surfaces of one structure, in mm: hausdorff_mm, hd95_mm, assd_mm.
 
     prediction, truth (Z, H, W) bool; spacing_mm: slice pitch, row, column. A surface voxel has at least one
-    of its six neighbours outside the structure; beyond the array is outside. Each surface voxel of one map is
-    measured to the nearest one of the other, centre to centre: two directed sets of distances.
+    of its six neighbours outside the structure; beyond the array is outside. In a stack of a single slice the
+    surface is the contour: the four neighbours in it count. Each surface voxel of one map is measured to the
+    nearest one of the other, centre to centre: two directed sets of distances.
 
     hausdorff: the largest of all. hd95: the larger of the two directed 95th percentiles (linear between order
     statistics), as in MONAI; DeepMind's surface-distance does the same with surface voxels weighted by area;
@@ -120,7 +121,10 @@ def clinical(volumes: Mapping[str, Mapping[str, float]]) -> dict[str, float | No
 def _distances(prediction: np.ndarray, truth: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
     """`surface_distances` of two structures that are both there."""
     box = find_objects((prediction | truth).view(np.uint8))[0]  # nothing outside it is nearest to anything
-    surfaces = [mask & ~binary_erosion(mask) for mask in (prediction[box], truth[box])]
+    neighbours = generate_binary_structure(3, 1)
+    if len(prediction) == 1:
+        neighbours[::2] = False
+    surfaces = [mask & ~binary_erosion(mask, neighbours) for mask in (prediction[box], truth[box])]
     to_truth, to_prediction = (
         distance_transform_edt(~other, sampling=spacing)[surface]
         for surface, other in zip(surfaces, surfaces[::-1], strict=True)

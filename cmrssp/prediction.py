@@ -13,9 +13,10 @@ from cmrssp import data, figures, metrics, report
 from cmrssp.animation import animate
 from cmrssp.data import store
 from cmrssp.data.folder import stem_of
+from cmrssp.data.labels import borders
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.store import CineRecord
-from cmrssp.data.subject import CLASSES, PLAIN, Subject
+from cmrssp.data.subject import CLASSES, LEFT_OUT, PLAIN, Subject
 from cmrssp.errors import UserError
 from cmrssp.segmentation import Segmentation, predict_frames
 
@@ -25,16 +26,24 @@ _EF = (0.05, 0.9)  # of either ventricle
 
 def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> list[Subject]:
     """The cines that the paths name: NIfTI files, and folders in any layout; what lies below `out` is not
-    taken. Raises UserError and FileNotFoundError.
+    taken, and what else is left out is said. Raises UserError and FileNotFoundError.
     """
     subjects = []
     for path in map(Path, paths):
         if path.is_dir():
             try:
-                found = data.find([str(path.resolve())], cache, label_suffix)[0]
+                found, problems = data.find([str(path.resolve())], cache, label_suffix)
             except FileNotFoundError as error:
                 raise UserError(str(error).replace("--data", "--predict")) from None
-            subjects += [s for s in found if out.resolve() not in s.cine.resolve().parents]
+            for problem in problems:
+                if problem.done == LEFT_OUT:
+                    print(f"not predicted: {problem}")
+            kept = [s for s in found if out.resolve() not in s.cine.resolve().parents]
+            if not kept:
+                raise UserError(
+                    f"--predict {path}: its cines all lie in {out}, where the results go; give another --out"
+                )
+            subjects += kept
         elif not path.exists():
             raise FileNotFoundError(f"--predict {path}: no such file or folder")
         elif stem := stem_of(path.name):
@@ -47,7 +56,8 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
     names = Counter(s.file_name for s in subjects)
     if twice := [name for name, count in names.items() if count > 1]:
         raise UserError(
-            f"--predict: two cines would both be written as {twice[0]}; give their folders one by one"
+            f"--predict: two cines would both be written as {twice[0]}; predict them one after the other, "
+            "each with an --out of its own, or give the folder that holds both"
         )
     return subjects
 
@@ -133,12 +143,15 @@ def flags(
     lost = [t for t, v in enumerate(volumes) if "LV" not in absent and v["LV"] == 0]
     if lost:
         found.append((6, f"no LV in {len(lost)} of {len(labels)} frames"))
-    for name in ("LV", "RV"):
-        high, low = ml[name].max(), ml[name].min()
-        if name not in absent and len(labels) > 1 and not _EF[0] < 1 - low / high < _EF[1]:
-            found.append((5, f"implausible {name} ejection fraction of {100 * (1 - low / high):.0f} %"))
-    border, open_to_others = _cavity_border(labels)
-    if border and open_to_others > _OPEN * border:
+    ed, es = int(ml["LV"].argmax()), int(ml["LV"].argmin())
+    for name in ("LV", "RV") if len(labels) > 1 else ():
+        if name not in absent and not ml[name][ed]:
+            found.append((5, f"no {name} at ED"))
+        elif name not in absent and not _EF[0] < (ejected := 1 - ml[name][es] / ml[name][ed]) < _EF[1]:
+            found.append((5, f"implausible {name} ejection fraction of {100 * ejected:.0f} %"))
+    beside, border = borders(labels, 1)
+    open_to_others = border - beside  # pixels of the border that are not myocardium
+    if open_to_others > _OPEN * border:
         share = f"{100 * open_to_others / border:.0f} % of its border"
         found.append((4, f"LV cavity not enclosed by myocardium ({share})"))
     scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_largest(labels == id) > _SCATTERED]
@@ -164,20 +177,6 @@ def flags(
         found.append((1, "touches the edge of the crop"))
     found += [(1, problem.what) for problem in record.problems]
     return sorted(found, key=lambda flag: -flag[0])
-
-
-def _cavity_border(labels: np.ndarray) -> tuple[int, int]:
-    """In-plane neighbours of LV pixels that are not LV, and those of them that are not myocardium either."""
-    border = open_to_others = 0
-    for axis in (2, 3):
-        ahead, behind = (
-            np.take(labels, range(*r), axis) for r in ((1, labels.shape[axis]), (0, labels.shape[axis] - 1))
-        )
-        for inside, outside in ((ahead, behind), (behind, ahead)):
-            beside = outside[(inside == 1) & (outside != 1)]
-            border += len(beside)
-            open_to_others += int((beside != 2).sum())
-    return border, open_to_others
 
 
 def _outside_largest(masks: np.ndarray) -> float:

@@ -47,8 +47,8 @@ def _line(rows: Sequence[dict], phase: str, metric: str, digits: int) -> str:
 def per_subject(
     rows: Sequence[dict], phase: str, classes: Sequence[str], metric: str = "dice"
 ) -> dict[str, float]:
-    """{subject: mean over the classes, and over its phases where `phase` is "both"}. NaN for a distance where
-    one of the structures was missed; one that neither label map has is not asked for.
+    """{subject: mean over its values of the classes, in both phases where `phase` is "both"}. NaN for a
+    distance where one of the structures was missed; one that neither label map has is not asked for.
     """
     scores: dict[str, list[float]] = {}
     for row in rows:
@@ -59,8 +59,8 @@ def per_subject(
 
 
 def breakdown_table(rows: Sequence[dict], metric: str = "dice") -> str:
-    """The mean over classes of each group of `evaluation.breakdown`, a line a group; what has one group is
-    left out.
+    """The mean over classes of each group of `evaluation.breakdown`, one line per group; what has one group
+    is left out.
     """
     groups = {row["by"]: {r["group"] for r in rows if r["by"] == row["by"]} for row in rows}
     rows = [row for row in rows if row["by"] == "all" or len(groups[row["by"]]) > 1]
@@ -88,7 +88,7 @@ def agreement_table(clinical: Sequence[dict], names: Sequence[str]) -> str:
 
 
 def prediction_table(rows: Sequence[dict]) -> str:
-    """Volumes and function of predicted cines, those with the most flags first."""
+    """Volumes, function and flags of predicted cines, in the order of the rows."""
     columns = {"lv_edv_ml": "EDV ml", "lv_esv_ml": "ESV ml", "lv_ef_percent": "EF %", "lv_mass_g": "mass g",
                "rv_edv_ml": "RV EDV", "rv_ef_percent": "RV EF %"}  # fmt: skip
     lines = [f"{'cine':<32}" + "".join(f"{title:>9}" for title in columns.values()) + "   flags"]
@@ -124,20 +124,20 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
 
 @torch.inference_mode()
 def views(method: Method, loader: Batches, path: Path) -> None:
-    """What a method sees of six slices, always the same ones; MIM shows what it restores, too."""
+    """What a method sees of at most six slices, always the same ones; MIM also shows what it restores."""
     method.eval()
     batch = next(iter(loader.in_order(6)))
     panel_sheet(method.panels(method.views(batch, step_generator(0, 0, 0))), path)
     method.train()
 
 
-def panel_sheet(panels: dict[str, torch.Tensor], path: Path, limit: int = 6) -> None:
+def panel_sheet(panels: dict[str, torch.Tensor], path: Path) -> None:
     """One row per title, one column per image; every column in one grey scale. Images (B, 1, H, W)."""
-    images = {title: image[:limit, 0].float().cpu().numpy() for title, image in panels.items()}
-    columns = len(next(iter(images.values())))
+    images = {title: image[:, 0].float().cpu().numpy() for title, image in panels.items()}
+    reference = next(iter(images.values()))
+    columns = len(reference)
     figure = Figure(figsize=(1.8 * columns, 1.9 * len(images)))
     axes = figure.subplots(len(images), columns, squeeze=False)
-    reference = next(iter(images.values()))
     for row, (title, stack) in enumerate(images.items()):
         for column in range(columns):
             low, high = np.percentile(reference[column], (0.5, 99.5))
@@ -222,7 +222,7 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
                         axis.contour(mask.astype(float), levels=[0.5], colors=colour, linewidths=1.1)
             axis.set(xticks=[], yticks=[], xlabel=f"slice {z + 1} of {len(case['image'])}")
             axis.xaxis.label.set_fontsize(7)
-        row[0].set_title(case["title"], loc="left", fontsize=9)
+        row[0].set_title(case["title"], loc="left", fontsize=9, parse_math=False)
     reference = "blue: reference, " if any(case["truth"] is not None for case in cases) else ""
     legend = f"{reference}orange: prediction; {_SHEET_MM:.0f} mm square around the crop centre"
     axes[-1, 0].text(0, -0.25, legend, transform=axes[-1, 0].transAxes, fontsize=9)
@@ -262,7 +262,8 @@ def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) ->
             first, last = (box - centre) * spacing / mm + middle
             lines["heart"].append(_square(*first, *last))
         axis.plot(middle[1], middle[0], "+", color=_PREDICTION, markersize=6)
-        axis.text(*(corner[::-1] + 4), subject.key, color="white", fontsize=5, va="top")
+        at = corner[::-1] + 4
+        axis.text(*at, subject.key, color="white", fontsize=5, va="top", parse_math=False)
     axis.imshow(sheet, cmap="gray", vmin=0, vmax=1)
     for name, colour in (("crop", _PREDICTION), ("heart", _TRUTH)):
         axis.add_collection(LineCollection(lines[name], colors=colour, linewidths=0.8))

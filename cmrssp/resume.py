@@ -16,8 +16,8 @@ from cmrssp import distributed, weights
 from cmrssp.errors import UserError
 from cmrssp.run import Run
 
-_WITHIN_EPOCH = 10  # times longer than at an epoch's end: there is more to do again there
-_ECHO_S = 1.0  # torchrun passes on a signal that its processes may have got themselves: that is no second one
+_WITHIN_EPOCH = 10  # within an epoch the minutes between two saves are so many times longer
+_ECHO_S = 1.0  # torchrun forwards a signal that a process may already have: within this time it is the same
 _MAY_CHANGE = {
     "device",
     "out",
@@ -31,8 +31,6 @@ _MAY_CHANGE = {
     "grad_checkpoint",
     "benchmark",
 }
-
-
 _STATES = ("next.pt", "last.pt", "previous.pt")  # the newest first, where saving was broken off
 
 
@@ -162,13 +160,16 @@ def find(auto_or_folder: str | None, out: str | None, kind: str) -> Interrupted 
     """The run that --resume names; None without one: `auto` starts anew then. Raises UserError."""
     if auto_or_folder is None:
         return None
-    if auto_or_folder == "auto" and out is None:
+    auto = auto_or_folder == "auto"
+    if auto and out is None:
         raise UserError("--resume auto: needs --out, the folder of the run")
-    folder = Path(out if auto_or_folder == "auto" else auto_or_folder).expanduser()
+    folder = Path(out if auto else auto_or_folder).expanduser()
     if not (folder / "args.json").is_file() or not (folder / "split.json").is_file():
-        if auto_or_folder == "auto":
+        if auto:
             return None
-        raise UserError(f"--resume {folder}: expected the folder of a run, found no args.json in it")
+        raise UserError(
+            f"--resume {folder}: expected the folder of a run, with args.json and split.json in it"
+        )
     try:
         run = Interrupted(folder, dict(json.loads((folder / "args.json").read_text())))
         if not run.split.keys() >= {"train", "validation", "test"}:
@@ -177,9 +178,9 @@ def find(auto_or_folder: str | None, out: str | None, kind: str) -> Interrupted 
         raise UserError(f"{folder}: its args.json or split.json is damaged ({error})") from None
     if run.args.get("kind") != kind:
         raise UserError(f"--resume {folder}: expected a {kind}, got a {run.args.get('kind')}")
-    if auto_or_folder != "auto" and out is not None and Path(out).expanduser().resolve() != folder.resolve():
+    if not auto and out is not None and Path(out).expanduser().resolve() != folder.resolve():
         raise UserError(f"--out {out}: a run that goes on stays in its folder, {folder}; leave --out out")
-    return None if auto_or_folder == "auto" and not _saved(folder) else run
+    return None if auto and not _saved(folder) else run
 
 
 def _saved(folder: Path) -> bool:

@@ -53,6 +53,8 @@ class Run:
             file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
     def start(self, args: dict[str, Any], split: dict[str, list[str]]) -> None:
+        if not distributed.is_main():
+            return
         (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a start that left no checkpoint
         self.write_json("split.json", split)
         self.write_json(
@@ -90,7 +92,7 @@ class Run:
         """
         if not distributed.is_main():
             return
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  closing it would give the lock away
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  closing it would release the lock
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -107,12 +109,12 @@ class Run:
         return records
 
 
-def newest_finished(kind: str) -> Path:
-    """The newest folder below runs/ whose training of this kind has ended (it holds a unet.pt)."""
+def newest_finetuned() -> Path:
+    """The newest folder below runs/ whose fine-tuning has ended (it holds a unet.pt)."""
     finished = []
     for arguments in RUNS.glob("*/args.json"):
         weights_file = arguments.with_name("unet.pt")
-        if weights_file.is_file() and json.loads(arguments.read_text()).get("kind") == kind:
+        if weights_file.is_file() and json.loads(arguments.read_text()).get("kind") == "fine-tuning":
             finished.append((weights_file.stat().st_mtime_ns, arguments.parent))
     if not finished:
         raise UserError(

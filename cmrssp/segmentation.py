@@ -16,7 +16,7 @@ from cmrssp.errors import UserError
 from cmrssp.kinds import at_least_0, positive
 from cmrssp.losses import deep_supervision, dice_cross_entropy
 from cmrssp.ssp.method import Method, Views
-from cmrssp.unet import UNet, check_image_size
+from cmrssp.unet import Encoder, UNet
 
 NUM_OUTPUTS = len(CLASSES) + 1
 FINETUNING_LR = 0.005  # in place of the baseline's (supplement A)
@@ -36,31 +36,27 @@ class Segmentation(Method):
         "amp": "off",
     }
     quick = {"epochs": 100, "batch_size": 8}
+    classes = list(CLASSES)
 
     def __init__(
         self,
         *,
         channels: Sequence[int],
-        image_size: int,
-        spacing_mm: float,
-        augment: bool,
         norm: str = "batch",
         freeze_encoder: float = 0.0,
         encoder_lr_factor: float = 1.0,
+        **options,
     ) -> None:
         """The encoder stays as it is for `freeze_encoder` epochs, and learns with `encoder_lr_factor` times
         the schedule's learning rate.
         """
-        super().__init__()
-        check_image_size(image_size, channels, norm=norm)
+        super().__init__(channels=channels, norm=norm, **options)
         self.freeze_encoder, self.encoder_lr_factor = freeze_encoder, encoder_lr_factor
-        self.image_size, self.spacing_mm = image_size, spacing_mm
-        self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
         self.loss = deep_supervision
         self.unet = UNet(channels=channels, num_outputs=NUM_OUTPUTS, num_heads=len(channels) - 1, norm=norm)
 
     @property
-    def encoder(self):
+    def encoder(self) -> Encoder:
         return self.unet.encoder
 
     @staticmethod
@@ -82,22 +78,8 @@ class Segmentation(Method):
         )
 
     @classmethod
-    def from_flags(cls, args: argparse.Namespace) -> "Segmentation":
-        return cls(
-            channels=args.channels,
-            image_size=args.image_size,
-            spacing_mm=args.spacing,
-            augment=args.augmentation == "on",
-            norm=args.norm,
-            freeze_encoder=args.freeze_encoder,
-            encoder_lr_factor=args.encoder_lr_factor,
-        )
-
-    def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
-        """image (B, 1, S, S) float32 and, where the batch has one, label (B, 1, S, S) uint8."""
-        return augmentation.views(
-            batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
-        )
+    def own_flags(cls, args: argparse.Namespace) -> dict:
+        return {"freeze_encoder": args.freeze_encoder, "encoder_lr_factor": args.encoder_lr_factor}
 
     def outputs(self, views: Views) -> list[torch.Tensor]:
         """(B, 4, S / 2^i, S / 2^i) of each head i."""

@@ -35,8 +35,8 @@ def describe(values: Iterable[float | None]) -> dict[str, float | int]:
 def bootstrap_interval(
     values: Iterable[float | None], seed: int, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of one value a subject, subjects drawn with replacement. (NaN, NaN) for
-    fewer than two values. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """Percentile interval of the mean of one value per subject, subjects drawn with replacement. (NaN, NaN)
+    for fewer than two values. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     measured, _ = _measured(values)
     if len(measured) < 2:
@@ -54,7 +54,7 @@ def wilcoxon(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
     Pairs without a difference are dropped before ranking, as Wilcoxon did. p is exact for fewer than 50
     remaining pairs without ties, otherwise from the normal approximation with corrections for ties and
-    continuity, as in R's wilcox.test. Without any difference p is 1 and the correlation 0. Raises ValueError
+    continuity. Without any difference p is 1 and the correlation 0. Raises ValueError
     for NaN or unequal lengths.
 
     The correlation is (W+ - W-) / (W+ + W-), from -1 (every difference negative) to 1; Kerby 2014, doi

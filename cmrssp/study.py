@@ -71,7 +71,7 @@ def arms() -> list[Arm]:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One fine-tuned run's scores on the test subjects."""
+    """One fine-tuned run's scores on the subjects of a split."""
 
     folder: Path  # of the run
     arm: Arm
@@ -117,7 +117,7 @@ class Evaluated:
 
 
 def collect(folder: str | Path) -> list[Evaluated]:
-    """Every RUN/evaluation-test/ at any depth below `folder`, one run an arm and seed: the newest.
+    """Every RUN/evaluation-test/ at any depth below `folder`, one run per arm and seed: the newest.
 
     Prints a line for what is skipped, replaced by a newer run, or in none of the tables. Raises UserError
     without any evaluated run, or when two were not evaluated on the same phases of the same test subjects.
@@ -195,6 +195,7 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
     volumes = {(subject, phase) for subject, phase, _ in scores}
     if not scores or len(scores) < len(volumes) * len(CLASSES) or set(vendors) != set(summary["subjects"]):
         raise ValueError("metrics.csv: expected every class of every subject that summary.json names")
+    networks = {"networks": len(summary.get("checkpoints") or [None])}  # whose probabilities were averaged
     return Evaluated(
         folder=path.parents[1],
         arm=Arm(
@@ -209,7 +210,7 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
         slices=arm["slices"],
         scores=scores,
         vendors=vendors,
-        settings=json.dumps({key: summary.get(key) for key in _SETTINGS}, sort_keys=True),
+        settings=json.dumps({key: summary.get(key) for key in _SETTINGS} | networks, sort_keys=True),
         recipe=dict(summary.get("recipe") or {}),
         written_ns=path.stat().st_mtime_ns,
         args=_object(path.parents[1] / "args.json"),
@@ -230,7 +231,7 @@ def refuse_other_subjects(one: Evaluated, other: Evaluated) -> None:
     odd = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if odd:
         raise UserError(
-            f"{one.folder} and {other.folder}: evaluated on different test subjects or phases, {len(odd)} "
+            f"{one.folder} and {other.folder}: evaluated on different subjects or phases, {len(odd)} "
             f"subjects differ, the first is {odd[0]}; give a folder with runs of one split, or evaluate one "
             "of them again"
         )

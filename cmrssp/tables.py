@@ -10,9 +10,7 @@ import numpy as np
 
 from cmrssp.data.subject import CLASSES
 from cmrssp.files import atomic
-from cmrssp.study import METHODS, SUBSETS, VENDORS, Arm, Evaluated, collect, missing
-
-__all__ = ["Table", "collect", "learning_curves", "markdown", "missing", "tables", "write_csv"]
+from cmrssp.study import METHODS, SUBSETS, VENDORS, Arm, Evaluated
 
 _NOBODY = "no subjects"  # in a cell whose runs are there, but no test subject of that vendor or phase
 
@@ -176,7 +174,7 @@ def markdown(table: Table) -> str:
 
 
 def write_csv(tables: Sequence[Table], folder: str | Path) -> list[Path]:
-    """One <name>.csv a table, cells as they are printed, without the marks of bold ones; their paths."""
+    """One <name>.csv per table, cells as they are printed, without the marks of bold ones; their paths."""
     paths = []
     Path(folder).mkdir(parents=True, exist_ok=True)
     for table in tables:

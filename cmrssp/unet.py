@@ -1,6 +1,6 @@
 """The 2D U-Net of the nnU-Net family: the graph of PlainConvUNet, in three parts that stand alone.
 
-Two 3x3 convolutions a stage, each with norm and LeakyReLU(0.01); down by stride 2, up by 2x2 transposed
+Two 3x3 convolutions per stage, each with norm and LeakyReLU(0.01); down by stride 2, up by 2x2 transposed
 convolution, skips by concatenation, 1x1 heads. Channels 32 64 128 256 512 512 512 have 33.47 M parameters.
 Batch norm is the paper's, instance norm is what nnU-Net builds by default.
 """
@@ -25,7 +25,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 class Stage(nn.Sequential):
     """Two 3x3 convolutions, each with norm and activation; the first one has the stride."""
 
-    recompute = False  # keep the convolutions' inputs alone, and compute the rest anew in the backward pass
+    recompute = False  # True: keep only the convolutions' inputs, compute the rest again in the backward pass
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
         layers = OrderedDict()
@@ -101,9 +101,8 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], norm: str = "batch") -> None:
         super().__init__()
-        pairs = list(
-            zip(channels[:0:-1], channels[-2::-1], strict=True)
-        )  # (coarser, finer), from the bottleneck up
+        # (coarser, finer), from the bottleneck up
+        pairs = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
         self.ups = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
         self.stages = nn.ModuleList(Stage(2 * fine, fine, 1, norm) for _, fine in pairs)
 

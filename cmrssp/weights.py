@@ -42,6 +42,12 @@ class Checkpoint:
         return self.config.get("norm", "batch")
 
     @property
+    def unfinished(self) -> str:
+        """How far its training has come, "" where it came to its end or does not say."""
+        epochs, planned = self.provenance.get("epochs"), self.provenance.get("recipe", {}).get("epochs")
+        return f"{epochs} of {planned} epochs" if planned and epochs is not None and epochs < planned else ""
+
+    @property
     def history(self) -> list[dict]:
         """This training's provenance, then that of the one it started from, and so on."""
         chain, link = [], self.provenance
@@ -91,8 +97,7 @@ def locate(path: str | Path) -> Path:
     """The file that a path names: itself, or the run folder's unet.pt, else its last.pt. Raises UserError."""
     path = Path(path).expanduser()
     if path.is_dir():
-        candidates = [path / "unet.pt", path / "last.pt"]
-        existing = [c for c in candidates if c.is_file()]
+        existing = [file for file in (path / "unet.pt", path / "last.pt") if file.is_file()]
         if not existing:
             raise UserError(f"{path}: expected a run folder with unet.pt or last.pt, found neither")
         path = existing[0]
@@ -132,7 +137,7 @@ def _kind(path: Path, error: Exception) -> str:
         return f"a pickle with other objects than weights ({foreign[1]}); none of it was run"
     if not head:
         return "an empty file"
-    if head[:2] != b"PK" and head[:1] == b"\x80":
+    if head.startswith(b"\x80"):
         return "a pickle that is not weights"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return "a text file"

@@ -286,9 +286,17 @@ def test_volume_curve(tmp_path, drawn, curve, lines, ticks):
     assert not overlapping(drawn[0])
 
 
+def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path, drawn):
+    figures.volume_curve("a $x_{$ b", cine(20), tmp_path / "a.png")
+    row = {"subject": "a $x_{$", "vendor": "Ace $x_{$", "phase": "ED", "class": "LV", "dice": 0.5}
+    figures.boxes([row], tmp_path / "b.png")
+    assert drawn[0].axes[0].get_title() == "a $x_{$ b"
+    assert drawn[1].axes[0].get_xticklabels()[0].get_text().startswith("Ace $x_{$")
+
+
 def test_nothing_to_draw_writes_nothing(tmp_path):
     figures.bland_altman({}, tmp_path / "a.png")
-    figures.learning_curves({"mim": {}}, tmp_path / "a.png")
+    assert not figures.learning_curves({"mim": {}}, tmp_path / "a.png")
     assert not any(tmp_path.iterdir())
 
 

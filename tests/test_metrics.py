@@ -69,6 +69,20 @@ def test_a_structure_that_fills_the_array_has_its_surface_at_the_border():
     assert distances(full, middle) == pytest.approx((corner, corner, (2 * ends + ring + 1.25) / 27))
 
 
+def test_in_a_single_slice_the_surface_is_the_contour():
+    """A square of 3 x 3 shifted by one row: 8 of 9 pixels are contour. From the first, its 3 pixels of the
+    row that is left behind are 1.25 mm away, and the middle of its last row lies where the other has its only
+    inner pixel, 1.25 mm from that one's contour; the other four coincide. In a taller stack all 9 are
+    surface, and only the row that is left behind is away.
+    """
+    shape = (1, 8, 8)
+    square = block((0, 1), (2, 5), (2, 5), shape)
+    expected = (1.25, 1.25, 4 * 1.25 / 8)
+    assert distances(square, np.roll(square, 1, 1)) == pytest.approx(expected)
+    taller = np.pad(square, ((1, 1), (0, 0), (0, 0)))
+    assert distances(taller, np.roll(taller, 1, 1))[2] == pytest.approx(3 * 1.25 / 9)
+
+
 def test_one_outlier_and_how_hd95_and_assd_average():
     """Ten voxels in a row, and the same ten with a second component 3 rows away.
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmrssp import data, evaluation, prediction
+from cmrssp import data, evaluation, prediction, weights
 from cmrssp.data import store
 from cmrssp.data.batches import collate
 from cmrssp.data.cine import read_cine
@@ -141,6 +141,13 @@ def test_what_looks_wrong_is_flagged_worst_first(one):
     share = int(found[0].partition("(")[2].partition(" %")[0])
     assert found[0].startswith("LV cavity not enclosed by myocardium") and 45 <= share <= 55
     labels = heart()
+    labels[:, :, 20:40, 8:14] = 0
+    for t, rows in enumerate((10, 4, 2, 12, 12, 8)):  # largest when the LV is smallest, in frame 3
+        labels[t, :, 20 : 20 + rows, 8:14] = 3
+    assert flagged(labels, one)[0] == "implausible RV ejection fraction of -20 %"  # 1 - 12 / 10
+    labels[0][labels[0] == 3] = 0
+    assert flagged(labels, one)[0] == "no RV at ED"
+    labels = heart()
     labels[3, 1, 2:6, 50:54] = 3
     assert flagged(labels, one) == ["more than one component: RV"]
     labels = heart()
@@ -164,3 +171,49 @@ def test_thirds_and_slices_by_hand():
     assert rows[1, "LV"]["dice"] == pytest.approx(8 / 12) and rows[2, "LV"]["dice"] == 1.0
     assert np.isnan(rows[1, "RV"]["dice"]) and rows[5, "MYO"]["dice"] == 0.0
     assert rows[3, "LV"]["position"] == 0.5
+    two = [r["third"] for r in evaluation._slice_rows(labels[:3], truth[:3]) if r["class"] == "LV"]
+    three = [r["third"] for r in evaluation._slice_rows(labels[:4], truth[:4]) if r["class"] == "LV"]
+    assert two == ["", "", ""] and three == ["", "base", "mid", "apex"]  # two labelled slices, and three
+    (single,) = (r for r in evaluation._slice_rows(labels[:1], truth[:1]) if r["class"] == "LV")
+    assert np.isnan(single["position"]) and single["third"] == ""
+
+
+def test_label_maps_of_two_data_sets_keep_apart(write_mnms, beating, tmp_path):
+    """One subject name in both, cines of 32 x 40 and 33 x 40 pixels."""
+    write_mnms("A", *beating(0))
+    cine, labels = beating(1)
+    pads = ((1, 0), (0, 0), (0, 0), (0, 0))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name, array in (("A", np.pad(cine, pads)), ("A_gt", np.pad(labels, pads))):
+        nibabel.save(nibabel.Nifti1Image(array, np.diag((1.5, 1.5, 10, 1))), plain / f"{name}.nii.gz")
+    subjects, _ = data.find([str(tmp_path / "mnms"), str(plain)], tmp_path)
+    cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    evaluation.score([network(0)], cines, torch.device("cpu"), phases="both", save=tmp_path / "maps")
+    shapes = {p.name: nibabel.load(p).shape[:2] for p in (tmp_path / "maps").iterdir()}
+    assert set(shapes) == {"folder__A.nii.gz", "mnms__A.nii.gz"}
+    for subject, record in zip(cines.subjects, cines.cines, strict=True):
+        name = f"{subject.key.replace('/', '__')}.nii.gz"
+        assert sorted(shapes[name]) == sorted(record.shape[2:])
+
+
+def test_seeds_of_one_experiment_share_their_training_subjects(tmp_path):
+    def made(train, validation, **more):
+        split = {"train": train, "validation": validation, "test": ["x/t"]}
+        link = {"method": "m", "data": [], "split_seed": 0, "seed": 0, "subjects": train[:1], **more}
+        return {**link, "split": split}
+
+    def recipe(link):
+        return evaluation.recipe(weights.Checkpoint(tmp_path, {}, {}, link))
+
+    one = recipe(made(["x/a", "x/b"], ["x/c"], recipe={"lr": 1}))
+    assert one == recipe(made(["x/b", "x/a"], ["x/c"], recipe={"lr": 1}, seed=1, subjects=["x/b"]))
+    assert one["lr"] == 1 and len(one) == 2
+    assert one != recipe(made(["x/a", "x/d"], ["x/c"], recipe={"lr": 1}))
+    # the lists of a published subset are of its seed
+    assert recipe(made(["x/a"], ["x/c", "x/d"])) == recipe(made(["x/b"], ["x/c", "x/d"]))
+    # the pretraining's, too
+    first = made(["x/a", "x/b"], [], recipe={"epochs": 5})
+    started = made(["x/a", "x/b"], ["x/c"], init=first)
+    assert recipe(started)["pretraining epochs"] == 5
+    assert recipe(started) != recipe({**started, "init": made(["x/a"], [], recipe={"epochs": 5})})

@@ -255,7 +255,7 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
             "--epochs: .* with 30, got 40; .* must keep it; the schedule depends",
         ),
         (["--resume", out, "--method", "pcl", "--threshold", "0.1"], "--method: .* with mim, got pcl"),
-        (["--resume", tmp_path / "nowhere"], "expected the folder of a run, found no args.json"),
+        (["--resume", tmp_path / "nowhere"], "expected the folder of a run, with args.json"),
         (["--resume", torn], "torn: its args.json or split.json is damaged"),
         (["--resume", out, "--out", tmp_path / "other"], "a run that goes on stays in its folder"),
         (["--resume", unsaved], "unsaved: nothing to go on from, it was never saved; start it again"),

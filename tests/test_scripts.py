@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -332,7 +333,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     summary = json.loads((run / "evaluation-test" / "summary.json").read_text())
     fewer = {**summary, "subjects": sorted(set(summary["subjects"]) - gone)}
     (other / "evaluation-test" / "summary.json").write_text(json.dumps(fewer))
-    assert "different test subjects or phases, 1 subjects differ" in refused(
+    assert "different subjects or phases, 1 subjects differ" in refused(
         "evaluate.py", "--compare", run, other
     )
     for wrong in (
@@ -342,7 +343,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
         (other / "evaluation-test" / "summary.json").write_text(json.dumps(summary))
         evaluation.write_csv(other / "evaluation-test" / "metrics.csv", wrong)
         line = refused("evaluate.py", "--compare", run, other)
-        assert "different test subjects or phases" in line or "no whole scores of the test split" in line
+        assert "different subjects or phases" in line or "no whole scores of the test split" in line
     assert "--flips says nothing to --compare" in refused("evaluate.py", "--compare", run, other, "--flips")
     # two runs of one name, and a third that differs in more than the seed, stay apart
     for folder, change in (("a", {}), ("b", {"settings": {"epochs": 7}}), ("c", {"recipe": {"lr": 7.0}})):
@@ -352,6 +353,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
             json.dumps({**summary, **change, "arm": {**summary["arm"], "seed": 5}})
         )
     folders = [str(tmp_path / name / "run") for name in "abc"]
+    assert "a/run/ is named twice" in refused("evaluate.py", "--compare", *folders, folders[0] + "/")
     assert evaluate.main(["--compare", *folders, str(run)]) == 0
     said = capsys.readouterr().out.split("\n\n")[0]
     assert (
@@ -359,6 +361,11 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
         and all(folder in said for folder in folders[1:])
         and len(said.splitlines()) == 4
     )
+    # an average of two networks is no seed of one of them
+    path = tmp_path / "a" / "run" / "evaluation-test" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "checkpoints": ["x", "y"]}))
+    assert evaluate.main(["--compare", folders[0], str(run)]) == 0
+    assert "more seeds" not in capsys.readouterr().out
     assert evaluate.main(["--tables", str(cwd / "runs")]) == 0
     said = capsys.readouterr().out
     mean = np.mean([float(row["dice"]) for row in rows])
@@ -402,6 +409,20 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     assert float(rows["six"]["heart_rate_per_min"]) == pytest.approx(60 / (6 * 0.03452), rel=1e-3)
     assert rows["one"]["lv_ef_percent"] == rows["one"]["lv_esv_ml"] == "" and rows["one"]["lv_edv_ml"] != ""
     capsys.readouterr()
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name in ("A1B2C3_sa.nii", "stranger.nii"):
+        shutil.copy(scans / "one.nii", mixed / name)
+    assert evaluate.main(["--predict", str(mixed), *checkpoint, "--out", str(tmp_path / "mixed out")]) == 0
+    assert "not predicted: left out: files that are not named as in" in capsys.readouterr().out
+    assert (tmp_path / "mixed out" / "A1B2C3_labels.nii.gz").is_file()
+    line = refused("evaluate.py", "--predict", mixed, *checkpoint, "--out", mixed)
+    assert f"its cines all lie in {mixed}, where the results go" in line
+    line = refused("evaluate.py", "--predict", mixed, *checkpoint, "--out", mixed / "stranger.nii")
+    assert "stranger.nii is no folder that can be written to" in line
+    shutil.copy(mixed / "stranger.nii", os.fsencode(mixed) + b"/M\xfcller.nii")
+    line = refused("evaluate.py", "--predict", mixed, *checkpoint, "--out", tmp_path / "none")
+    assert "M\\udcfcller.nii': the name is not UTF-8; rename it" in line
 
     nibabel.save(nibabel.Nifti1Image(raw[:, :, 0, 0], cine.affine), tmp_path / "flat.nii.gz")
     (tmp_path / "dicom").mkdir()

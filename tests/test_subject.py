@@ -51,6 +51,18 @@ def test_geometry_from_affine(columns, rows_axis, flip):
     assert geometry.slice_pitch_mm == pytest.approx(8.0)
 
 
+def test_the_pitch_is_the_distance_of_the_slice_planes():
+    """Slices of 8 mm that lean by 6 mm along the rows: a step of 10 mm, planes 8 mm apart. The voxel's volume
+    is the determinant of the affine.
+    """
+    leaning = affine((LEFT, BACK, APEX))
+    leaning[:3, 2] += 6 * np.array(LEFT) / np.linalg.norm(LEFT)
+    geometry = Geometry.from_affine(leaning)
+    assert np.linalg.norm(leaning[:3, 2]) == pytest.approx(10) and geometry.slice_pitch_mm == pytest.approx(8)
+    volume = geometry.slice_pitch_mm * np.prod(geometry.spacing_mm)
+    assert volume == pytest.approx(abs(np.linalg.det(leaning[:3, :3])))
+
+
 def test_canonical_axes_are_the_same_heart_in_every_storage_order():
     canonical = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)  # (T, Z, H, W)
     seen = set()

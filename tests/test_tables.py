@@ -87,7 +87,7 @@ def test_table_1_is_that_of_the_paper(tmp_path):
     for row, columns in ((1, (3, 5)), (2, (5,)), (3, (5,)), (4, (5,))):
         for column in columns:
             expected[row][column] = f"**{expected[row][column]}**"
-    runs = tables.collect(tmp_path)
+    runs = study.collect(tmp_path)
     first = table(runs, "table1")
     assert first.header == ["#subjects (#slices)", "Baseline", "SimCLR", "PCL", "DINO", "MIM"]
     assert first.rows == expected
@@ -116,7 +116,7 @@ def whole(tmp_path):
     seeds(root, 0.89, 0.003, pretraining="mim", vendors=list(reversed(SIEMENS_PHILIPS)), **base)
     seeds(root, 0.88, 0.002, spreads=(-0.01,) * 3, pretraining="scratch", vendors=["C", "D"], **base)
     seeds(root, 0.886, 0.001, spreads=(-0.003,) * 3, pretraining="mim", vendors=GE_CANON, **base)
-    return tables.collect(root)
+    return study.collect(root)
 
 
 def test_tables_2_to_4_and_section_3(whole):
@@ -181,12 +181,12 @@ def test_subjects_weigh_the_same_however_many_phases_they_have(tmp_path):
     arm = ARM | {"pretraining": "mim", "seed": 5, "all_subjects": True, "n_subjects": 280, "slices": 7000}
     write(tmp_path / "b", arm, rows)
     write(tmp_path / "c", arm | {"seed": 6, "n_subjects": 281}, rows)
-    runs = tables.collect(tmp_path)
+    runs = study.collect(tmp_path)
     first = table(runs, "table1").rows
     assert first[4] == ["10 (230)", "0.80 ± -", "", "", "", ""]  # (0.7 + 0.9) / 2
     assert first[0] == ["280–281 (7000)", "", "", "", "", "0.80 ± 0.000"]
     write(tmp_path / "d", arm | {"pretraining": "pcl", "seed": 6, "slices": 7008}, rows)
-    slices = table(tables.collect(tmp_path), "table1").rows[0][0]
+    slices = table(study.collect(tmp_path), "table1").rows[0][0]
     assert slices == "280–281 (7002)"  # 7000 for seed 5, (7000 + 7008) / 2 for seed 6
     assert table(runs, "supplementB").rows[0][5] == "0.80 ± 0.141"  # 0.2 / sqrt(2)
     made(tmp_path / "other" / "d", 0.8, pretraining="scratch", seed=0, subjects={"mnms/a": "A"}, phases="ed")
@@ -195,7 +195,7 @@ def test_subjects_weigh_the_same_however_many_phases_they_have(tmp_path):
             "all_subjects": True
         }, [("mnms/a", "", p, c, 0.5) for p in ("ED", "ES") for c in OFFSET],
     )  # fmt: skip
-    third = table(tables.collect(tmp_path / "other"), "table3")
+    third = table(study.collect(tmp_path / "other"), "table3")
     assert third.rows[1] == ["MIM", "Vendors A+B", "0.50 ± -", "no subjects", "no subjects"]
 
 
@@ -213,7 +213,7 @@ def test_bold_is_decided_on_what_is_printed(tmp_path, middles, bold):
     for method, dice in zip(study.METHODS, middles, strict=True):
         if dice is not None:
             made(tmp_path / method, dice, pretraining=method, n_subjects=25)
-    cells = table(tables.collect(tmp_path), "table1").rows[2][1:]
+    cells = table(study.collect(tmp_path), "table1").rows[2][1:]
     assert tuple(i for i, cell in enumerate(cells) if re.fullmatch(r"\*\*0.\d\d ± -\*\*", cell)) == bold
     assert [bool(cell) for cell in cells] == [dice is not None for dice in middles]
 
@@ -240,7 +240,7 @@ def test_of_the_same_arm_and_seed_the_newest_counts(tmp_path, capsys):
     new = made(tmp_path / "a", 0.8, pretraining="mim", n_subjects=15)
     os.utime(old / "evaluation-test" / "summary.json", ns=(10**18, 10**18))
     os.utime(new / "evaluation-test" / "summary.json", ns=(2 * 10**18, 2 * 10**18))
-    runs = tables.collect(tmp_path)
+    runs = study.collect(tmp_path)
     assert table(runs, "table1").rows[3][5] == "0.80 ± -"
     assert capsys.readouterr().out == f"left out: {old}; {new} is a newer run of the same arm and seed\n"
 
@@ -249,19 +249,19 @@ def test_different_test_subjects_are_refused(tmp_path):
     one = made(tmp_path / "a", 0.8, pretraining="mim", n_subjects=15)
     other = made(tmp_path / "b", 0.8, pretraining="mim", seed=1, subjects=dict(list(SUBJECTS.items())[:1]))
     with pytest.raises(UserError) as error:
-        tables.collect(tmp_path)
+        study.collect(tmp_path)
     assert str(error.value).startswith(
-        f"{one} and {other}: evaluated on different test subjects or phases, 3 "
+        f"{one} and {other}: evaluated on different subjects or phases, 3 "
     )
     metrics = other / "evaluation-test" / "metrics.csv"
     metrics.write_text((one / "evaluation-test" / "metrics.csv").read_text())
     summary = other / "evaluation-test" / "summary.json"
     summary.write_text(summary.read_text().replace('["mnms/a"]', json.dumps(list(SUBJECTS))))
-    assert len(tables.collect(tmp_path)) == 2
+    assert len(study.collect(tmp_path)) == 2
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join(line for line in lines if "mnms/b" not in line or ",ED," not in line))
-    with pytest.raises(UserError, match=r"test subjects or phases, 1 subjects differ, the first is mnms/b"):
-        tables.collect(tmp_path)
+    with pytest.raises(UserError, match=r"subjects or phases, 1 subjects differ, the first is mnms/b"):
+        study.collect(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_what_cannot_be_read_is_named_and_skipped(tmp_path, capsys, file, old, n
     path = bad / "evaluation-test" / file
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
-    assert [run.folder for run in tables.collect(tmp_path)] == [good]
+    assert [run.folder for run in study.collect(tmp_path)] == [good]
     out = capsys.readouterr().out
     assert out.count("\n") == 1
     start = f"skipped: {bad / 'evaluation-test' / 'summary.json'}: "
@@ -303,13 +303,13 @@ def test_other_splits_are_not_read_and_a_folder_without_runs_is_refused(tmp_path
     (tmp_path / "half" / "evaluation-test" / "summary.json").write_text('{"split": "validation"}')
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match=r"expected evaluated runs .* found none; run evaluate.py"):
-            tables.collect(folder)
+            study.collect(folder)
     assert capsys.readouterr().out == ""
     (tmp_path / "half" / "evaluation-test" / "summary.json").write_text("[]")
     run = made(tmp_path, 0.8, pretraining="mim", n_subjects=12)  # the folder itself is a run
     lost = made(tmp_path / "lost", 0.8, pretraining="mim", n_subjects=12)
     (lost / "evaluation-test" / "metrics.csv").unlink()
-    runs = tables.collect(tmp_path)
+    runs = study.collect(tmp_path)
     assert [r.folder for r in runs] == [run]
     skipped, no_metrics, foreign = capsys.readouterr().out.splitlines()
     assert skipped.endswith(": expected a JSON object") and "metrics.csv" in no_metrics
@@ -319,14 +319,14 @@ def test_other_splits_are_not_read_and_a_folder_without_runs_is_refused(tmp_path
 
 def commands(runs, runs_dir, script, *words):
     """Those of a script that hold all these words."""
-    found = [shlex.split(command) for command in tables.missing(runs, runs_dir)]
+    found = [shlex.split(command) for command in study.missing(runs, runs_dir)]
     return [c[2:] for c in found if c[:2] == ["python", script] and set(words) <= set(c)]
 
 
 def test_a_study_with_one_run_lacks_all_others(tmp_path):
     made(tmp_path / "first", 0.8, pretraining="mim", n_subjects=15, seed=1)
-    runs = tables.collect(tmp_path)
-    every = tables.missing(runs, "runs")
+    runs = study.collect(tmp_path)
+    every = study.missing(runs, "runs")
     assert len(every) == len(set(every)) == 4 + 2 * (3 * (5 * 5 + 4 + 4 + 2) - 1)
     assert every[:5] == [
         "python train_ssp.py --method simclr --data DATA --out runs/simclr",
@@ -357,7 +357,7 @@ def test_a_cell_with_three_seeds_lacks_none(tmp_path):
     for seed in (1, 7, 8):
         made(tmp_path / f"three-{seed}", 0.8, pretraining="dino", n_subjects=10, seed=seed)
     made(tmp_path / "one", 0.8, pretraining="dino", n_subjects=25, seed=7)
-    runs = tables.collect(tmp_path)
+    runs = study.collect(tmp_path)
     assert commands(runs, "runs", "finetune.py", "runs/dino", "10") == []
     outs = [c[-1] for c in commands(runs, "runs", "finetune.py", "runs/dino", "25")]
     assert outs == ["runs/dino-n25-seed0", "runs/dino-n25-seed1"]
@@ -384,7 +384,7 @@ def test_commands_take_data_and_pretrainings_that_are_known(tmp_path):
             os.utime(folder / "unet.pt", (age, age))
     (root / "scratch-n10-seed2").mkdir()
     (root / "scratch-n10-seed2" / "unet.pt").touch()  # trained, not evaluated
-    runs = tables.collect(root)
+    runs = study.collect(root)
     data = ["--data", "/data/M&Ms", "x", "--label-suffix", "_seg", "--split-file", str(run / "split.json")]
     common = ["--skip-broken", "--quick"]
     assert commands(runs, root, "train_ssp.py", "mim") == []
@@ -401,15 +401,15 @@ def test_commands_take_data_and_pretrainings_that_are_known(tmp_path):
     assert commands(runs, root, "evaluate.py", out) == [["--split", "test", "--checkpoint", out, *common]]
     tuned = made(root / "two", 0.8, pretraining="mim", n_subjects=15)
     (tuned / "args.json").write_text(json.dumps({"init": str(root / "mim-old")}))
-    assert commands(tables.collect(root), root, "finetune.py", "--phases", "ed", str(root / "mim-old"))
+    assert commands(study.collect(root), root, "finetune.py", "--phases", "ed", str(root / "mim-old"))
     newer = made(root / "mim-n10-seed0", 0.8, pretraining="mim", n_subjects=12)  # a foreign run has that name
     (newer / "args.json").write_text(json.dumps({"init": str(root / "mim-elsewhere")}))
     (newer / "unet.pt").touch()
     os.utime(newer / "evaluation-test" / "summary.json", (2 * 10**9, 2 * 10**9))
-    assert commands(tables.collect(root), root, "finetune.py", str(newer), str(root / "mim-elsewhere"))
+    assert commands(study.collect(root), root, "finetune.py", str(newer), str(root / "mim-elsewhere"))
     (newer / "args.json").unlink()
     (tuned / "args.json").write_text(json.dumps({"init": str(root / "gone")}))
-    assert commands(tables.collect(root), root, "finetune.py", "--phases", "ed", str(root / "mim-new"))
+    assert commands(study.collect(root), root, "finetune.py", "--phases", "ed", str(root / "mim-new"))
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -419,7 +419,7 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
     if quick:
         (run / "args.json").write_text('{"data": ["a b", "c"], "quick": true, "skip_broken": true}')
         (run / "split.json").write_text("{}")
-    every = [shlex.split(command)[1:] for command in tables.missing(tables.collect(root), root)]
+    every = [shlex.split(command)[1:] for command in study.missing(study.collect(root), root)]
     config = {"channels": [4, 8], "image_size": 32, "spacing_mm": 6.0, "classes": None}
     link = dict.fromkeys(("method", "data", "split", "split_seed", "seed", "subjects"), "x")
     trained, previous = set(), None
@@ -451,7 +451,7 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
 def test_markdown_and_csv(tmp_path):
     for method, dice in (("scratch", 0.8), ("mim", 0.9)):
         made(tmp_path / "runs" / method, dice, pretraining=method, n_subjects=15)
-    every = tables.tables(tables.collect(tmp_path / "runs"))
+    every = tables.tables(study.collect(tmp_path / "runs"))
     names = ["table1", "table2", "table3", "table4", "section3", "supplementB"]
     assert [t.name for t in every] == names
     lines = tables.markdown(every[0]).splitlines()

@@ -165,6 +165,13 @@ def test_subjects_seen_anywhere_in_the_history_are_refused(tmp_path):
         )
 
 
+def test_a_training_that_has_not_ended_says_so(tmp_path):
+    of = {"subjects": [], "epochs": 16}
+    assert saved(tmp_path, unet(), **of, recipe={"epochs": 500}).unfinished == "16 of 500 epochs"
+    assert saved(tmp_path, unet(), **of, recipe={"epochs": 16}).unfinished == ""
+    assert saved(tmp_path, unet(), **of).unfinished == ""
+
+
 def test_the_same_content_gives_the_same_bytes(tmp_path):
     made = content(unet())
     weights.save(tmp_path / "a.pt", made)

@@ -14,9 +14,8 @@ from cmrssp.files import below
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
-_PHANTOM_VERSION = (
-    1  # part of the folder's name: a phantom of an older version is not taken for the present one
-)
+# part of the folder's name: a phantom of an older version is not taken for the present one
+_PHANTOM_VERSION = 1
 
 
 def default_cache() -> Path:
@@ -98,6 +97,11 @@ def _has_dicom(root: Path) -> bool:
 def absolute(paths: Sequence[str]) -> list[str]:
     """As a checkpoint remembers them, so that a later script finds them from any folder."""
     return [path if path == PHANTOM else str(Path(path).expanduser().resolve()) for path in paths]
+
+
+def source(given: dict) -> tuple[list[str], str]:
+    """(data, label suffix) that flags or a checkpoint's provenance name, else the defaults."""
+    return given.get("data", [PHANTOM]), given.get("label_suffix", LABEL_SUFFIX)
 
 
 def announce(paths: Sequence[str]) -> None:

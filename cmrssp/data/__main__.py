@@ -1,6 +1,5 @@
 """Build the slice store, labels included, and report what was found: python -m cmrssp.data PATH ..."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PNG",
         help="write a contact sheet: a slice of each subject, its crop centre and crop square",
     )
-    args: argparse.Namespace = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     if args.figure and not args.figure.absolute().parent.is_dir():
         raise UserError(f"--figure {args.figure}: there is no folder {args.figure.absolute().parent}")
-    suffix = getattr(args, "label_suffix", data.LABEL_SUFFIX)
-    subjects, problems = data.find(args.paths, args.cache, suffix)
+    _, label_suffix = data.source(vars(args))
+    subjects, problems = data.find(args.paths, args.cache, label_suffix)
     cines = store.build(subjects, args.cache, labels=True, skip_broken=True, name_broken=False)
     print(check.report(cines, problems))
     if args.figure:

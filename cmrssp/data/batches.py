@@ -22,8 +22,8 @@ _READERS = 4  # threads that feed a GPU; a CPU that trains has no core to spare 
 
 
 class Slices:
-    """The slices that take part, numbered 0 .. len - 1; holds a few numbers a subject, whatever the number of
-    slices.
+    """The slices that take part, numbered 0 .. len - 1; holds a few numbers per subject, whatever the number
+    of slices.
     """
 
     def __init__(self, store: Store, keys: Sequence[str], *, phases: str | None = None) -> None:

@@ -58,9 +58,9 @@ def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[
 def refuse_other_images(
     store: Store, recorded: dict[str, str], trained: Iterable[str], held: Iterable[str]
 ) -> None:
-    """Raise UserError where a subject has other images than those that a checkpoint recorded under its name,
-    or a `held` one the images of a subject that it was `trained` on under another. recorded: {subject key:
-    `digests`}.
+    """Raise UserError where a subject's images are not those that a checkpoint recorded for its key, or where
+    a `held` subject has the images of a subject with another key that the checkpoint was `trained` on.
+    recorded: {subject key: `digests`}.
     """
     now = digests(store, store.index)
     other = sorted(key for key, image in now.items() if recorded.get(key, image) != image)

@@ -14,7 +14,7 @@ from cmrssp.data.nifti import load, time_step, voxels
 from cmrssp.data.subject import CORRECTED, PLAIN, USED, BrokenSubject, Problem, Subject
 
 _MAX_STORED = 32767
-_FEW_VALUES = 4  # a label map has so many beside 0
+_FEW_VALUES = 4  # a label map has at most so many values beside 0
 _MAX_NOT_FINITE = 0.01  # of the voxels
 
 

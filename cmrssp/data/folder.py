@@ -11,20 +11,8 @@ from cmrssp.data.subject import LEFT_OUT, PLAIN, USED, LabelFile, Problem, Subje
 from cmrssp.errors import UserError
 
 TABLE = "subjects.csv"
-_LIKE_LABELS = (
-    "_gt",
-    "_seg",
-    "_mask",
-    "_label",
-    "_labels",
-    "_contour",
-    "-gt",
-    "-seg",
-    "-mask",
-    "-label",
-    "-labels",
-    "-contour",
-)
+_WORDS = ("gt", "seg", "mask", "label", "labels", "contour")
+_LIKE_LABELS = [mark + word for mark in "_-" for word in _WORDS]
 _PARTS = {"": "", "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
           "test": "test"}  # fmt: skip
 
@@ -47,7 +35,8 @@ def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Sub
                     f"{label_suffix}, else say --label-suffix {stem[-len(end) :]}"
                 )
     same = Counter(cines.values())
-    rows, missing = _rows(root)
+    rows = _rows(root)
+    missing = set(rows)
     subjects, problems = [], []
     for path, stem in cines.items():
         id = stem if same[stem] == 1 else path.relative_to(root).with_name(stem).as_posix()
@@ -76,15 +65,15 @@ def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Sub
                 Problem(f"{PLAIN}/{name}", path.name, f"no cine {name}.nii.gz beside it", LEFT_OUT)
             )
     if missing:
-        problems.append(Problem("", TABLE, table.unmatched(list(missing), []), LEFT_OUT))
+        problems.append(Problem("", TABLE, table.unmatched(missing, ()), LEFT_OUT))
     return subjects, problems
 
 
-def _rows(root: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
-    """(row of each subject, all subjects of the table)."""
+def _rows(root: Path) -> dict[str, dict[str, str]]:
+    """{subject: its row of the table}; {} without a table."""
     path = root / TABLE
     if not path.is_file():
-        return {}, set()
+        return {}
     rows = table.read(path, "subject", lower=True)
     if rows is None:
         raise UserError(f"{path}: expected the columns subject, vendor, pathology, ed, es, split (all but "
@@ -98,7 +87,7 @@ def _rows(root: Path) -> tuple[dict[str, dict[str, str]], set[str]]:
             raise UserError(f"{path}: expected train, validation, test or nothing as split of "
                             f"{row['subject']}, got {row['split']}")  # fmt: skip
         row["split"] = _PARTS[part]
-    return {row["subject"]: row for row in rows}, set(counts)
+    return {row["subject"]: row for row in rows}
 
 
 def stem_of(name: str) -> str | None:

@@ -26,9 +26,8 @@ class Geometry:
     flip: tuple[bool, bool, bool]  # slices, rows, columns reversed
     spacing_mm: tuple[float, float]  # rows, columns
     slice_pitch_mm: float
-    order_known: bool = (
-        True  # whether the affine tells base from apex; else slices are taken to run base to apex
-    )
+    # whether the affine tells base from apex; else slices are taken to run base to apex
+    order_known: bool = True
 
     @classmethod
     def from_affine(cls, affine: np.ndarray) -> "Geometry":
@@ -51,7 +50,7 @@ class Geometry:
             bool(unit[:, columns] @ _LEFT < 0),
         )
         spacing_mm = (float(lengths[rows]), float(lengths[columns]))
-        return cls(rows, flip, spacing_mm, float(lengths[2]), abs(to_apex) >= _MIN_SLICE_COSINE)
+        return cls(rows, flip, spacing_mm, _pitch(affine), abs(to_apex) >= _MIN_SLICE_COSINE)
 
     def to_canonical(self, array: np.ndarray) -> np.ndarray:
         """(X, Y, Z, T) -> (T, Z, H, W), a view."""
@@ -104,6 +103,13 @@ def believe(affine: np.ndarray, zooms: np.ndarray) -> tuple[Geometry, list[tuple
         found = (*geometry.spacing_mm, geometry.slice_pitch_mm)
         odd.append((f"spacing {_mm(found)} (rows, columns, slices) is unusual for a short-axis cine", USED))
     return geometry, odd
+
+
+def _pitch(affine: np.ndarray) -> float:
+    """From slice plane to slice plane, which is less than the step of an axis that is not normal to them."""
+    normal, step = np.cross(affine[:3, 0], affine[:3, 1]), np.linalg.norm(affine[:3, 2])
+    distance = abs(affine[:3, 2] @ normal) / np.linalg.norm(normal)
+    return float(distance if distance < 0.9999 * step else step)  # the rest is rounding
 
 
 def _usable(lengths: np.ndarray) -> bool:

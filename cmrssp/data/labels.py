@@ -189,7 +189,8 @@ def _phases(
         return (None, frames[0], []) if frames[0] == said[1] else (frames[0], None, [])
     pools = (masks == 1).sum(axis=(1, 2, 3))
     if pools.min() == pools.max():  # nothing to tell them apart by
-        return (*said, []) if set(said) <= set(frames) else (frames[0], frames[-1], [])
+        told = set(said) <= set(frames) and said[0] != said[1]
+        return (*said, []) if told else (frames[0], frames[-1], [])
     found = (frames[int(pools.argmax())], frames[int(pools.argmin())])
     wrong = [
         (
@@ -213,7 +214,7 @@ def _gaps(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | No
 
 
 def _order(masks: np.ndarray) -> list[tuple[str, str]]:
-    """The LV is wider at the base, which comes first, than at the apex."""
+    """A problem where the LV is wider in the last third of the slices than in the first: base comes first."""
     areas = (masks == 1).sum(axis=(0, 2, 3))
     third = len(areas) // 3
     if third and areas[:third].mean() < areas[-third:].mean():
@@ -223,23 +224,26 @@ def _order(masks: np.ndarray) -> list[tuple[str, str]]:
 
 
 def _numbering(masks: np.ndarray) -> list[tuple[str, str]]:
-    """Myocardium lies all around the LV, and along a part of the RV alone."""
-    lv, rv = (_beside_myocardium(masks, id) for id in (1, 3))
+    """A problem where more of the RV's border than of the LV's is shared with the myocardium."""
+    lv, rv = (beside / max(border, 1) for beside, border in (borders(masks, id) for id in (1, 3)))
     if rv <= lv:
         return []
     return [(f"the myocardium lies around label 3 ({rv:.0%} of its border) rather than around label 1 "
              f"({lv:.0%}): are LV and RV exchanged, as in ACDC's numbering?", USED)]  # fmt: skip
 
 
-def _beside_myocardium(masks: np.ndarray, id: int) -> float:
-    """The share of a class's border, within slices, that is one with the myocardium; 0 without a border."""
+def borders(masks: np.ndarray, id: int) -> tuple[int, int]:
+    """In masks (T, Z, H, W), over all in-plane neighbours of a class's pixels that are of another class:
+    (those that are myocardium, all).
+    """
     beside = border = 0
     for axis in (2, 3):
         low, high = np.moveaxis(masks, axis, 0)[:-1], np.moveaxis(masks, axis, 0)[1:]
         for inner, outer in ((low, high), (high, low)):
             neighbours = outer[(inner == id) & (outer != id)]
-            beside, border = beside + np.count_nonzero(neighbours == 2), border + neighbours.size
-    return beside / max(border, 1)
+            beside += int(np.count_nonzero(neighbours == 2))
+            border += neighbours.size
+    return beside, border
 
 
 def _heart(masks: np.ndarray) -> Heart | None:

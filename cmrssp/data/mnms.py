@@ -50,7 +50,7 @@ def find(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[Subject], 
     if table_rows is None:
         problems.append(Problem("", "", f"{dataset}: no CSV with a column 'External code' was found, so "
                                 "vendors and pathologies are unknown", USED))  # fmt: skip
-    elif missing := table.unmatched(list(rows), list(cines.values())):
+    elif missing := table.unmatched(rows, cines.values()):
         problems.append(Problem("", "", f"{dataset}: {missing}", LEFT_OUT))
     return subjects, problems
 

@@ -59,6 +59,6 @@ def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
     if table_rows is None:
         problems.append(Problem("", "", "mnms2: no CSV with a column 'SUBJECT_CODE' was found, so vendors "
                                 "and diseases are unknown", USED))  # fmt: skip
-    elif missing := table.unmatched(list(rows), [s.id for s in subjects]):
+    elif missing := table.unmatched(rows, (s.id for s in subjects)):
         problems.append(Problem("", "", f"mnms2: {missing}", LEFT_OUT))
     return subjects, problems

@@ -45,9 +45,7 @@ def load(path: Path) -> nibabel.Nifti1Image:
     except BrokenSubject:
         raise
     except _UNREADABLE as error:
-        raise BrokenSubject(
-            f"{path}: cannot be read as NIfTI, it may be truncated ({_line(error)})"
-        ) from None
+        raise _unreadable(path, error) from None
 
 
 @np.errstate(all="ignore")
@@ -59,13 +57,12 @@ def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarra
         array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
         return array.reshape(*image.shape[:3], -1)
     except _UNREADABLE as error:
-        raise BrokenSubject(
-            f"{path}: cannot be read as NIfTI, it may be truncated ({_line(error)})"
-        ) from None
+        raise _unreadable(path, error) from None
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _unreadable(path: Path, error: Exception) -> BrokenSubject:
+    why = " ".join(str(error).split())[:200] or type(error).__name__
+    return BrokenSubject(f"{path}: cannot be read as NIfTI, it may be truncated ({why})")
 
 
 def time_step(image: nibabel.Nifti1Image) -> float | None:

@@ -175,23 +175,23 @@ def choose(
     """
     keys = {s.key for s in subjects}
     split = read(split_file) if split_file is not None else inherited
-    named = {key for part in PARTS for key in split[part]} if split else set()
-    if split_file is not None and not keys & named:
-        raise UserError(
-            f"--split-file {split_file}: names none of the {len(keys)} subjects found; expected keys such as "
-            f"{min(keys)}"
-        )
-    if split and named - keys and keys & named:
-        print(f"not found: {len(named - keys)} of the {len(named)} subjects that the split names")
-    if not keys & named:
+    listed = {key for part in PARTS for key in split[part]} if split else set()
+    if not keys & listed:
+        if split_file is not None:
+            raise UserError(
+                f"--split-file {split_file}: names none of the {len(keys)} subjects found; expected keys "
+                f"such as {min(keys)}"
+            )
         if split:
             print(
                 "the run's split names none of these subjects: a new one is drawn (--split-seed "
                 f"{split_seed})"
             )
         return assign(subjects, split_seed, keep_overlap=keep_overlap)
-    if keys - named:
-        print(f"not used, because the split does not name them: {len(keys - named)} of {len(keys)} subjects")
+    if listed - keys:
+        print(f"not found: {len(listed - keys)} of the {len(listed)} subjects that the split names")
+    if keys - listed:
+        print(f"not used, because the split does not name them: {len(keys - listed)} of {len(keys)} subjects")
     return keep(split, keys)
 
 

@@ -2,8 +2,8 @@
 folder.
 
 A file is one line of JSON (the record, padded to 64 bytes) and then the plain array, so that opening a store
-reads one line a subject, a slice is one read, and a volume is one memory map. Its name has a hash of what it
-was made from: of a changed source there is a new file, and who reads the old one is not disturbed.
+reads one line per subject, a slice is one read, and a volume is one memory map. Its name has a hash of what
+it was made from: of a changed source there is a new file, and who reads the old one is not disturbed.
 """
 
 import json
@@ -25,7 +25,7 @@ from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import atomic, sweep
 
-FORMAT = 4
+FORMAT = 5
 _OF_CINE = ("centre", "mean", "std", "max", "minimum", "scale", "time_step_s", "digest")
 
 
@@ -69,7 +69,7 @@ class LabelRecord:
 
 
 class Store:
-    """Read access to the stored subjects. Holds one record a subject and no open file."""
+    """Read access to the stored subjects. Holds one record per subject and no open file."""
 
     def __init__(
         self,
@@ -185,11 +185,7 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
         tuple(header["shape"]),
         geometry,
         tuple(header["centre"]),
-        header["mean"],
-        header["std"],
-        header["max"],
-        header["time_step_s"],
-        header["digest"],
+        *(header[name] for name in ("mean", "std", "max", "time_step_s", "digest")),
         _problems(subject, header),
     )
 

@@ -73,8 +73,8 @@ class Subject:
 
 
 def vendor_name(text: str) -> str:
-    """One spelling a vendor, from a name as scanners and tables spell it or from the letter of M&Ms (A to D);
-    any other name stays as it is.
+    """One spelling per vendor, from a name as scanners and tables spell it or from the letter of M&Ms (A to
+    D); any other name stays as it is.
     """
     text = text.strip()
     for name, pattern in _VENDORS.items():

@@ -1,7 +1,7 @@
 """The CSV tables that lie beside cines: rows by column name, whatever their order, quoting or separator."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cmrssp.errors import UserError
@@ -39,10 +39,10 @@ def find(files: Sequence[Path], key: str) -> list[dict[str, str]] | None:
     return None
 
 
-def unmatched(rows: Sequence[str], found: Sequence[str]) -> str:
+def unmatched(rows: Iterable[str], found: Iterable[str]) -> str:
     """One line on the rows of a table for which no cine was found; "" where all were."""
     missing = sorted(set(rows) - set(found))
+    if not missing:
+        return ""
     more = f", ... ({len(missing)} in all)" if len(missing) > 8 else ""
-    return (
-        f"the table names subjects that have no cine here: {', '.join(missing[:8])}{more}" if missing else ""
-    )
+    return f"the table names subjects that have no cine here: {', '.join(missing[:8])}{more}"

@@ -44,9 +44,6 @@ class DINO(Method):
         self,
         *,
         channels: Sequence[int],
-        image_size: int,
-        spacing_mm: float,
-        augment: bool,
         norm: str = "batch",
         epochs: int,
         local_size: int,
@@ -61,16 +58,13 @@ class DINO(Method):
         teacher_momentum: float,
         freeze_last_epochs: float,
         export: str,
+        **options,
     ) -> None:
-        super().__init__()
-        check_image_size(image_size, channels, norm=norm)
+        super().__init__(channels=channels, norm=norm, **options)
         check_image_size(local_size, channels, flag="--local-size", norm=norm)
-        self.image_size, self.spacing_mm, self.epochs, self.augment = image_size, spacing_mm, epochs, augment
-        self.local_size, self.local_crops = local_size, local_crops
-        self.student_temperature, self.teacher_temperatures = (
-            student_temperature,
-            (teacher_temperature_start, teacher_temperature),
-        )
+        self.epochs, self.local_size, self.local_crops = epochs, local_size, local_crops
+        self.student_temperature = student_temperature
+        self.teacher_temperatures = (teacher_temperature_start, teacher_temperature)
         self.teacher_temperature_epochs = min(teacher_temperature_epochs, epochs)
         self.centre_momentum, self.momentum_start = centre_momentum, teacher_momentum
         self.freeze_last_epochs, self.export = freeze_last_epochs, export
@@ -143,36 +137,31 @@ class DINO(Method):
         )
 
     @classmethod
-    def from_flags(cls, args: argparse.Namespace) -> "DINO":
-        return cls(
-            channels=args.channels,
-            image_size=args.image_size,
-            spacing_mm=args.spacing,
-            augment=args.augmentation == "on",
-            norm=args.norm,
-            epochs=args.epochs,
-            local_size=args.image_size // 2 if args.local_size is None else args.local_size,
-            local_crops=args.local_crops,
-            outputs=args.outputs,
-            hidden=args.head_width,
-            student_temperature=args.student_temperature,
-            teacher_temperature=args.teacher_temperature,
-            teacher_temperature_start=args.teacher_temperature_start,
-            teacher_temperature_epochs=args.teacher_temperature_epochs,
-            centre_momentum=args.centre_momentum,
-            teacher_momentum=args.teacher_momentum,
-            freeze_last_epochs=args.freeze_last_epochs,
-            export=args.export,
-        )
+    def own_flags(cls, args: argparse.Namespace) -> dict:
+        return {
+            "epochs": args.epochs,
+            "local_size": args.image_size // 2 if args.local_size is None else args.local_size,
+            "local_crops": args.local_crops,
+            "outputs": args.outputs,
+            "hidden": args.head_width,
+            "student_temperature": args.student_temperature,
+            "teacher_temperature": args.teacher_temperature,
+            "teacher_temperature_start": args.teacher_temperature_start,
+            "teacher_temperature_epochs": args.teacher_temperature_epochs,
+            "centre_momentum": args.centre_momentum,
+            "teacher_momentum": args.teacher_momentum,
+            "freeze_last_epochs": args.freeze_last_epochs,
+            "export": args.export,
+        }
 
     def recipes(self) -> tuple[augmentation.Recipe, augmentation.Recipe, augmentation.Recipe]:
         """Of the first global view, the second one, and the local crops. Uniform in the side, as in
         the paper's code.
         """
         side = self.image_size * self.spacing_mm
-        widest = augmentation.paper_recipe(self.image_size, self.spacing_mm).zoom[1]
+        widest = self.recipe.zoom[1]
         base = replace(
-            augmentation.paper_recipe(self.image_size, self.spacing_mm),
+            self.recipe,
             p_noise=0.15,
             p_blur=0.1,
             p_brightness=0.2,
@@ -191,12 +180,11 @@ class DINO(Method):
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """global (2B, 1, S, S): first the blurred views, then the others; local (crops x B, 1, L, L)."""
-        first, second, local = self.recipes() if self.augment else (None, None, None)
+        first, second, local = self.recipes() if self.recipe else (None, None, None)
 
         def crops(recipe: augmentation.Recipe | None, size: int) -> torch.Tensor:
-            return augmentation.views(batch, recipe, generator, image_size=size, spacing_mm=self.spacing_mm)[
-                "image"
-            ]
+            grid = {"image_size": size, "spacing_mm": self.spacing_mm}
+            return augmentation.views(batch, recipe, generator, **grid)["image"]
 
         return {
             "global": torch.cat([crops(first, self.image_size), crops(second, self.image_size)]),
@@ -263,11 +251,8 @@ class DINO(Method):
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         first, second = views["global"].chunk(2)
-        count = len(first)
-        crops = {
-            f"local {i + 1}": views["local"][i * count : (i + 1) * count] for i in range(self.local_crops)
-        }
-        return {"global 1": first, "global 2": second, **crops}
+        local = views["local"].chunk(self.local_crops)
+        return {"global 1": first, "global 2": second, **{f"local {i}": x for i, x in enumerate(local, 1)}}
 
     def pretrained_state(self) -> dict[str, torch.Tensor]:
         encoder = self.teacher_encoder if self.export == "teacher" else self.encoder

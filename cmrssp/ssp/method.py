@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from cmrssp import augmentation
 from cmrssp.data.batches import Batch
-from cmrssp.unet import Encoder
+from cmrssp.unet import Encoder, check_image_size
 
 Views = dict[str, torch.Tensor]
 
@@ -22,9 +23,25 @@ class Method(nn.Module):
     defaults: ClassVar[dict]  # the paper's optimisation settings, by flag (supplement A)
     quick: ClassVar[dict]  # what --quick changes of them
     fewest_slices: ClassVar[int] = 1  # in a batch
+    classes: ClassVar[list[str] | None] = None  # that the network segments
     encoder: Encoder  # the network that is trained
-    image_size: int  # side of the network's square, pixels
-    spacing_mm: float
+
+    def __init__(
+        self,
+        *,
+        channels: Sequence[int],
+        image_size: int,
+        spacing_mm: float,
+        augment: bool,
+        norm: str = "batch",
+    ) -> None:
+        """`image_size`: side of the network's square, in pixels of `spacing_mm`. Without `augment` the
+        network sees the plain centred crop.
+        """
+        super().__init__()
+        check_image_size(image_size, channels, norm=norm)
+        self.image_size, self.spacing_mm = image_size, spacing_mm
+        self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +49,44 @@ class Method(nn.Module):
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> "Method":
-        """The only place that reads the flags."""
+        """With `own_flags` the only place that reads the flags."""
+        return cls(
+            channels=args.channels,
+            image_size=args.image_size,
+            spacing_mm=args.spacing,
+            augment=args.augmentation == "on",
+            norm=args.norm,
+            **cls.own_flags(args),
+        )
+
+    @classmethod
+    def own_flags(cls, args: argparse.Namespace) -> dict:
+        """The constructor's other arguments, from this method's own flags."""
         raise NotImplementedError
 
+    def config(self) -> dict:
+        """The network's configuration, as unet.pt holds it."""
+        return {
+            "channels": list(self.encoder.channels),
+            "image_size": self.image_size,
+            "spacing_mm": self.spacing_mm,
+            "classes": self.classes,
+            "norm": self.encoder.norm,
+        }
+
+    def view(self, batch: Batch, generator: torch.Generator | None) -> Views:
+        """image (B, 1, S, S) float32 and, where the batch has one, label (B, 1, S, S) uint8: augmented or,
+        without a generator, the plain centred crop.
+        """
+        return augmentation.views(
+            batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
+        )
+
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
-        """Augmented views on the batch's device, without gradient; no generator: the plain centred crop."""
-        raise NotImplementedError
+        """What the networks see in a step, on the batch's device, without gradient; without a generator it is
+        made of the plain centred crops.
+        """
+        return self.view(batch, generator)
 
     def view_sizes(self) -> list[tuple[int, int]]:
         """(side in pixels, how many of each slice) of what goes through the encoder at once."""

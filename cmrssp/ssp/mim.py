@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import torch
 
-from cmrssp import augmentation
 from cmrssp.data.batches import Batch
 from cmrssp.errors import UserError
 from cmrssp.kinds import positive, share
 from cmrssp.losses import masked_mse
 from cmrssp.ssp.method import Method, Views
-from cmrssp.unet import UNet, check_image_size
+from cmrssp.unet import Encoder, UNet
 
 
 class MIM(Method):
@@ -37,19 +36,17 @@ class MIM(Method):
         *,
         channels: Sequence[int],
         image_size: int,
-        spacing_mm: float,
-        augment: bool,
         norm: str = "batch",
         patch_size: int,
         mask_ratio: float,
+        **options,
     ) -> None:
-        super().__init__()
-        check_image_size(image_size, channels, norm=norm)
+        super().__init__(channels=channels, image_size=image_size, norm=norm, **options)
         if image_size % patch_size:
             raise UserError(
                 f"--patch-size: expected a divisor of --image-size {image_size}, got {patch_size}"
             )
-        self.image_size, self.spacing_mm, self.patch_size = image_size, spacing_mm, patch_size
+        self.patch_size = patch_size
         self.num_patches = (image_size // patch_size) ** 2
         self.num_masked = round(mask_ratio * self.num_patches)
         if not 1 <= self.num_masked <= self.num_patches:
@@ -57,11 +54,10 @@ class MIM(Method):
                 f"--mask-ratio: expected to mask 1 to {self.num_patches} of the {self.num_patches} patches, "
                 f"got {mask_ratio}, which masks {self.num_masked}"
             )
-        self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
         self.unet = UNet(channels=channels, num_outputs=1, num_heads=1, norm=norm)
 
     @property
-    def encoder(self):
+    def encoder(self) -> Encoder:
         return self.unet.encoder
 
     @staticmethod
@@ -81,22 +77,12 @@ class MIM(Method):
         )
 
     @classmethod
-    def from_flags(cls, args: argparse.Namespace) -> "MIM":
-        return cls(
-            channels=args.channels,
-            image_size=args.image_size,
-            spacing_mm=args.spacing,
-            augment=args.augmentation == "on",
-            norm=args.norm,
-            patch_size=args.patch_size,
-            mask_ratio=args.mask_ratio,
-        )
+    def own_flags(cls, args: argparse.Namespace) -> dict:
+        return {"patch_size": args.patch_size, "mask_ratio": args.mask_ratio}
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """image (B, 1, S, S) and mask (B, 1, S, S) bool, 1 = masked. Validation masks are always the same."""
-        image = augmentation.views(
-            batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
-        )["image"]
+        image = self.view(batch, generator)["image"]
         chosen = torch.rand(
             len(image), self.num_patches, generator=generator or torch.Generator().manual_seed(0)
         )

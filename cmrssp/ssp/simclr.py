@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cmrssp import augmentation, distributed
+from cmrssp import distributed
 from cmrssp.data.batches import Batch
 from cmrssp.kinds import positive
 from cmrssp.losses import nt_xent
 from cmrssp.ssp.method import Method, Views
-from cmrssp.unet import Encoder, check_image_size
+from cmrssp.unet import Encoder
 
 
 class SimCLR(Method):
@@ -35,20 +35,10 @@ class SimCLR(Method):
     fewest_slices = 2  # of one alone the loss is 0
 
     def __init__(
-        self,
-        *,
-        channels: Sequence[int],
-        image_size: int,
-        spacing_mm: float,
-        augment: bool,
-        norm: str = "batch",
-        temperature: float,
-        projection: int,
+        self, *, channels: Sequence[int], norm: str = "batch", temperature: float, projection: int, **options
     ) -> None:
-        super().__init__()
-        check_image_size(image_size, channels, norm=norm)
-        self.image_size, self.spacing_mm, self.temperature = image_size, spacing_mm, temperature
-        self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
+        super().__init__(channels=channels, norm=norm, **options)
+        self.temperature = temperature
         self.encoder = Encoder(channels, norm)
         self.projector = nn.Sequential(
             nn.Linear(channels[-1], projection), nn.ReLU(inplace=True), nn.Linear(projection, projection)
@@ -74,25 +64,9 @@ class SimCLR(Method):
     def own_flags(cls, args: argparse.Namespace) -> dict:
         return {"temperature": args.temperature, "projection": args.projection}
 
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace) -> "SimCLR":
-        return cls(
-            channels=args.channels,
-            image_size=args.image_size,
-            spacing_mm=args.spacing,
-            augment=args.augmentation == "on",
-            norm=args.norm,
-            **cls.own_flags(args),
-        )
-
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """image (2B, 1, S, S): all first views, then all second ones; position (2B,) of their slices."""
-        images = [
-            augmentation.views(
-                batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
-            )["image"]
-            for _ in range(2)
-        ]
+        images = [self.view(batch, generator)["image"] for _ in range(2)]
         return {"image": torch.cat(images), "position": batch["position"].repeat(2)}
 
     def view_sizes(self) -> list[tuple[int, int]]:
