@@ -111,9 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compare(args.compare, args.split)
     checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finetuned()]]
     print(f"checkpoint: {', '.join(str(c.path) for c in checkpoints)}")
-    for checkpoint in checkpoints:
-        if checkpoint.unfinished:
-            print(f"{checkpoint.path}: an unfinished training, {checkpoint.unfinished}")
     methods = [segmentation.restore(checkpoint) for checkpoint in checkpoints]
     if args.predict:
         return predict(args, methods, checkpoints[0].provenance)

@@ -69,11 +69,13 @@ class Checkpoint:
 def load(path: str | Path) -> Checkpoint:
     """`unet.pt`, `last.pt` or a run folder (its unet.pt, else its last.pt). Runs no code from the file.
 
-    A prefix that DistributedDataParallel or torch.compile put before every key is taken off, and said. Raises
-    UserError for any other file.
+    A prefix that DistributedDataParallel or torch.compile put before every key is taken off, and said, as is
+    a training that has not come to its end. Raises UserError for any other file.
     """
     path = locate(path)
     checkpoint = parse(path, read(path))
+    if checkpoint.unfinished:
+        print(f"{path}: of a training that has not ended, {checkpoint.unfinished}")
     return replace(checkpoint, state_dict=_without_prefix(path, checkpoint.state_dict))
 
 

@@ -165,9 +165,10 @@ def test_subjects_seen_anywhere_in_the_history_are_refused(tmp_path):
         )
 
 
-def test_a_training_that_has_not_ended_says_so(tmp_path):
+def test_a_training_that_has_not_ended_says_so(tmp_path, capsys):
     of = {"subjects": [], "epochs": 16}
     assert saved(tmp_path, unet(), **of, recipe={"epochs": 500}).unfinished == "16 of 500 epochs"
+    assert "of a training that has not ended, 16 of 500 epochs" in capsys.readouterr().out
     assert saved(tmp_path, unet(), **of, recipe={"epochs": 16}).unfinished == ""
     assert saved(tmp_path, unet(), **of).unfinished == ""
 
