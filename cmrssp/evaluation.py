@@ -224,7 +224,7 @@ def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     found = {}
     for when, link in zip(("", "pretraining "), checkpoint.history, strict=False):
-        train, validation = (link["split"][part] for part in ("train", "validation"))
+        train, validation = (link["split"].get(part, []) for part in ("train", "validation"))
         listed = len(train) < len(validation)  # a published subset: each seed has its own
         pool = None if listed else hashlib.sha256(json.dumps(sorted(train)).encode()).hexdigest()[:16]
         every = {**link.get("recipe", {}), "training subjects": pool}

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cmrssp import augmentation, distributed
 from cmrssp.data.batches import Batch
@@ -243,10 +244,9 @@ class DINO(Method):
     @torch.no_grad()
     def on_step_end(self, epoch: float) -> None:
         """Teacher and centre take one step."""
-        momentum = self.teacher_momentum(epoch)
+        average = get_ema_multi_avg_fn(self.teacher_momentum(epoch))
         for teacher, student in ((self.teacher_encoder, self.encoder), (self.teacher_head, self.head)):
-            for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
-                average.lerp_(parameter, 1 - momentum)
+            average(list(teacher.parameters()), list(student.parameters()), None)
         self.centre.lerp_(self.batch_centre, 1 - self.centre_momentum)
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
