@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 def sweep(folder: Path, older_than_s: float = 0.0) -> None:
     """Remove what processes that were killed have left of `atomic` in a folder."""
     for path in folder.glob(".*.tmp"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # another user's, or a read-only disk
             if time.time() - path.stat().st_mtime >= older_than_s:
                 path.unlink()
 
@@ -43,7 +43,13 @@ def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
     neither a report nor a table could say it.
     """
     entered, found = set(), []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        if isinstance(error, PermissionError) and Path(error.filename).name != "lost+found":
+            raise UserError(f"{error.filename}: cannot be looked into: {error.strerror}")
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        subfolders.sort()
         real = os.path.realpath(folder)
         if real in entered:
             subfolders.clear()

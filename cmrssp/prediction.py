@@ -33,7 +33,7 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
         if path.is_dir():
             try:
                 found, problems = data.find([str(path.resolve())], cache, label_suffix)
-            except FileNotFoundError as error:
+            except (FileNotFoundError, UserError) as error:
                 raise UserError(str(error).replace("--data", "--predict")) from None
             for problem in problems:
                 if problem.done == LEFT_OUT:

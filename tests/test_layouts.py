@@ -417,3 +417,118 @@ def test_vendors_as_they_are_typed():
     assert [vendor_name(n) for n in ("GE MEDICAL SYSTEMS", "TOSHIBA_MEC", "d", "B. Braun", "Gerät")] == [
         "GE", "Canon", "Canon", "B. Braun", "Gerät",
     ]  # fmt: skip
+
+
+def test_frames_without_their_cine_are_no_subjects(tmp_path, beating):
+    """As plain cines the two frames of a patient could land on both sides of the split."""
+    cine, labels = beating()
+    for root, names in (("acdc", ("frame01", "frame03")), ("mnms2", ("SA_ED", "SA_ES"))):
+        for name, frame in zip(names, (2, 0), strict=True):
+            stem = f"patient001_{name}" if root == "acdc" else f"001_{name}"
+            save(tmp_path / root / f"{stem}.nii.gz", cine[..., frame])
+            save(tmp_path / root / f"{stem}_gt.nii.gz", labels[..., frame])
+    with pytest.raises(UserError, match=r"3 more files are named as in acdc, .* no cine \*_4d.nii.gz"):
+        data.find([str(tmp_path / "acdc")], tmp_path)
+    with pytest.raises(UserError, match=r"3 more files are named as in mnms2, .* no cine \*_SA_CINE.nii.gz"):
+        data.find([str(tmp_path / "mnms2")], tmp_path)
+    save(tmp_path / "acdc" / "patient002_4d.nii.gz", cine)
+    save(tmp_path / "acdc" / "patient002_4d.nii", beating(1)[0])
+    save(tmp_path / "acdc" / "other" / "patient003_frame01.nii.gz", cine[..., 0])
+    subjects, problems = data.find([str(tmp_path / "acdc")], tmp_path)
+    assert [s.key for s in subjects] == ["acdc/patient002"]
+    said = {(p.subject, p.what) for p in problems if p.done == "left out"}
+    assert said >= {
+        ("acdc/patient002", "not used, patient002_4d.nii.gz is"),
+        ("acdc/patient003", "no patient003_4d.nii.gz beside it"),
+    }
+
+
+def test_a_table_of_splits_is_never_passed_over(tmp_path, beating):
+    rows = ("subject,split", "H01,test", "H02,test")
+
+    def refused(root, message):
+        with pytest.raises(UserError, match=message):
+            data.find([str(root)], tmp_path)
+
+    for name in ("H01", "H02", "H03"):
+        save(tmp_path / "own" / f"{name}_sa.nii.gz", beating()[0])
+        save(tmp_path / "two" / "a" / f"{name}.nii.gz", beating()[0])
+        save(tmp_path / "capital" / f"{name}.nii.gz", beating()[0])
+        save(tmp_path / "zeros" / f"0{name[1:]}.nii.gz", beating()[0])
+    table(tmp_path / "own" / "subjects.csv", *rows)
+    table(tmp_path / "two" / "a" / "subjects.csv", *rows)
+    table(tmp_path / "capital" / "Subjects.csv", *rows)
+    table(tmp_path / "zeros" / "subjects.csv", "subject;split", "1;test", "002;train")
+    refused(tmp_path / "own", r"own/subjects.csv: would not be read, .* no file named as in M&Ms")
+    refused(tmp_path / "two", r"a/subjects.csv: would not be read, .* expected .*two/subjects.csv")
+    refused(tmp_path / "capital", r"Subjects.csv: would not be read")
+    refused(tmp_path / "zeros", r"gives a split to subjects that have no cine \(1\), .*mind leading zeros")
+    subjects, _ = data.find([str(tmp_path / "two" / "a")], tmp_path)
+    assert [s.part for s in subjects] == ["test", "test", ""]
+
+
+def test_the_overlap_cannot_be_left_out_without_diseases(mnms2, tmp_path, beating, write_mnms):
+    subjects, _ = data.find([str(mnms2), str(write_mnms("A", *beating(9)))], tmp_path)
+    splits.assign(subjects, 0)
+    table(mnms2 / "dataset_information.csv", "SUBJECT_CODE,DISEASE,VENDOR", "1,NOR,SIEMENS")
+    subjects, _ = data.find([str(mnms2), str(write_mnms("A", *beating(9)))], tmp_path)
+    with pytest.raises(UserError, match=r"3 M&Ms-2 subjects have no DISEASE .* say --keep-overlap"):
+        splits.assign(subjects, 0)
+    assert sum(map(len, splits.assign(subjects, 0, keep_overlap=True).values())) == 5
+
+
+def test_a_cache_among_the_data_is_no_data(tmp_path, beating):
+    save(tmp_path / "in" / "own.nii.gz", beating()[0])
+    save(tmp_path / "in" / "cache" / "phantom-1" / "X_sa.nii.gz", beating(1)[0])
+    subjects, _ = data.find([str(tmp_path / "in")], tmp_path / "in" / "cache")
+    assert [s.key for s in subjects] == ["folder/own"]
+
+
+@pytest.mark.parametrize("text", [
+    "subject,vendor\r\na,GE\r\n", "\nsep=;\nsubject;vendor\na;GE\n", '"Subject"\t"Vendor"\n"a"\t"GE"\n',
+])  # fmt: skip
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_tables_as_spreadsheets_write_them(tmp_path, beating, text, encoding):
+    save(tmp_path / "scans" / "a.nii.gz", beating()[0])
+    (tmp_path / "scans" / "subjects.csv").write_bytes(text.encode(encoding))
+    (subject,), problems = data.find([str(tmp_path / "scans")], tmp_path)
+    assert subject.vendor == "GE" and not problems
+
+
+def test_stray_labels_are_no_phase(tmp_path, beating):
+    """ED in frame 2, ES in frame 0, and one voxel in frame 1: the smallest blood pool of all."""
+    cine, labels = beating()
+    labels[..., 1] = 0
+    labels[20, 16, 1, 1] = 1
+    save(tmp_path / "in" / "A_sa.nii.gz", cine)
+    save(tmp_path / "in" / "A_sa_gt.nii.gz", labels)
+    cines, problems = stored(tmp_path, tmp_path / "in")
+    assert cines.labels[0].phases == {"ED": 2, "ES": 0} and cines.labels[0].frames == (0, 2)
+    assert ("frame 1 lacks LV or MYO, others have both: not used", "left out") in problems["mnms/A"]
+
+
+def test_one_labelled_frame_that_the_table_does_not_name(tmp_path, beating):
+    """Frame 2 has labels. A table that counts from 1 says ES 3, another one ED 1 and ES 3."""
+    cine, labels = beating()
+    labels[..., :2] = 0
+    for name in ("a", "b"):
+        save(tmp_path / "in" / f"{name}.nii.gz", cine)
+        save(tmp_path / "in" / f"{name}_gt.nii.gz", labels)
+    table(tmp_path / "in" / "subjects.csv", "subject,ed,es", "a,0,3", "b,1,3")
+    cines, problems = stored(tmp_path, tmp_path / "in")
+    assert [record.phases for record in cines.labels] == [{"ES": 2}, {"ED": 2}]
+    for name, numbers, phase in (("a", "ED 0 and ES 3", "ES"), ("b", "ED 1 and ES 3", "ED")):
+        what = f"the labelled frame is 2, the data set says {numbers} (counted from 0): taken as {phase}"
+        assert (what, "used with correction") in problems[f"folder/{name}"]
+
+
+def test_labels_beside_the_grid_of_their_cine_are_said(tmp_path, beating):
+    cine, labels = beating()
+    shifted = AFFINE.copy()
+    shifted[0, 3] = 30
+    save(tmp_path / "in" / "A_sa.nii.gz", cine)
+    save(tmp_path / "in" / "A_sa_gt.nii.gz", labels, shifted)
+    _, problems = stored(tmp_path, tmp_path / "in")
+    ((what, done),) = problems["mnms/A"]
+    assert "(its first voxel is at 20.0, 0.0, 0.0 there): the order of the array was believed" in what
+    assert done == "used"

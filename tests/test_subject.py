@@ -348,3 +348,34 @@ def test_layouts_ignore_what_is_not_theirs(tmp_path):
     Path(tmp_path / "notes.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"no cine found; expected \.nii or"):
         data.find([tmp_path], CACHE)
+
+
+@pytest.mark.parametrize("value", [1e9, 1e308])
+def test_an_image_that_one_voxel_spoils_is_refused(tmp_path, value):
+    """1000 grey levels of 32767 over 1e9: none is left."""
+    cine = np.random.default_rng(0).integers(0, 1000, (12, 10, 3, 4)).astype(np.float64)
+    cine[3, 4, 1] = value
+    nibabel.save(nibabel.Nifti1Image(cine, np.diag([1.5, 1.5, 8, 1])), tmp_path / "a.nii")
+    with pytest.raises(BrokenSubject, match=r"a.nii: .* a few voxels so far from all"):
+        read_cine(Subject("folder", "a", tmp_path / "a.nii"))
+
+
+def test_borders_of_zeros_are_left_out_where_zero_is_not_the_smallest_value(tmp_path):
+    cine = np.zeros((12, 10, 3, 4), np.int16)
+    cine[2:10, 3:8] = np.random.default_rng(0).integers(100, 1000, (8, 5, 3, 4))
+    cine[5, 5, 1, 2] = -3
+    nibabel.save(nibabel.Nifti1Image(cine, np.diag([1.5, 1.5, 8, 1])), tmp_path / "a.nii")
+    read = read_cine(Subject("folder", "a", tmp_path / "a.nii"))
+    inside = cine[2:10, 3:8].astype(np.float64) + 3
+    assert (read.mean, read.std) == pytest.approx((inside.mean(), inside.std()), rel=1e-6)
+
+
+@pytest.mark.parametrize("sform", [np.eye(4), np.zeros((4, 4))])
+def test_a_qform_is_believed_where_the_sform_says_nothing(tmp_path, sform):
+    oblique = affine((LEFT, BACK, np.negative(APEX)))
+    image = nibabel.Nifti1Image(np.arange(60, dtype=np.int16).reshape(5, 4, 3, 1), oblique)
+    image.set_qform(oblique, code=1)
+    image.set_sform(sform, code=1)
+    nibabel.save(image, tmp_path / "a.nii")
+    geometry = read_cine(Subject("folder", "a", tmp_path / "a.nii")).geometry
+    assert geometry.flip == (True, False, False) and geometry.order_known

@@ -42,12 +42,29 @@ def find(
                 "synthetic set"
             )
         files = below(root, (".nii.gz", ".nii", ".csv"))
+        read = None  # the subjects.csv that counts
         if path == PHANTOM:
             layouts = [mnms.find(files, PHANTOM)]
         else:
+            files = _not_below(root, cache, files)
             layouts = [layout.find(files) for layout in (mnms, mnms2, acdc)]
             if not any(found for found, _ in layouts):
+                for layout, what in ((mnms2, "_SA_CINE.nii.gz"), (acdc, "_4d.nii.gz")):
+                    parts = [f.name for f in files if layout.NAMES.fullmatch(f.name)]
+                    if parts:
+                        raise UserError(
+                            f"--data {path}: {parts[0]} and {len(parts) - 1} more files are named as in "
+                            f"{layout.DATASET}, but there is no cine *{what}; as a plain folder every frame "
+                            "would be a subject of its own"
+                        )
                 layouts = [folder.find(files, root, label_suffix)]
+                read = root / folder.TABLE
+            for file in files:
+                if file.name.lower() == folder.TABLE and file != read:
+                    raise UserError(
+                        f"{file}: would not be read, and may say who tests; expected "
+                        f"{root / folder.TABLE}, and no file named as in M&Ms, M&Ms-2 or ACDC beside it"
+                    )
         if not any(found for found, _ in layouts):
             hint = "; DICOM files must be converted first (dcm2niix)" if _has_dicom(root) else ""
             raise FileNotFoundError(
@@ -67,6 +84,14 @@ def find(
             "them)"
         )
     return sorted(subjects, key=lambda s: s.key), problems
+
+
+def _not_below(root: Path, cache: Path, files: Sequence[Path]) -> Sequence[Path]:
+    """Without what lies in the cache, where that is in the data's folder."""
+    root, cache = root.resolve(), cache.resolve()
+    if root not in cache.parents:
+        return files
+    return [file for file in files if cache not in file.resolve().parents]
 
 
 def _strangers(files: Sequence[Path], datasets: set[str]) -> list[Problem]:

@@ -17,10 +17,20 @@ _NAME = re.compile(r"(patient(\d+))_(4d|frame(\d+)_gt)\.nii(\.gz)?")
 def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
     """The patients among the files of a folder. Opens Info.cfg only."""
     parts: dict[tuple[Path, str], dict[str, Path]] = {}
+    problems: list[Problem] = []
     for path in files:
         if name := _NAME.fullmatch(path.name):
-            parts.setdefault((path.parent, name[1]), {})[name[4] or name[3]] = path
-    subjects, problems = [], []
+            own, part = parts.setdefault((path.parent, name[1]), {}), name[4] or name[3]
+            if part in own:  # .nii beside .nii.gz
+                what = f"not used, {path.name} is"
+                problems.append(Problem(f"{DATASET}/{name[1]}", own[part].name, what, LEFT_OUT))
+            own[part] = path
+    alone = {(p.parent, p.name.split("_")[0]): p.name for p in files if NAMES.fullmatch(p.name)}
+    for (folder, patient), name in sorted(alone.items()):
+        if (folder, patient) not in parts:
+            what = f"no {patient}_4d.nii.gz beside it"
+            problems.append(Problem(f"{DATASET}/{patient}", name, what, LEFT_OUT))
+    subjects = []
     for (folder, patient), found in sorted(parts.items()):
         key = f"{DATASET}/{patient}"
         if "4d" not in found:

@@ -118,7 +118,9 @@ def _far_hearts(store: Store) -> list[Problem]:
 
 
 def summary(store: Store, found: Sequence[Problem]) -> str:
-    """Three lines: what there is, in which sizes, and how much of it is odd."""
+    """Three lines: what there is, in which sizes, and how much of it is odd; and a line on each group of
+    files that was left out.
+    """
     if not store.subjects:
         return "cines: none"
     shapes, geometries = [r.shape for r in store.cines], [r.geometry for r in store.cines]
@@ -138,13 +140,14 @@ def summary(store: Store, found: Sequence[Problem]) -> str:
             f"{_span([g.slice_pitch_mm for g in geometries])} mm; slice order from the affine in {ordered}, "
             f"taken as base first in {len(shapes) - ordered}",
             f"problems: {said}" + ("; python -m cmrssp.data lists them" if every else ""),
+            *(str(p) for p in every if p.done == LEFT_OUT and not p.subject),
         )
     )
 
 
 def report(store: Store, found: Sequence[Problem]) -> str:
     """The summary, the labels, how well the label-free crop centre fits, and all problems, worst first."""
-    lines = summary(store, found).splitlines()
+    lines = summary(store, found).splitlines()[:3]
     lines[-1] = lines[-1].partition(";")[0]
     labelled = [record for record in store.labels if record.frames]
     slices = sum(len(r.frames) * r.shape[1] for r in labelled)

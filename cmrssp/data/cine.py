@@ -10,11 +10,12 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from cmrssp.data.geometry import Geometry, believe
-from cmrssp.data.nifti import load, time_step, voxels
+from cmrssp.data.nifti import affine_of, load, time_step, voxels
 from cmrssp.data.subject import CORRECTED, PLAIN, USED, BrokenSubject, Problem, Subject
 
 _MAX_STORED = 32767
 _FEW_VALUES = 4  # a label map has at most so many values beside 0
+_MIN_LEVELS = 32  # that 98 % of the voxels must span
 _MAX_NOT_FINITE = 0.01  # of the voxels
 
 
@@ -45,7 +46,7 @@ def read_cine(subject: Subject) -> Cine:
     keep = slope > 0 and math.isfinite(intercept)
     raw = voxels(path, image, scaled=not keep)
     try:
-        geometry, odd = believe(image.affine, image.header.get_zooms()[:3])
+        geometry, odd = believe(affine_of(image), image.header.get_zooms()[:3])
     except ValueError as error:
         raise BrokenSubject(f"{path}: {error}") from None
     raw, lowest, highest, repaired = _finite(path, raw)
@@ -66,7 +67,15 @@ def read_cine(subject: Subject) -> Cine:
     odd += [(repaired, CORRECTED)] if repaired else []
     if len(stored) == 1 and subject.dataset != PLAIN:
         odd.append(("one frame where a cine has many: nothing moves, its crop centre is the image's", USED))
-    mean, std = intensity_statistics(stored)
+    coarse = np.percentile(stored[:, :, ::2, ::2], (1, 99)) if scale < 1 else (0, _MAX_STORED)
+    if coarse[1] - coarse[0] < _MIN_LEVELS:
+        raise BrokenSubject(
+            f"{path}: expected an image, got a few voxels so far from all others (from {minimum:g} to "
+            f"{maximum:g}) that int16 leaves {coarse[1] - coarse[0]:.0f} grey levels to 98 % of them"
+        )
+    mean, std = intensity_statistics(stored, max(0, round(-minimum * scale)))
+    if not std > 0:
+        raise BrokenSubject(f"{path}: expected an image, got a constant inside its borders")
     if keep:
         minimum, scale = minimum * slope + intercept, scale / slope
     return Cine(
@@ -128,9 +137,11 @@ def _some(numbers: Sequence[int], limit: int = 8) -> str:
     return ", ".join(map(str, numbers[:limit])) + (", ..." if len(numbers) > limit else "")
 
 
-def intensity_statistics(cine: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of a (T, Z, H, W) cine, all-zero borders in space left out."""
-    occupied = cine.any(axis=0)
+def intensity_statistics(cine: np.ndarray, zero: int = 0) -> tuple[float, float]:
+    """Mean and standard deviation of a (T, Z, H, W) cine; borders in space that hold nothing but `zero`, as
+    the file's 0 is stored, are left out.
+    """
+    occupied = (cine != zero).any(axis=0)
     box = []
     for axis in range(3):
         line = np.flatnonzero(occupied.any(axis=tuple(a for a in range(3) if a != axis)))

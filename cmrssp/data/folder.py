@@ -64,6 +64,12 @@ def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Sub
             problems.append(
                 Problem(f"{PLAIN}/{name}", path.name, f"no cine {name}.nii.gz beside it", LEFT_OUT)
             )
+    lost = sorted(name for name in missing if rows[name].get("split"))
+    if lost and any(s.id not in rows and stem_of(s.cine.name) not in rows for s in subjects):
+        raise UserError(
+            f"{root / TABLE}: gives a split to subjects that have no cine ({', '.join(lost[:8])}), and there "
+            "are cines without a row; expected the files' names without .nii.gz (mind leading zeros)"
+        )
     if missing:
         problems.append(Problem("", TABLE, table.unmatched(missing, ()), LEFT_OUT))
     return subjects, problems

@@ -66,6 +66,12 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
                 continue
             masks[frame] = mask
             named.update({file.phase: frame} if file.phase else {})
+    complete = [frame for frame, mask in masks.items() if (mask == 1).any() and (mask == 2).any()]
+    if len(complete) > 1:  # then a frame with a few stray voxels is no end systole
+        for frame in sorted(masks.keys() - set(complete)):
+            what = f"frame {frame} lacks LV or MYO, others have both: not used"
+            problems.append(Problem(subject.key, subject.labels[0].path.name, what, LEFT_OUT))
+            del masks[frame]
     frames = tuple(sorted(masks))
     stacked = np.stack([masks[f] for f in frames]) if frames else np.zeros((0, *cine.shape[1:]), np.uint8)
     table = {"ED": subject.ed, "ES": subject.es} | named
@@ -92,7 +98,12 @@ def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, not
         turn = np.rint(np.nan_to_num(step[:3, :3])).astype(int)
         corner = np.where(turn.sum(axis=1) < 0, box - 1, 0)
         if (np.abs(turn).sum(axis=0) == 1).all() and (np.abs(turn).sum(axis=1) == 1).all():
-            fits = np.allclose(step[:3, :3], turn, atol=0.02) and np.allclose(step[:3, 3], corner, atol=0.5)
+            alike = np.allclose(step[:3, :3], turn, atol=0.02)
+            fits = alike and np.allclose(step[:3, 3], corner, atol=0.5)
+            if alike and not fits:
+                first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
+                note(f"by its affine {path.name} is not on the grid of its cine (its first voxel is at "
+                     f"{first} there): the order of the array was believed")  # fmt: skip
             if fits and (turn != np.eye(3, dtype=int)).any():
                 order = np.abs(turn).argmax(axis=1)
                 array = np.flip(array.transpose(*order, 3), np.flatnonzero(turn.sum(axis=1) < 0).tolist())
@@ -186,7 +197,14 @@ def _phases(
     if not frames:
         return None, None, []
     if len(frames) == 1:  # nothing to compare with: the table decides, ED where it says nothing
-        return (None, frames[0], []) if frames[0] == said[1] else (frames[0], None, [])
+        far = [np.inf if t is None else abs(frames[0] - t) for t in said]
+        late = far[1] < far[0]
+        what = (
+            f"the labelled frame is {frames[0]}, the data set says ED {said[0]} and ES {said[1]} (counted "
+            f"from 0): taken as {'ES' if late else 'ED'}"
+        )
+        odd = [] if said[late] in (None, frames[0]) else [(what, CORRECTED)]
+        return (None, frames[0], odd) if late else (frames[0], None, odd)
     pools = (masks == 1).sum(axis=(1, 2, 3))
     if pools.min() == pools.max():  # nothing to tell them apart by
         told = set(said) <= set(frames) and said[0] != said[1]

@@ -60,6 +60,13 @@ def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarra
         raise _unreadable(path, error) from None
 
 
+def affine_of(image: nibabel.Nifti1Image) -> np.ndarray:
+    """The file's 4x4 affine; the qform's where the sform is empty or the identity."""
+    qform = image.header.get_qform(coded=True)[0]
+    sform = image.affine[:3, :3]
+    return qform if qform is not None and (not sform.any() or (sform == np.eye(3)).all()) else image.affine
+
+
 def _unreadable(path: Path, error: Exception) -> BrokenSubject:
     why = " ".join(str(error).split())[:200] or type(error).__name__
     return BrokenSubject(f"{path}: cannot be read as NIfTI, it may be truncated ({why})")

@@ -69,6 +69,12 @@ def _without_overlap(subjects: Sequence[Subject]) -> list[Subject]:
     kept = [
         s for s in subjects if s.dataset != mnms2.DATASET or s.pathology.upper() not in mnms2.MAY_REPEAT_MNMS
     ]
+    unknown = sum(s.dataset == mnms2.DATASET and not s.pathology for s in kept)
+    if unknown:
+        raise UserError(
+            f"{unknown} M&Ms-2 subjects have no DISEASE in a table, and may repeat M&Ms subjects; put "
+            "dataset_information.csv beside them, or say --keep-overlap"
+        )
     if len(kept) < len(subjects):
         print(
             f"not used: {len(subjects) - len(kept)} M&Ms-2 subjects with {', '.join(mnms2.MAY_REPEAT_MNMS)}, "

@@ -25,7 +25,7 @@ from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import atomic, sweep
 
-FORMAT = 5
+FORMAT = 6
 _OF_CINE = ("centre", "mean", "std", "max", "minimum", "scale", "time_step_s", "digest")
 
 
@@ -238,7 +238,8 @@ def _problems(subject: Subject, header: dict) -> tuple[Problem, ...]:
 
 def _path(folder: Path, subject: Subject, sources: list, suffix: str) -> Path:
     made_from = json.dumps([FORMAT, str(subject.cine.resolve()), sources])
-    return folder / f"{subject.file_name[:80]}-{sha256(made_from.encode()).hexdigest()[:16]}{suffix}"
+    name = subject.file_name.encode()[:80].decode(errors="ignore")
+    return folder / f"{name}-{sha256(made_from.encode()).hexdigest()[:16]}{suffix}"
 
 
 def _fingerprint(paths: Sequence[Path]) -> list[list]:

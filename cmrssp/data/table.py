@@ -1,6 +1,7 @@
 """The CSV tables that lie beside cines: rows by column name, whatever their order, quoting or separator."""
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,20 +13,28 @@ def read(path: Path, key: str, *, lower: bool = False) -> list[dict[str, str]] |
     for a table without such a column. Raises UserError for a file that is no CSV.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            head = file.readline()
-            file.seek(0)
-            separator = max(",;\t", key=head.count)  # spreadsheets of some countries write semicolons
-            reader = csv.DictReader(file, delimiter=separator)
-            columns = [(name or "").strip() for name in reader.fieldnames or ()]
-            columns = [name.lower() for name in columns] if lower else columns
-            if key not in columns:
-                return None
-            reader.fieldnames = columns
-            rows = [{k: (v or "").strip() for k, v in row.items() if k is not None} for row in reader]
+        lines = io.StringIO(_text(path), newline="").readlines()
+        while lines and (not lines[0].strip() or lines[0].startswith("sep=")):
+            del lines[0]
+        head = lines[0] if lines else ""
+        separator = max(",;\t", key=head.count)  # spreadsheets of some countries write semicolons
+        reader = csv.DictReader(lines, delimiter=separator)
+        columns = [(name or "").strip() for name in reader.fieldnames or ()]
+        columns = [name.lower() for name in columns] if lower else columns
+        if key not in columns:
+            return None
+        reader.fieldnames = columns
+        rows = [{k: (v or "").strip() for k, v in row.items() if k is not None} for row in reader]
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from None
     return [row for row in rows if row[key]]
+
+
+def _text(path: Path) -> str:
+    """As the first bytes say: UTF-16, else UTF-8."""
+    content = path.read_bytes()
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return content.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
 
 
 def find(files: Sequence[Path], key: str) -> list[dict[str, str]] | None:
