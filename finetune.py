@@ -171,11 +171,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "digests": images,
         "labels": labels,
         "slices": len(slices),
-        "all_subjects": len(chosen) == len(labelled) >= len(split["validation"]),  # fewer: a published subset
+        # a split with fewer training than validation subjects is a published subset
+        "all_subjects": len(chosen) == len(labelled) and len(split["train"]) >= len(split["validation"]),
         "phases": args.phases,
         "vendors": args.vendors,
         "augmentation": args.augmentation,
-        "recipe": flags.recipe(args, Segmentation),
+        "recipe": flags.recipe(args, Segmentation, settings, loader.batch_size),
         "init": checkpoint.provenance if checkpoint else None,
     }
     if not held_out:

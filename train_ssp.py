@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "there is no training subject; give more cines, or a --split-file with training subjects"
         )
+    if not len(slices["validation"]):
+        print("no validation subject: there will be no validation loss")
     loaders = {
         part: Batches(cines, s, batch_size=args.batch_size, seed=args.seed, labelled=False, device=device)
         for part, s in slices.items()
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "subjects": split["train"],
         "digests": images,
         "slices": len(slices["train"]),
-        "recipe": flags.recipe(args, method_class),
+        "recipe": flags.recipe(args, method_class, settings, loaders["train"].batch_size),
         "init": None,
     }
 

@@ -15,6 +15,7 @@ from cmrssp.resume import Stopped
 
 _NO_MEMORY = (
     "out of memory",
+    "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "unable to find an engine",  # what cuDNN says where its work space does not fit
@@ -81,8 +82,8 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
     except RuntimeError as error:
         if any(text in str(error) for text in _NO_MEMORY):
             distributed.say(
-                f"{prog}: error: the GPU's memory is too small for these settings, or others fill it; "
-                f"try a smaller --batch-size or --amp fp16 ({str(error).splitlines()[0]})"
+                f"{prog}: error: the memory is too small for these settings, or others fill it; try a "
+                f"smaller --batch-size, fewer --channels or --amp fp16 ({str(error).splitlines()[0]})"
             )
             status = 2
         elif distributed.lost(error):

@@ -112,6 +112,8 @@ def to_nnunet(file: str | Path, out: Path) -> str:
         raise UserError(f"{out}: cannot be written: Is a directory")
     if out.exists() and out.samefile(checkpoint.path):
         raise UserError(f"{out}: expected another file to write than the checkpoint itself")
+    if out.suffix == ".pt" and (out.parent / "args.json").exists():
+        raise UserError(f"{out}: would take the place of a run's own file; expected another, such as *.pth")
     try:
         weights.save(out, content)
     except OSError as error:

@@ -20,8 +20,8 @@ from cmrssp.training import Settings
 from cmrssp.unet import NORMS
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
-_OPTIMISATION = ("epochs", "batch_size", "lr", "schedule", "final_lr", "warmup_epochs", "momentum",
-                 "nesterov", "weight_decay", "amp")  # fmt: skip
+_OPTIMISATION = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs", "momentum",
+                 "nesterov", "weight_decay", "augmentation", "image_size", "spacing")  # fmt: skip
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
 
 
@@ -42,11 +42,14 @@ def from_config(config: dict) -> dict:
     }
 
 
-def recipe(args: argparse.Namespace, method: type[Method]) -> dict:
-    """What a checkpoint remembers of how it was trained: optimisation, and the method's own flags."""
+def recipe(args: argparse.Namespace, method: type[Method], settings: Settings, batch_size: int) -> dict:
+    """What a checkpoint remembers of how it was trained: optimisation, views, and the method's own flags; the
+    mixed precision and the batch size that were used, which can be less than was asked for.
+    """
     own = Parser(add_help=False)
     method.add_flags(own)
-    return {name: getattr(args, name) for name in (*_OPTIMISATION, *(a.dest for a in own._actions))}
+    found = {name: getattr(args, name) for name in (*_OPTIMISATION, *(a.dest for a in own._actions))}
+    return {**found, "amp": settings.amp, "batch_size": batch_size}
 
 
 def flat(vendors: list | None) -> list[str] | None:
@@ -65,7 +68,10 @@ def peek(argv: Sequence[str] | None, flag: str) -> str | None:
     """The value of one flag, before the defaults of the others are known."""
     parser = Parser(add_help=False)
     parser.add_argument(flag)
-    return vars(parser.parse_known_args(argv)[0])[flag.lstrip("-").replace("-", "_")]
+    value = vars(parser.parse_known_args(argv)[0])[flag.lstrip("-").replace("-", "_")]
+    if value == "":
+        raise UserError(f"{flag}: expected a path, got nothing")
+    return value
 
 
 def add_data(parser: argparse.ArgumentParser, default: str) -> None:
@@ -178,7 +184,7 @@ def add_optimisation(parser: argparse.ArgumentParser) -> None:
         "--validate-every",
         type=positive(int),
         metavar="N",
-        help="epochs between validations (default: 20 validations a run)",
+        help="epochs between validations (default: so that a run has 11 to 20, or one an epoch)",
     )
 
 
@@ -187,6 +193,7 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument(
         "--out",
+        type=not_empty,
         metavar="DIR",
         help="folder for everything that is written "
         + (
@@ -269,6 +276,8 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
 def settings(args: argparse.Namespace, device: torch.device) -> Settings:
     if args.nesterov and not args.momentum:
         raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
+    if args.schedule == "cosine" and args.final_lr > args.lr:
+        raise UserError(f"--final-lr {args.final_lr:g}: expected at most --lr, {args.lr:g}")
     if args.compile and args.grad_checkpoint:
         raise UserError("--grad-checkpoint: not together with --compile; leave one of them out")
     return Settings(

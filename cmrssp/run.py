@@ -30,7 +30,9 @@ class Run:
         """
         if out is not None:
             folder = Path(out).expanduser()
-            if (folder / "args.json").exists() and not again:
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"--out {out}: expected a folder, or the name of a new one, got a file")
+            if any((folder / name).exists() for name in ("args.json", "unet.pt", "last.pt")) and not again:
                 raise UserError(
                     f"--out {out}: already holds a run; give another folder, or add --resume auto to go on "
                     "with it"

@@ -232,6 +232,7 @@ def test_the_transfer_is_in_the_log_and_in_args_json(pretrained, tmp_path, capsy
     theirs = torch.load(run / "unet.pt", weights_only=True)["state_dict"]
     assert len(theirs) == 24 and all(torch.equal(content["state_dict"][k], v) for k, v in theirs.items())
     assert content["provenance"]["recipe"]["freeze_encoder"] == 5
+    assert content["provenance"]["recipe"]["augmentation"] == "on"
 
 
 def test_another_norm_ends_in_one_line(pretrained, tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from cmrssp.data import store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.health import effective_rank, position_probe
 from cmrssp.ssp.mim import MIM
+from cmrssp.training import step_generator
 
 
 def test_effective_rank_by_hand():
@@ -74,6 +75,15 @@ def test_a_collapse_is_said_when_it_happens(phantom_folder, tmp_path, capsys, co
             method.encoder.stages[-1].norm2.weight.zero_()  # every feature is its bias, whatever the image
             method.encoder.stages[-1].norm2.bias.normal_()
     figures = health.check(method, loader, 1)
+    method.eval()
+    with torch.no_grad():
+        losses = [
+            method(method.views(batch, step_generator(0, 0, i)), 1.0)[0].item()
+            for i, batch in enumerate(loader.in_order()) if len(batch["image"]) == 8
+        ]  # fmt: skip
+    method.train()
+    assert len(losses) < -(-len(loader.slices) // 8)  # the last batch is smaller, and left out
+    assert figures["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert set(figures) == {"validation_loss", "effective_rank", "position_r2"} and method.training
     assert (figures["effective_rank"] < 1.01) == collapsed
     assert ("warning: the features collapse" in capsys.readouterr().out) == collapsed, figures

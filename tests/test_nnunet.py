@@ -245,6 +245,9 @@ def test_files_that_cannot_be_used_end_in_one_line(tmp_path, line):
 
 def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, line):
     path = saved(tmp_path, filled("batch")[1])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "args.json").write_text("{}")
     before = sorted(p.name for p in tmp_path.iterdir()), path.read_bytes()
     for out, expected in (
         (tmp_path / "absent" / "out.pth", "cannot be written: No such file or directory"),
@@ -252,6 +255,7 @@ def test_an_output_that_cannot_be_written_ends_in_one_line(tmp_path, line):
         (tmp_path, "cannot be written: Is a directory"),
         (".", "cannot be written: Is a directory"),
         (path, "expected another file to write than the checkpoint itself"),
+        (run / "last.pt", "would take the place of a run's own file"),
     ):
         said = line("export", "--to", "nnunet", path, out)
         assert str(out) in said and expected in said, said

@@ -228,6 +228,11 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
         (("finetune.py", *data, "--momentum", 0), ("--momentum 0", "--no-nesterov")),
         (("finetune.py", *data, "--weight-decay", -1), ("--weight-decay", "of at least 0")),
         ((*mim, *data, "--device", "meta"), ("--device: expected auto, cpu, cuda",)),
+        ((*mim, *data, "--device", "cpu:0"), ("--device: expected auto, cpu, cuda",)),
+        ((*mim, *data, "--final-lr", 0.1), ("--final-lr 0.1: expected at most --lr, 0.01",)),
+        (("finetune.py", *data, "--init", ""), ("--init: expected a path, got nothing",)),
+        (("finetune.py", *data, "--out", ""), ("--out: expected a path, got nothing",)),
+        ((*mim, *data, "--out", "text.pt"), ("--out text.pt: expected a folder",)),
         (
             ("train_ssp.py", "--method", "dino", *data, "--local-crops", 0),
             ("--local-crops", "expected a number above 0, got 0"),
@@ -626,6 +631,7 @@ def test_a_training_that_cannot_fit_is_refused(refused, phantom_folder, way, mon
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere"),
         RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
 def test_a_full_gpu_is_one_line(error, capsys):
@@ -635,7 +641,7 @@ def test_a_full_gpu_is_one_line(error, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         command.end(main, "train_ssp.py")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train_ssp.py: error: the GPU's memory is too small")
+    assert line.startswith("train_ssp.py: error: the memory is too small")
     assert str(error).splitlines()[0] in line
 
 

@@ -158,6 +158,8 @@ def test_an_epoch_visits_every_slice_at_most_once(three, tmp_path):
     assert places(0) == places(0) and places(0) != places(1)
     assert sum(len(b["image"]) for b in loader.in_order()) == 27
     assert [len(b["image"]) for b in loader.in_order(6)] == [4, 2]
+    some = [torch.cat([b["position"] for b in loader.in_order(9)]).tolist() for _ in range(2)]
+    assert some[0] == some[1] and len(set(some[0])) == 3  # every third would be the first of each stack
 
 
 def test_a_batch_larger_than_the_data_is_the_only_one(three, tmp_path):

@@ -111,13 +111,14 @@ class Batches:
         return self._read(parts(), shared=True)
 
     def in_order(self, limit: int | None = None, *, shared: bool = False) -> Iterator[Batch]:
-        """All slices once, unshuffled, the last batch as large as it is; with `limit` that many, evenly
-        spread. `shared`: as many as divide by the ranks, of each batch this rank's share.
+        """All slices once, unshuffled, the last batch as large as it is; with `limit` that many, drawn once
+        and for all: a regular step could meet the same slice of every stack. `shared`: as many as divide by
+        the ranks, of each batch this rank's share.
         """
         count = min(limit or len(self.slices), len(self.slices))
         if shared:
             count -= count % distributed.world_size()
-        order = np.arange(count) * len(self.slices) // count
+        order = np.sort(np.random.default_rng(0).choice(len(self.slices), count, replace=False))
         return self._read((order[i : i + self.batch_size] for i in range(0, count, self.batch_size)), shared)
 
     def _read(self, parts: Iterable[np.ndarray], shared: bool) -> Iterator[Batch]:
