@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmrssp import distributed, weights
+from cmrssp import data, distributed, weights
 from cmrssp.errors import UserError
 from cmrssp.run import Run
 
@@ -209,6 +209,11 @@ def refuse_changes(
                 f"{run.args.get(action.dest)}, got {value}; a run that goes on must keep it{why}: leave the "
                 "flag out, or start anew in another --out"
             )
+    if run.finished and "--data" in words and data.name(args.data) != data.name(run.args["data"]):
+        raise UserError(
+            f"--data: the run in {run.folder} has finished, with {', '.join(run.args['data'])}; start with "
+            "other data in another --out"
+        )
 
 
 def open_run(

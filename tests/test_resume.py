@@ -293,6 +293,8 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     assert_same(cwd / "whole", out)
     assert train_ssp.main([*words, "--out", str(out), "--resume", "auto"]) == 0
     assert f"already finished: {out / 'unet.pt'}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has finished, with .*hearts; start with other data"):
+        train_ssp.main([*words, "--out", str(out), "--resume", "auto", "--data", str(tmp_path / "others")])
     # unet.pt comes last of all: a run that ended just before it gets all that is missing
     views, curves, weights_file = (out / name for name in ("views.png", "curves.png", "unet.pt"))
     assert weights_file.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in (views, curves))
