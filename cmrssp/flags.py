@@ -167,12 +167,8 @@ def add_optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--epochs", type=positive(int), metavar="N", help="passes over the training slices")
     group.add_argument("--batch-size", type=positive(int), metavar="N", help="slices in a step")
     group.add_argument("--lr", type=positive(float), help="highest learning rate of the schedule")
-    group.add_argument(
-        "--schedule", choices=("cosine", "poly"), help="cosine, or polynomial with power 0.9 to 0"
-    )
-    group.add_argument(
-        "--final-lr", type=at_least_0(float), default=0.0, help="where the cosine schedule ends"
-    )
+    group.add_argument("--schedule", choices=("cosine", "poly"), help="cosine, or poly: power 0.9, to 0")
+    group.add_argument("--final-lr", type=at_least_0(float), default=0.0, help="where the cosine ends")
     group.add_argument(
         "--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0"
     )
