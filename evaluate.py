@@ -186,9 +186,9 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         "recipe": evaluation.recipe(first),
     }
     out.mkdir(parents=True, exist_ok=True)
-    names = evaluation.write(out, scores, table, summary)
     sheet = evaluation.cases(scores, cines, methods, device, **options(args))
     report.contour_sheet(sheet, out / "contours.png")
+    names = evaluation.write(out, scores, table, summary)
     print(f"written: {out}/" + ", ".join([*names, "contours.png", *(["predictions/"] if saved else [])]))
     return 0
 

@@ -171,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "digests": images,
         "labels": labels,
         "slices": len(slices),
-        # a split with fewer training than validation subjects is a published subset
-        "all_subjects": len(chosen) == len(labelled) and len(split["train"]) >= len(split["validation"]),
+        "all_subjects": len(chosen) == len(labelled) and not splits.published_subset(split),
         "phases": args.phases,
         "vendors": args.vendors,
         "augmentation": args.augmentation,

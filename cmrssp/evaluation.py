@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from cmrssp import distributed, figures, meter, metrics, report, statistics
+from cmrssp.data import splits
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
@@ -224,10 +225,9 @@ def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     found = {}
     for when, link in zip(("", "pretraining "), checkpoint.history, strict=False):
-        train, validation = (link["split"].get(part, []) for part in ("train", "validation"))
-        listed = len(train) < len(validation)  # a published subset: each seed has its own
-        pool = None if listed else hashlib.sha256(json.dumps(sorted(train)).encode()).hexdigest()[:16]
-        every = {**link.get("recipe", {}), "training subjects": pool}
+        pool = hashlib.sha256(json.dumps(sorted(link["split"]["train"])).encode()).hexdigest()[:16]
+        own_list = splits.published_subset(link["split"])  # each seed has another
+        every = {**link.get("recipe", {}), "training subjects": None if own_list else pool}
         found |= {when + name: value for name, value in every.items()}
     return found
 

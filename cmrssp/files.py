@@ -37,12 +37,14 @@ def sweep(folder: Path, older_than_s: float = 0.0) -> None:
                 path.unlink()
 
 
-def below(root: Path, suffixes: tuple[str, ...]) -> list[Path]:
+def below(root: Path, suffixes: tuple[str, ...], skip: Path | None = None) -> list[Path]:
     """All files below `root` whose names end in one of `suffixes`, small or capital letters, and do not start
-    with a dot, sorted; linked folders are entered, once each. Raises UserError for a name that is not UTF-8:
-    neither a report nor a table could say it.
+    with a dot, sorted; linked folders are entered, once each, and a folder `skip` in it is not. Raises
+    UserError for a name that is not UTF-8 (neither a report nor a table could say it), and for a folder that
+    may not be read.
     """
-    entered, found = set(), []
+    entered = {os.path.realpath(skip)} - {os.path.realpath(root)} if skip else set()
+    found: list[Path] = []
 
     def unreadable(error: OSError) -> None:
         if isinstance(error, PermissionError) and Path(error.filename).name != "lost+found":

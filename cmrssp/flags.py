@@ -20,8 +20,8 @@ from cmrssp.training import Settings
 from cmrssp.unet import NORMS
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
-_OPTIMISATION = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs", "momentum",
-                 "nesterov", "weight_decay", "augmentation", "image_size", "spacing")  # fmt: skip
+_RECIPE = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs", "momentum", "nesterov", "weight_decay",
+           "augmentation", "image_size", "spacing")  # fmt: skip
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
 
 
@@ -48,7 +48,7 @@ def recipe(args: argparse.Namespace, method: type[Method], settings: Settings, b
     """
     own = Parser(add_help=False)
     method.add_flags(own)
-    found = {name: getattr(args, name) for name in (*_OPTIMISATION, *(a.dest for a in own._actions))}
+    found = {name: getattr(args, name) for name in (*_RECIPE, *(a.dest for a in own._actions))}
     return {**found, "amp": settings.amp, "batch_size": batch_size}
 
 

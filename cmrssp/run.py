@@ -12,7 +12,7 @@ import torch
 import cmrssp
 from cmrssp import distributed
 from cmrssp.errors import UserError
-from cmrssp.files import atomic, sweep
+from cmrssp.files import atomic, check_writable, sweep
 
 RUNS = Path("runs")
 
@@ -30,8 +30,7 @@ class Run:
         """
         if out is not None:
             folder = Path(out).expanduser()
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"--out {out}: expected a folder, or the name of a new one, got a file")
+            check_writable("--out", folder)
             if any((folder / name).exists() for name in ("args.json", "unet.pt", "last.pt")) and not again:
                 raise UserError(
                     f"--out {out}: already holds a run; give another folder, or add --resume auto to go on "

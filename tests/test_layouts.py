@@ -405,8 +405,18 @@ def test_what_looks_like_labels_is_no_cine(tmp_path, beating):
 def test_files_beside_a_layout_are_named(tmp_path, beating):
     save(tmp_path / "in" / "A_sa.nii.gz", beating()[0])
     save(tmp_path / "in" / "sub" / "other.nii.gz", beating(1)[0])
-    _, problems = data.find([str(tmp_path / "in")], tmp_path)
-    assert any("not named as in the layouts found beside them: other.nii.gz" in p.what for p in problems)
+    subjects, problems = data.find([str(tmp_path / "in")], tmp_path)
+    said = "not named as in the layouts found beside them: other.nii.gz"
+    assert any(said in p.what for p in problems)
+    cines = store.build(subjects, tmp_path / "cache", labels=False, progress=False)
+    assert said in check.summary(cines, problems).splitlines()[3]
+
+
+def test_a_long_name_in_other_letters(tmp_path, beating):
+    """78 letters of three bytes: with the hash behind it, too long a name for a file."""
+    save(tmp_path / "in" / f"{'心' * 78}.nii.gz", beating()[0])
+    cines, _ = stored(tmp_path, tmp_path / "in")
+    assert [s.id for s in cines.subjects] == ["心" * 78]
 
 
 def test_vendors_as_they_are_typed():

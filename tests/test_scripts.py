@@ -125,6 +125,22 @@ def test_evaluation_scores_every_labelled_volume_of_the_split(way):
     assert summary["dice"]["ED"]["LV"]["std"] == pytest.approx(np.std(scores, ddof=1), abs=1e-5)
     assert f"{summary['dice']['both']['mean']['mean']:.3f} ±" in out["evaluate"]
     assert (run / "evaluation-test" / "contours.png").stat().st_size > 10000
+    *_, last = sorted((run / "evaluation-test").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert last.name == "summary.json"
+
+
+def test_an_unfinished_training_is_scored_apart_and_in_no_table(way, tmp_path, capsys, refused):
+    cwd, _ = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    content = torch.load(run / "last.pt", weights_only=True)
+    content["provenance"]["epochs"] -= 1
+    (tmp_path / "part").mkdir()
+    torch.save(content, tmp_path / "part" / "last.pt")
+    assert evaluate.main(["--checkpoint", str(tmp_path / "part"), "--cache", str(cwd / "cache")]) == 0
+    epochs = content["provenance"]["epochs"]
+    assert f"of a training that has not ended, {epochs} of {epochs + 1} epochs" in capsys.readouterr().out
+    assert (tmp_path / "part" / f"evaluation-test-epoch{epochs}" / "summary.json").is_file()
+    assert "expected evaluated runs" in refused("evaluate.py", "--tables", tmp_path / "part")
 
 
 def test_the_logged_dice_is_that_of_the_evaluation(way):
@@ -232,7 +248,7 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
         ((*mim, *data, "--final-lr", 0.1), ("--final-lr 0.1: expected at most --lr, 0.01",)),
         (("finetune.py", *data, "--init", ""), ("--init: expected a path, got nothing",)),
         (("finetune.py", *data, "--out", ""), ("--out: expected a path, got nothing",)),
-        ((*mim, *data, "--out", "text.pt"), ("--out text.pt: expected a folder",)),
+        ((*mim, *data, "--out", "text.pt"), ("--out text.pt: text.pt is no folder that can be written to",)),
         (
             ("train_ssp.py", "--method", "dino", *data, "--local-crops", 0),
             ("--local-crops", "expected a number above 0, got 0"),
@@ -349,6 +365,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
         evaluation.write_csv(other / "evaluation-test" / "metrics.csv", wrong)
         line = refused("evaluate.py", "--compare", run, other)
         assert "different subjects or phases" in line or "no whole scores of the test split" in line
+    assert "--out says nothing to --compare" in refused("evaluate.py", "--compare", run, "--out", "x")
     assert "--flips says nothing to --compare" in refused("evaluate.py", "--compare", run, other, "--flips")
     # two runs of one name, and a third that differs in more than the seed, stay apart
     for folder, change in (("a", {}), ("b", {"settings": {"epochs": 7}}), ("c", {"recipe": {"lr": 7.0}})):

@@ -350,10 +350,10 @@ def test_layouts_ignore_what_is_not_theirs(tmp_path):
         data.find([tmp_path], CACHE)
 
 
-@pytest.mark.parametrize("value", [1e9, 1e308])
-def test_an_image_that_one_voxel_spoils_is_refused(tmp_path, value):
-    """1000 grey levels of 32767 over 1e9: none is left."""
-    cine = np.random.default_rng(0).integers(0, 1000, (12, 10, 3, 4)).astype(np.float64)
+@pytest.mark.parametrize(("value", "high"), [(1e9, 1000), (1e308, 1000), (1e4, 1)])
+def test_an_image_that_one_voxel_spoils_is_refused(tmp_path, value, high):
+    """1000 values among 32768 levels up to 1e9: none is left; 0 to 1 among them up to 1e4: three."""
+    cine = high * np.random.default_rng(0).random((12, 10, 3, 4))
     cine[3, 4, 1] = value
     nibabel.save(nibabel.Nifti1Image(cine, np.diag([1.5, 1.5, 8, 1])), tmp_path / "a.nii")
     with pytest.raises(BrokenSubject, match=r"a.nii: .* a few voxels so far from all"):

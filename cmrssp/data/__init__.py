@@ -41,12 +41,11 @@ def find(
                 f"--data {path}: {what}; give the folder that holds the cines, or '{PHANTOM}' for the "
                 "synthetic set"
             )
-        files = below(root, (".nii.gz", ".nii", ".csv"))
+        files = below(root, (".nii.gz", ".nii", ".csv"), skip=cache)
         read = None  # the subjects.csv that counts
         if path == PHANTOM:
             layouts = [mnms.find(files, PHANTOM)]
         else:
-            files = _not_below(root, cache, files)
             layouts = [layout.find(files) for layout in (mnms, mnms2, acdc)]
             if not any(found for found, _ in layouts):
                 for layout, what in ((mnms2, "_SA_CINE.nii.gz"), (acdc, "_4d.nii.gz")):
@@ -84,14 +83,6 @@ def find(
             "them)"
         )
     return sorted(subjects, key=lambda s: s.key), problems
-
-
-def _not_below(root: Path, cache: Path, files: Sequence[Path]) -> Sequence[Path]:
-    """Without what lies in the cache, where that is in the data's folder."""
-    root, cache = root.resolve(), cache.resolve()
-    if root not in cache.parents:
-        return files
-    return [file for file in files if cache not in file.resolve().parents]
 
 
 def _strangers(files: Sequence[Path], datasets: set[str]) -> list[Problem]:

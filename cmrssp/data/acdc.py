@@ -9,9 +9,8 @@ from pathlib import Path
 from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, frame_number
 
 DATASET = "acdc"
-NAMES = re.compile(r"patient\d+_(4d|frame\d+(_gt)?)\.nii(\.gz)?")  # of all that belong to the layout
+NAMES = re.compile(r"(patient\d+)_(4d|frame\d+(?:_gt)?)\.nii(?:\.gz)?")  # of all that belong to the layout
 _OFFICIAL_TEST = range(101, 151)
-_NAME = re.compile(r"(patient(\d+))_(4d|frame(\d+)_gt)\.nii(\.gz)?")
 
 
 def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
@@ -19,17 +18,12 @@ def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
     parts: dict[tuple[Path, str], dict[str, Path]] = {}
     problems: list[Problem] = []
     for path in files:
-        if name := _NAME.fullmatch(path.name):
-            own, part = parts.setdefault((path.parent, name[1]), {}), name[4] or name[3]
-            if part in own:  # .nii beside .nii.gz
+        if name := NAMES.fullmatch(path.name):
+            own = parts.setdefault((path.parent, name[1]), {})
+            if name[2] in own:  # .nii beside .nii.gz
                 what = f"not used, {path.name} is"
-                problems.append(Problem(f"{DATASET}/{name[1]}", own[part].name, what, LEFT_OUT))
-            own[part] = path
-    alone = {(p.parent, p.name.split("_")[0]): p.name for p in files if NAMES.fullmatch(p.name)}
-    for (folder, patient), name in sorted(alone.items()):
-        if (folder, patient) not in parts:
-            what = f"no {patient}_4d.nii.gz beside it"
-            problems.append(Problem(f"{DATASET}/{patient}", name, what, LEFT_OUT))
+                problems.append(Problem(f"{DATASET}/{name[1]}", own[name[2]].name, what, LEFT_OUT))
+            own[name[2]] = path
     subjects = []
     for (folder, patient), found in sorted(parts.items()):
         key = f"{DATASET}/{patient}"
@@ -41,7 +35,8 @@ def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
         if not info:
             what = "missing or empty: ED and ES are found by the labels alone"
             problems.append(Problem(key, "Info.cfg", what, USED))
-        labels = [LabelFile(p, int(number) - 1) for number, p in sorted(found.items()) if number != "4d"]
+        drawn = {part[5:-3]: path for part, path in sorted(found.items()) if part.endswith("_gt")}
+        labels = [LabelFile(path, int(number) - 1) for number, path in drawn.items()]
         subjects.append(
             Subject(
                 dataset=DATASET,

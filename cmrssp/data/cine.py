@@ -67,12 +67,13 @@ def read_cine(subject: Subject) -> Cine:
     odd += [(repaired, CORRECTED)] if repaired else []
     if len(stored) == 1 and subject.dataset != PLAIN:
         odd.append(("one frame where a cine has many: nothing moves, its crop centre is the image's", USED))
-    coarse = np.percentile(stored[:, :, ::2, ::2], (1, 99)) if scale < 1 else (0, _MAX_STORED)
-    if coarse[1] - coarse[0] < _MIN_LEVELS:
-        raise BrokenSubject(
-            f"{path}: expected an image, got a few voxels so far from all others (from {minimum:g} to "
-            f"{maximum:g}) that int16 leaves {coarse[1] - coarse[0]:.0f} grey levels to 98 % of them"
-        )
+    if scale != 1:  # not every value has kept a level of its own
+        levels = float(np.ptp(np.percentile(stored[:, :, ::2, ::2], (1, 99))))
+        if levels < _MIN_LEVELS:
+            raise BrokenSubject(
+                f"{path}: expected an image, got a few voxels so far from all others (from {minimum:g} to "
+                f"{maximum:g}) that int16 leaves {levels:.0f} grey levels to 98 % of them"
+            )
     mean, std = intensity_statistics(stored, max(0, round(-minimum * scale)))
     if not std > 0:
         raise BrokenSubject(f"{path}: expected an image, got a constant inside its borders")

@@ -165,6 +165,11 @@ def _stratified(subjects: Sequence[Subject], fraction: float, seed: int) -> list
     return [s for i, s in enumerate(ranked) if ((i + 1) * count + offset) // n > (i * count + offset) // n]
 
 
+def published_subset(split: dict[str, list[str]]) -> bool:
+    """Fewer training than validation subjects: the list of one seed, as the paper's authors publish them."""
+    return len(split["train"]) < len(split["validation"])
+
+
 def choose(
     subjects: Sequence[Subject],
     *,

@@ -25,7 +25,7 @@ from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import atomic, sweep
 
-FORMAT = 6
+FORMAT = 5
 _OF_CINE = ("centre", "mean", "std", "max", "minimum", "scale", "time_step_s", "digest")
 
 
