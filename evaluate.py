@@ -9,29 +9,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cmrssp import (
-    command,
-    comparison,
-    data,
-    distributed,
-    evaluation,
-    figures,
-    flags,
-    prediction,
-    report,
-    run,
-    segmentation,
-    statistics,
-    study,
-    tables,
-    weights,
-)
-from cmrssp.data import check, splits, store
+from cmrssp import segmentation
+from cmrssp.cli import entry, flags
+from cmrssp.cli.argument_types import vendor_names
+from cmrssp.data import dataset, quality, splits, store
 from cmrssp.data.subject import CLASSES, BrokenSubject
-from cmrssp.device import resolve_device
 from cmrssp.errors import UserError
+from cmrssp.evaluation import comparison, plots, prediction, report, scoring, stats, study, tables
 from cmrssp.files import check_writable, write_csv
-from cmrssp.kinds import vendor_names
+from cmrssp.hardware import distributed
+from cmrssp.hardware.device import resolve_device
+from cmrssp.runs import folder
+from cmrssp.weights import checkpoints
 
 # flags that only the scoring of a split uses, and flags that only a prediction uses
 _SCORING = ("--data", "--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases",
@@ -40,7 +29,7 @@ _PREDICTING = ("--checkpoint", "--flips", "--largest-component", "--label-suffix
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command.Parser(prog="evaluate.py", description=__doc__)
+    parser = entry.Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--split", choices=splits.PARTS, default="test", help="which subjects")
     parser.add_argument(
         "--checkpoint",
@@ -109,23 +98,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.tables:
             return print_tables(args.tables, Path(args.out) if args.out else args.tables / "tables")
         return compare(args.compare, args.split)
-    checkpoints = [weights.load(path) for path in args.checkpoint or [run.newest_finetuned()]]
-    print(f"checkpoint: {', '.join(str(c.path) for c in checkpoints)}")
-    methods = [segmentation.restore(checkpoint) for checkpoint in checkpoints]
+    trained = [checkpoints.load(path) for path in args.checkpoint or [folder.newest_finetuned()]]
+    print(f"checkpoint: {', '.join(str(c.path) for c in trained)}")
+    methods = [segmentation.restore(checkpoint) for checkpoint in trained]
     if args.predict:
-        return predict(args, methods, checkpoints[0].provenance)
-    return score(args, argv, checkpoints, methods)
+        return predict(args, methods, trained[0].provenance)
+    return score(args, argv, trained, methods)
 
 
-def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segmentation.Segmentation]) -> int:
-    first = checkpoints[0]
-    paths, label_suffix = data.source({**first.provenance, **vars(args)})
-    data.announce(paths)
+def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list[segmentation.Segmentation]) -> int:
+    first = trained[0]
+    paths, label_suffix = dataset.source({**first.provenance, **vars(args)})
+    dataset.announce(paths)
     device = resolve_device(args.device)
     methods = [method.to(device) for method in methods]
 
     with distributed.main_first():
-        subjects, problems = data.find(paths, args.cache, label_suffix)
+        subjects, problems = dataset.find(paths, args.cache, label_suffix)
     inherited = None if flags.typed(argv, "--split-seed") else first.provenance["split"]
     split = splits.choose(
         subjects,
@@ -135,8 +124,8 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         keep_overlap=args.keep_overlap,
     )
     if args.split != "train":
-        for checkpoint in checkpoints:
-            weights.refuse_seen(checkpoint, split, (args.split,))
+        for checkpoint in trained:
+            checkpoints.refuse_seen(checkpoint, split, (args.split,))
     wanted = splits.named(subjects, split, (args.split,))
     if not wanted:
         counts = ", ".join(f"{part} {len(keys)}" for part, keys in split.items())
@@ -147,14 +136,14 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         raise UserError(f"--split {args.split}: its subjects have other --vendors: {', '.join(vendors)}")
     with distributed.main_first():
         cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
-    print(check.summary(cines, problems))
-    for checkpoint in checkpoints:
-        trained = checkpoint.seen() if args.split != "train" else ()
-        check.refuse_other_images(cines, checkpoint.digests, trained, cines.index)
-    out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, checkpoints)
+    print(quality.summary(cines, problems))
+    for checkpoint in trained:
+        seen = checkpoint.seen() if args.split != "train" else ()
+        quality.refuse_other_images(cines, checkpoint.digests, seen, cines.index)
+    out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, trained)
     check_writable("--out", out)
     saved = out / "predictions" if args.save_predictions else None
-    scores = evaluation.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
+    scores = scoring.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
     if scores.unlabelled:
         print(f"left out, without labels: {', '.join(scores.unlabelled)}")
     if not scores.rows:
@@ -164,31 +153,31 @@ def score(args, argv, checkpoints: list[weights.Checkpoint], methods: list[segme
         )
     if not distributed.is_main():
         return 0
-    table = evaluation.breakdown(scores)
+    table = scoring.breakdown(scores)
     print(
         f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects\n"
         f"{report.dice_table(scores.rows)}\n\n{report.breakdown_table(table)}\n\n"
-        f"{report.agreement_table(scores.clinical, evaluation.AGREEMENT)}"
+        f"{report.agreement_table(scores.clinical, scoring.AGREEMENT)}"
     )
-    lost = {name: count for name, count in evaluation.missed(scores.rows).items() if count}
+    lost = {name: count for name, count in scoring.missed(scores.rows).items() if count}
     if lost:
         print("missed (in one of the two label maps alone, no distance): "
               + ", ".join(f"{name} in {count} volumes" for name, count in lost.items()))  # fmt: skip
     summary = {
         "split": args.split,
-        "data": data.absolute(paths),
-        "checkpoints": [str(c.path) for c in checkpoints],
+        "data": dataset.absolute(paths),
+        "checkpoints": [str(c.path) for c in trained],
         "phases": args.phases,
         "vendors": args.vendors,
         **options(args),
-        "arm": evaluation.arm(first),
-        "settings": evaluation.settings(first),
-        "recipe": evaluation.recipe(first),
+        "arm": scoring.arm(first),
+        "settings": scoring.settings(first),
+        "recipe": scoring.recipe(first),
     }
     out.mkdir(parents=True, exist_ok=True)
-    sheet = evaluation.cases(scores, cines, methods, device, **options(args))
+    sheet = scoring.cases(scores, cines, methods, device, **options(args))
     report.contour_sheet(sheet, out / "contours.png")
-    names = evaluation.write(out, scores, table, summary)
+    names = scoring.write(out, scores, table, summary)
     print(f"written: {out}/" + ", ".join([*names, "contours.png", *(["predictions/"] if saved else [])]))
     return 0
 
@@ -200,7 +189,7 @@ def options(args) -> dict[str, bool]:
 def default_folder(args, argv: Sequence[str] | None, checkpoints: Sequence) -> str:
     """Beside the run; what was changed from the plain evaluation of one run is in the name."""
     changed = [
-        *([data.name(args.data)] if hasattr(args, "data") else []),
+        *([dataset.name(args.data)] if hasattr(args, "data") else []),
         *(
             ["other-split"]
             if any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
@@ -222,7 +211,7 @@ def predict(args, methods: list[segmentation.Segmentation], provenance: dict) ->
     methods = [method.to(device) for method in methods]
     out = Path(args.out or "predictions")
     check_writable("--out", out)
-    _, label_suffix = data.source({**provenance, **vars(args)})
+    _, label_suffix = dataset.source({**provenance, **vars(args)})
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict | str] = []
@@ -253,7 +242,7 @@ def compare(runs: Sequence[str], split: str) -> int:
     shown = []
     for group in ("mean", *CLASSES):
         scores = comparison.arm_scores(arms, CLASSES if group == "mean" else [group])
-        found = statistics.compare(scores, seed=0)
+        found = stats.compare(scores, seed=0)
         shown.append(f"{split} split, 3D Dice, {group}\n{report.comparison_table(found, next(iter(scores)))}")
     print("\n\n".join(shown))
     return 0
@@ -268,10 +257,10 @@ def print_tables(runs: Path, out: Path) -> int:
         print("\nto fill the empty cells:\n" + "\n".join(missing))
     out.mkdir(parents=True, exist_ok=True)
     tables.write_csv(made, out)
-    drawn = figures.learning_curves(tables.learning_curves(found), out / "learning_curves.png")
+    drawn = plots.learning_curves(tables.learning_curves(found), out / "learning_curves.png")
     print(f"\nwritten: {out}/*.csv" + (", learning_curves.png" if drawn else ""))
     return 0
 
 
 if __name__ == "__main__":
-    command.end(main)
+    entry.end(main)

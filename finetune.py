@@ -5,24 +5,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cmrssp import benchmark, command, data, distributed, flags, memory, report, resume, training, weights
-from cmrssp.data import check, splits, store
+from cmrssp import training
+from cmrssp.cli import entry, flags
+from cmrssp.cli.argument_types import vendor_names
+from cmrssp.data import dataset, quality, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.subject import CLASSES
-from cmrssp.device import prepare_torch, resolve_device
 from cmrssp.errors import UserError
-from cmrssp.kinds import vendor_names
+from cmrssp.evaluation import report
+from cmrssp.hardware import benchmark, distributed, memory
+from cmrssp.hardware.device import prepare_torch, resolve_device
 from cmrssp.metrics import dice
+from cmrssp.runs import resume
 from cmrssp.segmentation import FINETUNING_LR, Segmentation, predict_frames
 from cmrssp.unet import recompute_activations
+from cmrssp.weights import checkpoints
 
 
 def parse(argv: Sequence[str] | None):
     """(args, checkpoint or None, run that goes on or None). Data, split and network come from --init unless
     typed; of a run that goes on, everything comes from it.
     """
-    parser = command.Parser(prog="finetune.py", description=__doc__)
-    flags.add_data(parser, default=f"what --init was pretrained on, else {data.PHANTOM}")
+    parser = entry.Parser(prog="finetune.py", description=__doc__)
+    flags.add_data(parser, default=f"what --init was pretrained on, else {dataset.PHANTOM}")
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
         "--init",
@@ -58,7 +63,7 @@ def parse(argv: Sequence[str] | None):
     flags.add_speed(parser)
     interrupted = resume.find(flags.peek(argv, "--resume"), flags.peek(argv, "--out"), "fine-tuning")
     init = None if interrupted else flags.peek(argv, "--init")
-    checkpoint = weights.load(init) if init else None
+    checkpoint = checkpoints.load(init) if init else None
     flags.set_defaults(parser, argv, Segmentation)
     if checkpoint:
         parser.set_defaults(lr=FINETUNING_LR, **flags.from_config(checkpoint.config))
@@ -77,15 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"already finished: {interrupted.folder / 'unet.pt'}")
         return 0
     inherited = checkpoint.provenance if checkpoint else {}
-    paths, label_suffix = data.source({**inherited, **vars(args)})
-    data.announce(paths)
+    paths, label_suffix = dataset.source({**inherited, **vars(args)})
+    dataset.announce(paths)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
     method = Segmentation.from_flags(args)
     if args.grad_checkpoint:
         recompute_activations(method)
     settings = flags.settings(args, device)
-    transferred = weights.transfer(checkpoint, method.unet) if checkpoint else {}
+    transferred = checkpoints.transfer(checkpoint, method.unet) if checkpoint else {}
     for part, what in transferred.items():
         print(f"{part}: {what}")
     if args.freeze_encoder:
@@ -95,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     with distributed.main_first():
-        subjects, problems = data.find(paths, args.cache, label_suffix)
+        subjects, problems = dataset.find(paths, args.cache, label_suffix)
     anew = flags.typed(argv, "--split-seed")
     split_seed = args.split_seed if anew else inherited.get("split_seed", args.split_seed)
     inherited_split = None if anew else inherited.get("split")
@@ -107,19 +112,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_overlap=args.keep_overlap,
     )
     if checkpoint:
-        weights.refuse_seen(checkpoint, split, ("validation", "test"))
+        checkpoints.refuse_seen(checkpoint, split, ("validation", "test"))
     with distributed.main_first():
         every = store.build(
             splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
         )
     if checkpoint:
         held = (*split["validation"], *split["test"])
-        check.refuse_other_images(every, checkpoint.digests, checkpoint.seen(), held)
-    split = check.without_copies(every, split)
+        quality.refuse_other_images(every, checkpoint.digests, checkpoint.seen(), held)
+    split = quality.without_copies(every, split)
     known = splits.named(every.subjects, split, ("train", "validation"))
     with distributed.main_first():
         cines = store.build(known, args.cache, labels=True, skip_broken=args.skip_broken)
-    print(check.summary(cines, problems))
+    print(quality.summary(cines, problems))
     split = splits.keep(split, cines.index, parts=("train", "validation"))
     labelled = candidates(cines, split["train"], args)
     number = len(labelled) if args.n_subjects is None else args.n_subjects
@@ -140,18 +145,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     start = checkpoint.provenance["method"] if checkpoint else "scratch"
-    name = f"finetune-{start}-{data.name(paths)}-n{len(chosen)}-seed{args.seed}"
-    images = check.digests(every, every.index)
+    name = f"finetune-{start}-{dataset.name(paths)}-n{len(chosen)}-seed{args.seed}"
+    images = quality.digests(every, every.index)
     held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]
     used = [*chosen, *(cines.subjects[i].key for i in held_out)]
-    labels = check.digests(cines, used, labels=True)
+    labels = quality.digests(cines, used, labels=True)
     run, state = resume.open_run(interrupted, args, name, images, labels)
     if not state:
         described = {
             "kind": "fine-tuning",
             **vars(args),
             "split_seed": split_seed,
-            "data": data.absolute(paths),
+            "data": dataset.absolute(paths),
             "label_suffix": label_suffix,
             "device": str(device),
             "transfer": transferred,
@@ -162,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.log({"epoch": 0, "transfer": transferred})
     provenance = {
         "method": method.name,
-        "data": data.absolute(paths),
+        "data": dataset.absolute(paths),
         "label_suffix": label_suffix,
         "split": split,
         "split_seed": split_seed,
@@ -245,4 +250,4 @@ def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int],
 
 
 if __name__ == "__main__":
-    command.end(main)
+    entry.end(main)

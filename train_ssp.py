@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
-from cmrssp import benchmark, command, data, distributed, flags, health, memory, report, resume, training
-from cmrssp.data import check, splits, store
+from cmrssp import training
+from cmrssp.cli import entry, flags
+from cmrssp.data import dataset, quality, splits, store
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.device import prepare_torch, resolve_device
 from cmrssp.errors import UserError
-from cmrssp.ssp import METHODS
+from cmrssp.evaluation import report
+from cmrssp.hardware import benchmark, distributed, memory
+from cmrssp.hardware.device import prepare_torch, resolve_device
+from cmrssp.runs import resume
+from cmrssp.ssp import METHODS, health
 from cmrssp.ssp.method import Method
 from cmrssp.unet import recompute_activations
 
@@ -16,8 +20,8 @@ def parse(argv: Sequence[str] | None):
     """(args, run that goes on or None), in two stages: --method decides which flags and which defaults there
     are.
     """
-    first = command.Parser(prog="train_ssp.py", add_help=False)
-    full = command.Parser(prog="train_ssp.py", description=__doc__)
+    first = entry.Parser(prog="train_ssp.py", add_help=False)
+    full = entry.Parser(prog="train_ssp.py", description=__doc__)
     for parser in (first, full):
         parser.add_argument(
             "--method",
@@ -28,7 +32,7 @@ def parse(argv: Sequence[str] | None):
     interrupted = resume.find(flags.peek(argv, "--resume"), flags.peek(argv, "--out"), "pretraining")
     if interrupted:
         known.method = known.method or interrupted.args["method"]
-    flags.add_data(full, default=data.PHANTOM)
+    flags.add_data(full, default=dataset.PHANTOM)
     flags.add_network(full)
     flags.add_optimisation(full)
     flags.add_run(full, training=True)
@@ -53,7 +57,7 @@ def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[M
     """For flags that `method` does not have: whose they are."""
     for word in words:
         for name, other in methods.items():
-            parser = command.Parser(add_help=False)
+            parser = entry.Parser(add_help=False)
             other.add_flags(parser)
             if word.split("=")[0] in parser._option_string_actions:
                 return f"{word} belongs to --method {name}, and --method is {method}"
@@ -66,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"already finished: {interrupted.folder / 'unet.pt'}")
         return 0
     method_class = METHODS[args.method]
-    paths, label_suffix = data.source(vars(args))
-    data.announce(paths)
+    paths, label_suffix = dataset.source(vars(args))
+    dataset.announce(paths)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
     method = method_class.from_flags(args)
@@ -76,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = flags.settings(args, device)
 
     with distributed.main_first():
-        subjects, problems = data.find(paths, args.cache, label_suffix)
+        subjects, problems = dataset.find(paths, args.cache, label_suffix)
     split = splits.choose(
         subjects,
         split_file=None if interrupted else args.split_file,
@@ -88,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cines = store.build(
             splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
         )
-    print(check.summary(cines, problems))
-    split = check.without_copies(cines, splits.keep(split, cines.index))
+    print(quality.summary(cines, problems))
+    split = quality.without_copies(cines, splits.keep(split, cines.index))
     slices = {part: Slices(cines, split[part]) for part in ("train", "validation")}
     print(splits.describe(split) + f"; {len(slices['train'])} slices to train on, no label is read")
     if not len(slices["train"]):
@@ -109,14 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         benchmark.run(method, loaders["train"], settings, args.benchmark)
         return 0
 
-    images = check.digests(cines, cines.index)
-    run, state = resume.open_run(interrupted, args, f"{args.method}-{data.name(paths)}", images, {})
+    images = quality.digests(cines, cines.index)
+    run, state = resume.open_run(interrupted, args, f"{args.method}-{dataset.name(paths)}", images, {})
     if not state:
         run.start(
             {
                 "kind": "pretraining",
                 **vars(args),
-                "data": data.absolute(paths),
+                "data": dataset.absolute(paths),
                 "label_suffix": label_suffix,
                 "device": str(device),
             },
@@ -124,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     provenance = {
         "method": args.method,
-        "data": data.absolute(paths),
+        "data": dataset.absolute(paths),
         "label_suffix": label_suffix,
         "split": split,
         "split_seed": args.split_seed,
@@ -162,4 +166,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.end(main)
+    entry.end(main)

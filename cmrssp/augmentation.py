@@ -231,8 +231,7 @@ def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> to
 
 
 def gaussian_blur(image: torch.Tensor, sigma_px: torch.Tensor, radius: int) -> torch.Tensor:
-    """Separable Gaussian of images (B, 1, H, W), cut at `radius` px, sigma (B, 2) px above 0, edges repeated.
-    """
+    """Separable Gaussian blur of images (B, 1, H, W), cut at `radius` px; sigma (B, 2) px; edges repeated."""
     count, _, height, width = image.shape
     taps = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (taps / sigma_px[:, :, None]) ** 2)

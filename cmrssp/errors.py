@@ -2,5 +2,4 @@
 
 
 class UserError(ValueError):
-    """One line for the user: what, where, expected, got, how to mend. The scripts print it and exit with 2.
-    """
+    """An error that a user can fix, in one line: what, where, expected, got, how to fix. Exit status 2."""

@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from cmrssp import augmentation, weights
+from cmrssp import augmentation
+from cmrssp.cli.argument_types import at_least_0, positive
 from cmrssp.data.batches import Batch, collate, to_device
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
-from cmrssp.kinds import at_least_0, positive
 from cmrssp.losses import deep_supervision, dice_cross_entropy
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, UNet
+from cmrssp.weights import checkpoints
 
 NUM_OUTPUTS = len(CLASSES) + 1
 FINETUNING_LR = 0.005  # in place of the baseline's (supplement A)
@@ -130,7 +131,7 @@ class Segmentation(Method):
         return F.grid_sample(total / len(mirrored), grid, mode="bilinear", align_corners=True)
 
 
-def restore(checkpoint: weights.Checkpoint) -> Segmentation:
+def restore(checkpoint: checkpoints.Checkpoint) -> Segmentation:
     """The network of a fine-tuned checkpoint, ready to predict. Raises UserError for any other checkpoint."""
     config = checkpoint.config
     if config.get("classes") != list(CLASSES):
@@ -145,7 +146,7 @@ def restore(checkpoint: weights.Checkpoint) -> Segmentation:
         augment=False,
         norm=checkpoint.norm,
     )
-    weights.transfer(checkpoint, method.unet)
+    checkpoints.transfer(checkpoint, method.unet)
     return method.eval()
 
 

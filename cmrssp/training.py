@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cmrssp import distributed, weights
 from cmrssp.data.batches import Batch, Batches
-from cmrssp.device import AMP_TYPES, untuned
-from cmrssp.meter import Meter
-from cmrssp.resume import Saver, Signals
-from cmrssp.run import Run
+from cmrssp.hardware import distributed
+from cmrssp.hardware.device import AMP_TYPES, untuned
+from cmrssp.runs.folder import Run
+from cmrssp.runs.progress import Meter
+from cmrssp.runs.resume import Saver, Signals
 from cmrssp.ssp.method import Method
+from cmrssp.weights import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +209,6 @@ def train(
     if distributed.is_main():
         if draw:
             draw()
-        weights.save(run.folder / "unet.pt", {"state_dict": method.pretrained_state(), **done})
+        checkpoints.save(run.folder / "unet.pt", {"state_dict": method.pretrained_state(), **done})
     (run.folder / "previous.pt").unlink(missing_ok=True)
     meter.close()

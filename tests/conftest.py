@@ -1,6 +1,7 @@
 """Small data for the tests: cines written by hand, the small phantom, and the real ones where they are."""
 
 import os
+import sys
 from pathlib import Path
 
 import nibabel
@@ -10,7 +11,10 @@ import torch
 
 from cmrssp.data import phantom
 
-REAL = Path(__file__).parents[2] / "shared" / "data"
+TESTS = Path(__file__).parent
+REAL = TESTS.parents[1] / "shared" / "data"
+# a test file finds what it shares with another folder
+sys.path[:0] = [str(TESTS), *(str(folder) for folder in sorted(TESTS.glob("[a-z]*")) if folder.is_dir())]
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and sums depend on it in their last bits
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 

@@ -13,12 +13,13 @@ import torch
 import evaluate
 import finetune
 import train_ssp
-from cmrssp import command, data, training
-from cmrssp.data import store
+from cmrssp import training
+from cmrssp.cli import entry
+from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.losses import deep_supervision, dice_cross_entropy
-from cmrssp.run import Run
+from cmrssp.runs.folder import Run
 from cmrssp.segmentation import Segmentation
 from cmrssp.training import Settings
 
@@ -42,7 +43,7 @@ SETTINGS = dict(
 def loader(write_mnms, beating, tmp_path):
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    cines = store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
     slices = Slices(cines, ["mnms/A", "mnms/B"], phases="both")
     return Batches(cines, slices, batch_size=4, seed=4, labelled=True, device=torch.device("cpu"))
 
@@ -163,9 +164,7 @@ def test_every_parameter_is_in_one_group():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [
-        ({"image_size": 4, "norm": "instance"}, "--image-size: expected at least 8 with --norm instance"),
-    ],
+    [({"image_size": 4, "norm": "instance"}, "--image-size: expected at least 8 with --norm instance")],
 )
 def test_impossible_settings(changes, message):
     with pytest.raises(UserError, match=message):
@@ -240,7 +239,7 @@ def test_another_norm_ends_in_one_line(pretrained, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--init", str(run), "--norm", "batch", "--out", "made"])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        command.end(importlib.import_module("finetune").main)
+        entry.end(importlib.import_module("finetune").main)
     assert end.value.code == 2 and capsys.readouterr().err.splitlines() == [
         f"finetune.py: error: {run / 'unet.pt'}: was trained with --norm instance, this network has --norm "
         "batch; leave --norm out, or pretrain with --norm batch"

@@ -11,10 +11,11 @@ from test_resume import Interrupting, assert_same
 
 import finetune
 import train_ssp
-from cmrssp import augmentation, memory
+from cmrssp import augmentation
 from cmrssp.data import phantom
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.resume import Stopped
+from cmrssp.hardware import memory
+from cmrssp.runs.resume import Stopped
 from cmrssp.training import Settings, Step, step_generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

@@ -17,9 +17,11 @@ import torch
 import evaluate
 import finetune
 import train_ssp
-from cmrssp import command, data, evaluation, memory
-from cmrssp.data import store
+from cmrssp.cli import entry
+from cmrssp.data import dataset, store
 from cmrssp.data.batches import Slices, collate
+from cmrssp.evaluation import scoring
+from cmrssp.hardware import memory
 from cmrssp.metrics import dice
 from cmrssp.ssp import METHODS
 from cmrssp.training import step_generator
@@ -158,13 +160,15 @@ def test_the_logged_dice_is_that_of_the_evaluation(way):
 
 def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
     """The Dice of metrics.csv again, from the files and the network alone, in the file's own axes."""
-    from cmrssp import data, segmentation, weights
+    from cmrssp import segmentation
+    from cmrssp.data import dataset
+    from cmrssp.weights import checkpoints
 
     cwd, _ = way
     run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
-    method = segmentation.restore(weights.load(run))
+    method = segmentation.restore(checkpoints.load(run))
     row = next(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
-    subject = next(s for s in data.find([str(phantom_folder)], cwd)[0] if s.key == row["subject"])
+    subject = next(s for s in dataset.find([str(phantom_folder)], cwd)[0] if s.key == row["subject"])
     cines = store.build([subject], cwd / "cache", labels=False, progress=False)
     (labels,) = segmentation.predict_frames([method], cines, 0, [int(row["frame"])], torch.device("cpu"))
     ours = cines.cines[0].geometry.from_canonical(labels[None])[..., 0]
@@ -203,7 +207,7 @@ def refused(tmp_path, monkeypatch, capsys):
     def run(name, *words):
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         with pytest.raises(SystemExit) as end:
-            command.end(importlib.import_module(name.removesuffix(".py")).main)
+            entry.end(importlib.import_module(name.removesuffix(".py")).main)
         lines = capsys.readouterr().err.strip().splitlines()
         assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: error: "), lines
         return lines[0]
@@ -254,8 +258,19 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
             ("--local-crops", "expected a number above 0, got 0"),
         ),
         (
-            ("train_ssp.py", "--method", "dino", *data, *TINY, "--local-size", 4, "--local-crops", 1,
-             "--batch-size", 1),
+            (
+                "train_ssp.py",
+                "--method",
+                "dino",
+                *data,
+                *TINY,
+                "--local-size",
+                4,
+                "--local-crops",
+                1,
+                "--batch-size",
+                1,
+            ),
             ("--batch-size 1: batch norm needs",),
         ),
         (
@@ -339,7 +354,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     shutil.copytree(run / "evaluation-test", other / "evaluation-test")
     rows = list(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
     better = [{**row, "dice": f"{min(1, float(row['dice']) + 0.25):.6f}"} for row in rows]
-    evaluation.write_csv(other / "evaluation-test" / "metrics.csv", better)
+    scoring.write_csv(other / "evaluation-test" / "metrics.csv", better)
     assert evaluate.main(["--compare", str(run), str(other)]) == 0
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith(str(other))]
@@ -348,7 +363,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     line = refused("evaluate.py", "--compare", run, other, "--split", "train")
     assert "no whole scores of the train split" in line and "run python evaluate.py --split train" in line
     gone = {row["subject"] for row in rows[:3]}
-    evaluation.write_csv(
+    scoring.write_csv(
         other / "evaluation-test" / "metrics.csv", [r for r in rows if r["subject"] not in gone]
     )
     summary = json.loads((run / "evaluation-test" / "summary.json").read_text())
@@ -362,7 +377,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
         [{name: row[name] for name in row if name != "dice"} for row in rows],
     ):
         (other / "evaluation-test" / "summary.json").write_text(json.dumps(summary))
-        evaluation.write_csv(other / "evaluation-test" / "metrics.csv", wrong)
+        scoring.write_csv(other / "evaluation-test" / "metrics.csv", wrong)
         line = refused("evaluate.py", "--compare", run, other)
         assert "different subjects or phases" in line or "no whole scores of the test split" in line
     assert "--out says nothing to --compare" in refused("evaluate.py", "--compare", run, "--out", "x")
@@ -624,7 +639,7 @@ def loss_on_training_slices(argv, folder, hearts, trained):
     method = METHODS[args.method].from_flags(args)
     if trained:
         method.load_state_dict(torch.load(folder / "run" / "last.pt", weights_only=True)["method"])
-    cines = store.build(data.find([hearts], folder)[0], folder / "cache", labels=False, progress=False)
+    cines = store.build(dataset.find([hearts], folder)[0], folder / "cache", labels=False, progress=False)
     keys = json.loads((folder / "run" / "split.json").read_text())["train"]
     slices = Slices(cines, keys)
     batch = collate(cines, [slices.locate(i) for i in range(len(slices))], labelled=False)
@@ -656,7 +671,7 @@ def test_a_full_gpu_is_one_line(error, capsys):
         raise error
 
     with pytest.raises(SystemExit, match=r"^2$"):
-        command.end(main, "train_ssp.py")
+        entry.end(main, "train_ssp.py")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train_ssp.py: error: the memory is too small")
     assert str(error).splitlines()[0] in line

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 
-from cmrssp import data, training
-from cmrssp.data import store
+from cmrssp import training
+from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
-from cmrssp.meter import duration
-from cmrssp.run import Run
+from cmrssp.runs.folder import Run
+from cmrssp.runs.progress import duration
 from cmrssp.segmentation import Segmentation
 from cmrssp.ssp.mim import MIM
 from cmrssp.training import Settings, learning_rate
@@ -38,7 +38,7 @@ def settings(**changes):
 def loaders(write_mnms, beating, tmp_path):
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    cines = store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
 
     def make(labelled, batch_size=4):
         return Batches(
@@ -165,7 +165,7 @@ def test_batches_without_any_foreground(write_mnms, beating, tmp_path):
     cine, labels = beating(0)
     labels[:, :, 1:] = 0
     folder = write_mnms("A", cine, labels)
-    cines = store.build(data.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
     one = Batches(cines, Slices(cines, ["mnms/A"], phases="both"), batch_size=1, seed=0, labelled=True,
                   device=torch.device("cpu"))  # fmt: skip
     foreground = [int(batch["label"].any()) for batch in one.epochs(0, 1)]

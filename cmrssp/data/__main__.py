@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmrssp import command, data, flags, report
-from cmrssp.data import check, store
+from cmrssp.cli import entry, flags
+from cmrssp.data import dataset, quality, store
 from cmrssp.data.subject import LEFT_OUT
 from cmrssp.errors import UserError
+from cmrssp.evaluation import report
 
 PROG = "python -m cmrssp.data"
 
@@ -15,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 when a subject, a file or a row of a table was left out. Raises UserError, and OSError for what
     cannot be read.
     """
-    parser = command.Parser(prog=PROG, description=__doc__)
+    parser = entry.Parser(prog=PROG, description=__doc__)
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help=f"as for --data: folders, or '{data.PHANTOM}'"
+        "paths", nargs="+", metavar="PATH", help=f"as for --data: folders, or '{dataset.PHANTOM}'"
     )
     flags.add_reading(parser)
     parser.add_argument(
@@ -29,15 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.figure and not args.figure.absolute().parent.is_dir():
         raise UserError(f"--figure {args.figure}: there is no folder {args.figure.absolute().parent}")
-    _, label_suffix = data.source(vars(args))
-    subjects, problems = data.find(args.paths, args.cache, label_suffix)
+    _, label_suffix = dataset.source(vars(args))
+    subjects, problems = dataset.find(args.paths, args.cache, label_suffix)
     cines = store.build(subjects, args.cache, labels=True, skip_broken=True, name_broken=False)
-    print(check.report(cines, problems))
+    print(quality.report(cines, problems))
     if args.figure:
-        report.centre_sheet(cines, args.figure, check.CROP_MM)
+        report.centre_sheet(cines, args.figure, quality.CROP_MM)
         print(f"written: {args.figure}" if cines.subjects else "no figure: there is no subject to show")
-    return int(any(problem.done == LEFT_OUT for problem in check.problems(cines, problems)))
+    return int(any(problem.done == LEFT_OUT for problem in quality.problems(cines, problems)))
 
 
 if __name__ == "__main__":
-    command.end(main, PROG)
+    entry.end(main, PROG)

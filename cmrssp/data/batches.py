@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from cmrssp import distributed
-from cmrssp.data.resident import Resident
+from cmrssp.data.device_cache import Resident
 from cmrssp.data.store import Store
 from cmrssp.errors import UserError
+from cmrssp.hardware import distributed
 
 Batch = dict[str, torch.Tensor]
 _PAD_TO = 64  # so that shapes repeat

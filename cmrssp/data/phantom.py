@@ -20,26 +20,49 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from scipy.spatial.transform import Rotation
 
 TABLE = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
-_COLUMNS = ("", "External code", "VendorName", "Vendor", "Centre", "ED", "ES", "Age", "Pathology", "Sex",
-            "Height", "Weight")
+_COLUMNS = (
+    "",
+    "External code",
+    "VendorName",
+    "Vendor",
+    "Centre",
+    "ED",
+    "ES",
+    "Age",
+    "Pathology",
+    "Sex",
+    "Height",
+    "Weight",
+)
 # `blood` is an intensity; noise and the tissues after it are relative to that.
 _Vendor = namedtuple("_Vendor", "letter name centres blood gamma noise shading blur_mm muscle fat liver")
-_VENDORS = (_Vendor("A", "Siemens", (1, 6), 190, 1.0, 0.035, 0.45, 0.8, 0.34, 0.85, 0.45),
-            _Vendor("B", "Philips", (2, 3), 750, 0.9, 0.045, 0.25, 1.0, 0.42, 1.10, 0.40),
-            _Vendor("C", "GE", (4,), 330, 1.1, 0.060, 0.50, 1.2, 0.38, 0.95, 0.55),
-            _Vendor("D", "Canon", (5,), 2500, 1.2, 0.050, 0.35, 0.9, 0.50, 0.65, 0.60))
+_VENDORS = (
+    _Vendor("A", "Siemens", (1, 6), 190, 1.0, 0.035, 0.45, 0.8, 0.34, 0.85, 0.45),
+    _Vendor("B", "Philips", (2, 3), 750, 0.9, 0.045, 0.25, 1.0, 0.42, 1.10, 0.40),
+    _Vendor("C", "GE", (4,), 330, 1.1, 0.060, 0.50, 1.2, 0.38, 0.95, 0.55),
+    _Vendor("D", "Canon", (5,), 2500, 1.2, 0.050, 0.35, 0.9, 0.50, 0.65, 0.60),
+)
 # In mm at end diastole: LV radius, LV wall, width of the right ventricle (RV). Then the ejection fractions.
 _Disease = namedtuple("_Disease", "name radius wall rv_width lv_ef rv_ef")
-_DISEASES = (_Disease("NOR", (23, 28), (7, 9.5), (29, 36), (0.54, 0.66), (0.38, 0.50)),
-             _Disease("HCM", (21, 26), (11, 16), (27, 34), (0.58, 0.69), (0.40, 0.52)),
-             _Disease("DCM", (31, 36), (7, 9), (31, 39), (0.34, 0.43), (0.26, 0.38)),
-             _Disease("ARV", (23, 28), (7, 9), (40, 48), (0.48, 0.60), (0.28, 0.36)))
+_DISEASES = (
+    _Disease("NOR", (23, 28), (7, 9.5), (29, 36), (0.54, 0.66), (0.38, 0.50)),
+    _Disease("HCM", (21, 26), (11, 16), (27, 34), (0.58, 0.69), (0.40, 0.52)),
+    _Disease("DCM", (31, 36), (7, 9), (31, 39), (0.34, 0.43), (0.26, 0.38)),
+    _Disease("ARV", (23, 28), (7, 9), (40, 48), (0.48, 0.60), (0.28, 0.36)),
+)
 _TURN, _ANGLES = 2 * np.pi, (np.arange(720) + 0.5) * (np.pi / 360)
 _AXES = np.array([[-2, -1, 1], [0, -1, -1], [-1, 1, -1]]).T / np.sqrt([6, 2, 3])  # u, v, s in RAS+
 
 
-def write(folder: Path, *, seed: int = 0, num_subjects: int = 60, num_frames: int = 8, max_slices: int = 8,
-          max_matrix: int = 224) -> None:
+def write(
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_subjects: int = 60,
+    num_frames: int = 8,
+    max_slices: int = 8,
+    max_matrix: int = 224,
+) -> None:
     """Write the data set to `folder`, which must be absent or empty and which appears only when complete.
 
     A subject depends on the seed, its index and the sizes alone (frames and slices: at least 2).
@@ -52,8 +75,12 @@ def write(folder: Path, *, seed: int = 0, num_subjects: int = 60, num_frames: in
     try:
         # Threads: numpy, scipy and zlib give up the interpreter lock for most of the work.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            rows = list(pool.map(lambda index: _write_subject(
-                part, seed, index, num_frames, max_slices, max_matrix), range(num_subjects)))
+            rows = list(
+                pool.map(
+                    lambda index: _write_subject(part, seed, index, num_frames, max_slices, max_matrix),
+                    range(num_subjects),
+                )
+            )
         with open(part / TABLE, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([_COLUMNS, *rows])
         try:
@@ -97,8 +124,20 @@ def _write_subject(folder, seed, index, num_frames, max_slices, max_matrix):
         (folder / id / f"{id}_{suffix}.nii.gz").write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
     body = rng.normal((50, 171 * heart.size**0.4, 74 * heart.size**1.6), (11, 6, 8)).round().astype(int)
     age, height, weight = np.where(rng.random(3) < 0.1, "", body.astype(str))
-    return [index, id, vendor.name, vendor.letter, rng.choice(vendor.centres), ed, es, age, disease.name,
-            rng.choice(["F", "M"]), height, weight]
+    return [
+        index,
+        id,
+        vendor.name,
+        vendor.letter,
+        rng.choice(vendor.centres),
+        ed,
+        es,
+        age,
+        disease.name,
+        rng.choice(["F", "M"]),
+        height,
+        weight,
+    ]
 
 
 def _paint(image, layers):
@@ -175,8 +214,12 @@ class _Grid:
         self.spacing = min(rng.uniform(265, 355) / long, 1.8 * 224 / max_matrix)
         short = min(round(max(rng.uniform(0.7, 1) * long, 0.7 * max_matrix, 215 / self.spacing)), long)
         self.shape = (short, long, slices) if rng.random() < 0.3 else (long, short, slices)
-        self.u, self.v = (((np.arange(n) - (n - 1) / 2) * self.spacing + np.clip(rng.normal(0, 15), -32, 32))
-                          .astype(np.float32) for n in self.shape[:2])  # the heart is off the image's centre
+        self.u, self.v = (
+            ((np.arange(n) - (n - 1) / 2) * self.spacing + np.clip(rng.normal(0, 15), -32, 32)).astype(
+                np.float32
+            )
+            for n in self.shape[:2]
+        )  # the heart is off the image's centre
         self.axes = Rotation.from_rotvec(np.clip(rng.normal(0, 0.08, 3), -0.15, 0.15)).as_matrix() @ _AXES
         self.origin = rng.normal((-25, 20, 0), 20)
         self.reversed = np.flatnonzero(rng.random(3) < (0.2, 0.2, 0.5))
@@ -252,11 +295,18 @@ class _Scene:
         aorta = self.aorta[2] - np.hypot(u - self.aorta[0], v - self.aorta[1] - 20 * x)
         liver = np.minimum(v - self.dome + 38 * x - ((u + 45) / 18) ** 2, inner)
         stomach = np.minimum(v - self.stomach + 38 * x - ((u - 62) / 10) ** 2, inner)
-        layers = [(skin, px, self.fat), (skin - self.skin, px, 0.28 + 0.12 * np.sin(u / 9 + v / 18 + s / 7)),
-                  (inner, px, self.lung + 0.55 * np.clip(grain - 0.9 - 0.012 * np.hypot(u, v), 0, 1)),
-                  (np.minimum(between, inner + 6), 4.0, 0.3 + self.fat * (0.3 + 0.15 * grain)),
-                  (liver, px, self.liver + 0.25 * np.clip(grain - 1.1, 0, 1)), (stomach, px, 0.3),
-                  (stomach - 4, px, self.content), (spine, px, 0.45), (aorta + 2, px, 0.3), (aorta, px, 0.95)]
+        layers = [
+            (skin, px, self.fat),
+            (skin - self.skin, px, 0.28 + 0.12 * np.sin(u / 9 + v / 18 + s / 7)),
+            (inner, px, self.lung + 0.55 * np.clip(grain - 0.9 - 0.012 * np.hypot(u, v), 0, 1)),
+            (np.minimum(between, inner + 6), 4.0, 0.3 + self.fat * (0.3 + 0.15 * grain)),
+            (liver, px, self.liver + 0.25 * np.clip(grain - 1.1, 0, 1)),
+            (stomach, px, 0.3),
+            (stomach - 4, px, self.content),
+            (spine, px, 0.45),
+            (aorta + 2, px, 0.3),
+            (aorta, px, 0.95),
+        ]
         for at_u, at_v, at_s, radius, level in self.vessels:
             depth = radius - np.hypot(np.hypot(u - at_u, v - at_v), (s - at_s) / 2)
             layers.append((np.minimum(depth, inner), px, level))
@@ -272,8 +322,13 @@ class _Scene:
         void = self.void * np.exp(-((np.hypot(u - self.void_u, v - self.void_v) / self.void_size) ** 2) / 2)
         muscle, blood = self.muscle * (1 + 0.06 * grain), 1 + 0.04 * grain - void
         rough = heart.rough[:, bins] * np.float32(1 - 0.4 * contraction)  # trabeculae: blood to the labels
-        layers = [(fat, edge, self.fat), (outer, edge, muscle), (rv - rough[0], edge, blood * self.rv_blood),
-                  (epi, edge, muscle), (endo - rough[1], edge, blood)]
+        layers = [
+            (fat, edge, self.fat),
+            (outer, edge, muscle),
+            (rv - rough[0], edge, blood * self.rv_blood),
+            (epi, edge, muscle),
+            (endo - rough[1], edge, blood),
+        ]
         # Papillary muscles, or above the valves the root of the aorta.
         thin = max(0.0, 1 - ((x - 0.52) / 0.27) ** 2) ** 0.5
         spots = heart.papillary * (1, 1, thin or -1) if x >= 0 else np.array([[1.1, 0.6, min(13, -260 * x)]])

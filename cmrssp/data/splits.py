@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cmrssp.data import mnms, mnms2
+from cmrssp.data.layouts import mnms, mnms2
 from cmrssp.data.subject import Subject
 from cmrssp.errors import UserError
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cmrssp import distributed
 from cmrssp.data.cine import read_cine
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.labels import Heart, read_labels
 from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import atomic, sweep
+from cmrssp.hardware import distributed
 
 FORMAT = 5
 _OF_CINE = ("centre", "mean", "std", "max", "minimum", "scale", "time_step_s", "digest")

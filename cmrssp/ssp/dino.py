@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cmrssp import augmentation, distributed
+from cmrssp import augmentation
+from cmrssp.cli.argument_types import at_least_0, positive, share
 from cmrssp.data.batches import Batch
-from cmrssp.kinds import at_least_0, positive, share
+from cmrssp.hardware import distributed
 from cmrssp.losses import dino_cross_entropy
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, check_image_size

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from cmrssp.cli.argument_types import positive, share
 from cmrssp.data.batches import Batch
 from cmrssp.errors import UserError
-from cmrssp.kinds import positive, share
 from cmrssp.losses import masked_mse
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, UNet

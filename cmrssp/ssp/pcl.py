@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from cmrssp.kinds import share
+from cmrssp.cli.argument_types import share
 from cmrssp.ssp.simclr import SimCLR
 
 _ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the threshold: that is not below it

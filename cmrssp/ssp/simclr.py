@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cmrssp import distributed
+from cmrssp.cli.argument_types import positive
 from cmrssp.data.batches import Batch
-from cmrssp.kinds import positive
+from cmrssp.hardware import distributed
 from cmrssp.losses import nt_xent
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder

@@ -1,0 +1,1 @@
+"""The command line: flags, and how a script ends."""

@@ -1,0 +1,95 @@
+"""A command: its parser, and how it ends."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from cmrssp.errors import UserError
+from cmrssp.hardware import distributed
+from cmrssp.runs.resume import Stopped
+
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # what cuDNN says where its work space does not fit
+)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The default behind the help, where there is one to tell."""
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; flags only as they are spelled; defaults in the help."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        distributed.say(f"{self.prog}: error: {message} (--help lists the flags)")
+        self.exit(2)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the block as Ctrl-C does, so that nothing stays half-written; a second one ends
+    the process. torchrun's processes are left alone: it must be able to end them.
+    """
+
+    def interrupt(number: int, frame) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    own = (signal.SIGTERM, signal.SIGUSR1) if distributed.world_size() == 1 else ()
+    before = {number: signal.signal(number, interrupt) for number in own}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) -> NoReturn:
+    """Run a script's main and exit as it says, or with 2 and one line for what the user can mend."""
+    prog, status = prog or Path(sys.argv[0]).name, 1
+    try:
+        with _signals():
+            distributed.start()
+            status = main(None)
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, as `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    except (UserError, OSError) as error:
+        distributed.say(f"{prog}: error: {error}")
+        status = 2
+    except Stopped as stop:
+        distributed.say(f"{prog}: {stop}")
+        status = 128 + stop.number
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        distributed.say(f"{prog}: ended by {number.name}")
+        status = 128 + number
+    except RuntimeError as error:
+        if any(text in str(error) for text in _NO_MEMORY):
+            distributed.say(
+                f"{prog}: error: the memory is too small for these settings, or others fill it; try a "
+                f"smaller --batch-size, fewer --channels or --amp fp16 ({str(error).splitlines()[0]})"
+            )
+            status = 2
+        elif distributed.lost(error):
+            distributed.say(f"{prog}: error: stopped, because another of the processes has ended")
+        else:
+            raise
+    finally:
+        distributed.finish(failed=status != 0)
+    sys.exit(status)

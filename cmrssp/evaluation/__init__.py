@@ -1,0 +1,1 @@
+"""Scores, statistics, tables and pictures; predictions of new cines."""

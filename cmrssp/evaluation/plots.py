@@ -1,0 +1,280 @@
+"""Figures of an evaluation for print at 170 mm.
+
+Hues are Okabe and Ito's, which colour-blind readers tell apart; markers, lines and hatches differ too, for
+print in grey. Above each figure stand the numbers that it shows.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+
+from cmrssp.data.subject import CLASSES
+from cmrssp.evaluation import stats
+from cmrssp.evaluation.report import save_figure
+
+PHASES = ("ED", "ES")
+BINS = 10  # of a slice's position between base and apex
+
+CLASS_COLOURS = dict(zip(CLASSES, ("#D55E00", "#009E73", "#56B4E9"), strict=True))
+_CLASS_LINES = dict(zip(CLASSES, (("o", "-"), ("s", "--"), ("^", "-.")), strict=True))
+_PHASE_BOXES = {
+    "ED": {"facecolor": "#4C9CC9", "edgecolor": "black", "linewidth": 0.8},
+    "ES": {"facecolor": "#EDBC4C", "edgecolor": "black", "linewidth": 0.8, "hatch": "////"},
+}
+_METHOD_LINES = (  # the baseline's, then those of the others
+    ("black", "o", "-"), ("#0072B2", "s", "--"), ("#D55E00", "^", "-."), ("#009E73", "D", ":"),
+    ("#CC79A7", "v", "-"), ("#56B4E9", "P", "--"), ("#E69F00", "X", "-."),
+)  # fmt: skip
+_POINTS = 7.5
+_WIDTH = 164 / 25.4  # inches: with the margin that save_figure adds, under 170 mm, so that text never shrinks
+
+
+def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: Path) -> None:
+    """A panel per title; pairs: {title: (measured (N,), reference (N,), unit)}, NaN where one is missing."""
+    if not pairs:
+        return
+    figure, axes = _grid(len(pairs), 3, height=2)
+    for axis, (title, (measured, reference, unit)) in zip(axes, pairs.items(), strict=False):
+        measured, reference = np.asarray(measured, float), np.asarray(reference, float)
+        difference, mean = measured - reference, (measured + reference) / 2
+        found = stats.bland_altman(measured, reference)
+        n, bias, low, high = (found[key] for key in ("number", "bias", "lower", "upper"))
+        axis.set_title(f"{title}, N = {n}" + (f" of {len(difference)}" if n < len(difference) else ""))
+        axis.set(xlabel=f"mean of both ({unit})", ylabel=f"measured − reference ({unit})")
+        if n < 2:
+            axis.set(xticks=[], yticks=[])
+            _say(axis, "fewer than 2 pairs")
+            continue
+        kept = np.isfinite(difference)
+        spread = max(high - bias, abs(difference[kept] - bias).max())
+        reach = 1.4 * max(spread, abs(bias) / 10, abs(mean[kept]).max() / 100) or 1.0
+        axis.scatter(mean[kept], difference[kept], s=9, color="#0072B2", alpha=0.7, linewidths=0)
+        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
+        for value, name, colour, line, x, side, above, points in (
+            (bias, "bias", "black", "-", 0.02, "left", "bottom", 1),
+            (high, "+1.96 SD", "#D55E00", "--", 0.98, "right", "bottom", 1),
+            (low, "−1.96 SD", "#D55E00", "--", 0.98, "right", "top", -2),
+        ):
+            axis.axhline(value, color=colour, linewidth=1.2, linestyle=line)
+            text = f"{name}: {value:+.1f}".replace("-", "−")
+            text = axis.annotate(text, (x, value), (0, points), ha=side, va=above, **place)
+            text.set(zorder=4, path_effects=[withStroke(linewidth=2, foreground="white")])
+        axis.set_ylim(bias - reach, bias + reach)
+    _write(figure, path)
+
+
+def binned(position: np.ndarray, dice: np.ndarray) -> np.ndarray:
+    """(BINS, 4): number of slices and the 25th, 50th and 75th percentile of their Dice (NaN in an empty bin).
+
+    position (N,) from 0 to 1, dice (N,); NaN in either leaves a slice out. A bin holds its lower end, the
+    last one both.
+    """
+    position, dice = np.asarray(position, float), np.asarray(dice, float)
+    kept = np.isfinite(position) & np.isfinite(dice)
+    bins, dice = np.clip((position[kept] * BINS).astype(int), 0, BINS - 1), dice[kept]
+    table = np.full((BINS, 4), np.nan)
+    table[:, 0] = np.bincount(bins, minlength=BINS)
+    for i in np.unique(bins):
+        table[i, 1:] = np.percentile(dice[bins == i], (25, 50, 75))
+    return table
+
+
+def dice_by_position(slices: Sequence[dict], path: Path) -> None:
+    """Median Dice, its inter-quartile range and the number of slices, in ten bins from base to apex.
+
+    slices: dicts with position (0 base, 1 apex), phase, class, dice (NaN where neither map has the class),
+    and subject where their number is to be shown.
+    """
+    figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(4, 1))
+    centres = (np.arange(BINS) + 0.5) / BINS
+    for column, phase in enumerate(PHASES):
+        above, below = axes[:, column]
+        rows = [row for row in slices if row["phase"] == phase]
+        subjects = {row["subject"] for row in rows if "subject" in row}
+        above.set_title(phase + (f", N = {len(subjects)} subjects" if subjects else ""))
+        for i, name in enumerate(CLASSES):
+            points = [(row["position"], row["dice"]) for row in rows if row["class"] == name]
+            n, low, median, high = binned(*np.reshape(points, (-1, 2)).T).T
+            colour, (marker, line) = CLASS_COLOURS[name], _CLASS_LINES[name]
+            above.fill_between(centres, low, high, color=colour, alpha=0.18, linewidth=0)
+            above.plot(centres, median, marker=marker, linestyle=line, color=colour, markersize=4, label=name)
+            below.bar(centres + (i - 1) * 0.28 / BINS, n, 0.28 / BINS, color=colour, alpha=0.6)
+        above.grid(alpha=0.3)
+        below.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), xlabel="position of the slice (0 base, 1 apex)")
+        if not rows:
+            _say(above, "no slices")
+    axes[0, 0].set_ylabel("Dice per slice\n(median, 25th to 75th percentile)")
+    axes[0, 0].set_ylim(None, 1.01)
+    axes[1, 0].set_ylabel("slices")
+    axes[1, 0].set_ylim(0, None)
+    figure.legend(handles=axes[0, 0].lines, loc="outside upper right", ncols=3, fontsize=_POINTS)
+    _write(figure, path)
+
+
+def by_vendor(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """{vendor: {phase: {subject: Dice}}} of the rows of one class, vendors sorted; NaN is left out."""
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for row in sorted(rows, key=lambda row: row["vendor"] or "~"):  # the unknown last
+        if np.isfinite(row["dice"]):
+            vendor = groups.setdefault(row["vendor"] or "unknown", {phase: {} for phase in PHASES})
+            vendor[row["phase"]][row["subject"]] = float(row["dice"])
+    return groups
+
+
+def boxes(rows: Sequence[dict], path: Path) -> None:
+    """Dice by vendor, a panel per class. rows: dicts with subject, phase, vendor, class and dice.
+
+    Box from quartile to quartile with the median, whiskers to the furthest value within 1.5 box heights, the
+    values beyond as circles; groups of fewer than ten show every value.
+    """
+    columns = len(CLASSES) if len({row["vendor"] for row in rows}) <= 4 else 1
+    figure, axes = _grid(len(CLASSES), columns, height=1.9, sharey=True)
+    for axis, name in zip(axes, CLASSES, strict=True):
+        groups = by_vendor([row for row in rows if row["class"] == name])
+        room = max(4, 88 // (columns * max(len(groups), 1)))  # characters of a name side by side
+        labels = []
+        for i, (vendor, phases) in enumerate(groups.items()):
+            labels.append(f"{fill(vendor, room)}\nn={len(set().union(*phases.values()))}")
+            for side, phase in zip((-0.2, 0.2), PHASES, strict=True):
+                if phases[phase]:
+                    _box(axis, i + side, list(phases[phase].values()), phase)
+        axis.set(title=name, xlim=(-0.6, max(len(groups), 1) - 0.4))
+        axis.set_xticks(range(len(groups)), labels, parse_math=False)
+        axis.grid(axis="y", alpha=0.3)
+        if not groups:
+            _say(axis, "no subjects")
+    for axis in axes[::columns]:
+        axis.set_ylabel("3D Dice")
+    handles = [Patch(label=phase, **_PHASE_BOXES[phase]) for phase in PHASES]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=_POINTS)
+    _write(figure, path)
+
+
+def _box(axis: Axes, x: float, values: list[float], phase: str) -> None:
+    few = len(values) < 10
+    axis.boxplot(
+        [values], positions=[x], widths=0.34, patch_artist=True, manage_ticks=False, showfliers=not few,
+        boxprops=_PHASE_BOXES[phase], medianprops={"color": "black", "linewidth": 1.4},
+        flierprops={"marker": "o", "markersize": 2.5, "markeredgewidth": 0.6},
+    )  # fmt: skip
+    if few:
+        beside = (np.arange(len(values)) - (len(values) - 1) / 2) * 0.025
+        axis.plot(x + beside, values, "o", color="black", markersize=2.2, zorder=3)
+
+
+def over_seeds(scores: Mapping[int, Sequence[float]]) -> np.ndarray:
+    """(N, 4) by number of subjects: that number, seeds, mean, sample standard deviation (NaN of one seed)."""
+    kept = {number: [dice for dice in scores[number] if np.isfinite(dice)] for number in sorted(scores)}
+    std = {number: np.std(dice, ddof=1) for number, dice in kept.items() if len(dice) > 1}
+    rows = [(n, len(dice), np.mean(dice), std.get(n, np.nan)) for n, dice in kept.items() if dice]
+    return np.reshape(np.array(rows, float), (-1, 4))
+
+
+def dodged(numbers: np.ndarray, index: int, count: int, decades: float) -> np.ndarray:
+    """numbers (N,) of line `index` moved sideways on a logarithmic axis, by at most 3 % of its length."""
+    step = min(0.007, 0.06 / max(count - 1, 1))
+    return numbers * 10 ** ((index - (count - 1) / 2) * step * decades)
+
+
+def number_labels(numbers: Sequence[int], decades: float) -> list[str]:
+    """Tick labels of increasing numbers; one too near its left neighbour goes a line lower."""
+    labels: list[str] = []
+    for i, number in enumerate(numbers):
+        near = i and np.log10(number / numbers[i - 1]) < 0.05 * decades and labels[-1][0] != "\n"
+        labels.append("\n" * bool(near) + str(number))
+    return labels
+
+
+def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> bool:
+    """Mean Dice against the number of labelled subjects; bars are the sample standard deviation over seeds.
+    False, and no file, where there is nothing to draw.
+
+    scores: {method: {number of subjects: [Dice of each seed]}}; the method "scratch" is the baseline.
+    """
+    order = sorted(scores, key=lambda method: method != "scratch")
+    tables = {method: table for method in order if len(table := over_seeds(scores[method]))}
+    if not tables:
+        return False
+    figure, (axis,) = _grid(1, 1, height=2.9)
+    axis.set(xlabel="labelled subjects", ylabel="3D Dice (mean ± SD over seeds)")
+    numbers = sorted({int(number) for table in tables.values() for number in table[:, 0]})
+    decades = float(np.log10(numbers[-1] / numbers[0])) or 1.0
+    for i, (method, table) in enumerate(tables.items()):
+        number, seeds, mean, std = table.T
+        baseline, place = method == "scratch", i - ("scratch" in tables)
+        colour, marker, line = _METHOD_LINES[0 if baseline else 1 + place % (len(_METHOD_LINES) - 1)]
+        few, many, name = int(seeds.min()), int(seeds.max()), "baseline" if baseline else method
+        axis.errorbar(
+            dodged(number, i, len(tables), decades), mean, std, capsize=2, markersize=4, linewidth=1.2,
+            color=colour, marker=marker, linestyle=line,
+            label=f"{name} (seeds: {few}" + (f" to {many})" if few < many else ")"),
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xticks(numbers, number_labels(numbers, decades))
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(numbers[0] / 10 ** (0.06 * decades), numbers[-1] * 10 ** (0.06 * decades))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=_POINTS)
+    _write(figure, path)
+    return True
+
+
+def time_axis(curve: Mapping) -> tuple[np.ndarray, str]:
+    """Where the frames stand, (T,), and the axis label: ms, or the frame as in clinical.csv."""
+    if curve["time_ms"] is not None:
+        return np.asarray(curve["time_ms"], float), "time (ms)"
+    return np.arange(len(curve["lv_ml"])), "frame"
+
+
+def volume_curve(title: str, curve: Mapping, path: Path) -> None:
+    """Volumes over the cycle, with ED and ES. curve: time_ms (T,) or None, lv_ml (T,), rv_ml (T,), ed and es,
+    indices of frames or None.
+    """
+    figure, (axis,) = _grid(1, 1, height=1.6)
+    x, label = time_axis(curve)
+    for name, key in (("LV", "lv_ml"), ("RV", "rv_ml")):
+        colour, (marker, line) = CLASS_COLOURS[name], _CLASS_LINES[name]
+        axis.plot(x, curve[key], marker=marker, linestyle=line, color=colour, markersize=2, label=name)
+    for name, key, line in (("ED", "ed", "-"), ("ES", "es", ":")):
+        if curve[key] is not None:
+            axis.axvline(x[curve[key]], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
+    axis.set_title(title if len(title) <= 60 else f"{title[:28]}…{title[-31:]}", parse_math=False)
+    axis.set(xlabel=label, ylabel="volume (ml)")
+    axis.set_ylim(0, None)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=4, fontsize=_POINTS)
+    _write(figure, path)
+
+
+def _grid(count: int, columns: int, *, height: float, sharey: bool = False) -> tuple[Figure, np.ndarray]:
+    """A figure of rows that are `height` inches high, and its `count` axes."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(_WIDTH, max(2.6, height * rows + 0.3)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
+def _say(axis: Axes, words: str) -> None:
+    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center")
+
+
+def _write(figure: Figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.tick_params(labelsize=_POINTS)
+    for text in figure.findobj(Text):
+        text.set_fontsize(_POINTS)
+    save_figure(figure, path, dpi=300)

@@ -1,0 +1,94 @@
+"""Is a pretraining healthy? Figures of frozen features, without labels."""
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from cmrssp.data.batches import Batches
+from cmrssp.errors import UserError
+from cmrssp.hardware import distributed
+from cmrssp.ssp.method import Method
+from cmrssp.training import step_generator
+
+NUM_SLICES = 512  # of the validation subjects, evenly spread; all where there are fewer
+COLLAPSED = 3.0  # effective rank; features that hardly differ from their mean have 1, healthy ones 15 or more
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """exp of the entropy of the normalised singular values of (N, D) features: from 1 (collapsed) to min(N,
+    D).
+
+    Roy and Vetterli 2007; as a figure of pretraining: RankMe, arXiv 2210.02885.
+    """
+    values = torch.linalg.svdvals(features.double())
+    share = values / values.sum().clamp_min(1e-300)
+    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+
+
+def position_probe(
+    features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor, penalty: float = 1.0
+) -> float:
+    """Held-out R2 of a ridge regression from (N, D) features to the slice position (N,), closed form.
+
+    The subjects (N,) are split in halves, each predicts the other, R2 over both; features are standardised by
+    the half that fits, and the penalty is per sample. NaN positions are left out; NaN with fewer than two
+    subjects.
+    """
+    known = ~position.isnan()
+    x, y, subject = features[known].double(), position[known].double(), subject[known]
+    ids = subject.unique()
+    if len(ids) < 2:
+        return float("nan")
+    first = torch.isin(subject, ids[::2])
+    residual = total = 0.0
+    for fit, held in ((first, ~first), (~first, first)):
+        mean = x[fit].mean(dim=0)
+        scale = x[fit].std(dim=0, correction=0).square().mean().sqrt().clamp_min(1e-12)
+        a, b = (x[fit] - mean) / scale, (x[held] - mean) / scale
+        gram = a.T @ a + penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        weights = torch.linalg.solve(gram, a.T @ (y[fit] - y[fit].mean()))
+        residual += (y[held] - y[fit].mean() - b @ weights).square().sum()
+        total += (y[held] - y[held].mean()).square().sum()
+    return float(1 - residual / total)
+
+
+@torch.inference_mode()
+def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
+    """Loss on fixed augmented views, and rank and probe of the plain crops' features, over the same slices
+    always. All ranks take part, and get the figures of all their slices.
+    """
+    method.eval()
+    loss = count = 0.0
+    features, positions, subjects = [], [], []
+    for i, batch in enumerate(loader.in_order(NUM_SLICES, shared=True)):
+        views = method.views(batch, step_generator(0, 0, i, distributed.rank()))
+        if i == 0 or len(batch["image"]) == loader.share:  # among fewer slices contrast is easier
+            loss += method(views, float(epoch))[0].item()
+            count += 1
+        plain = method.view(batch, None)["image"]
+        features.append(method.encoder.pooled(plain).float().cpu())
+        positions.append(batch["position"].cpu())
+        subjects.append(batch["subject"].cpu())
+    method.train()
+    distributed.barrier()
+    pooled, position, subject = (distributed.gather(torch.cat(x)) for x in (features, positions, subjects))
+    loss = distributed.mean(torch.tensor(loss / count, dtype=torch.float64)).item()
+    if not (pooled.isfinite().all() and math.isfinite(loss)):
+        raise UserError(
+            f"epoch {epoch}: loss or features are NaN or infinite on the validation slices; try a smaller "
+            "--lr. What was saved before stays"
+        )
+    figures = {
+        "validation_loss": loss,
+        "effective_rank": effective_rank(pooled),
+        "position_r2": position_probe(pooled, position, subject),
+    }
+    if figures["effective_rank"] < COLLAPSED:
+        tqdm.write(
+            f"warning: the features collapse: effective rank {figures['effective_rank']:.2f} of "
+            f"{pooled.shape[1]} after epoch {epoch}; try a smaller --lr, or stop and look at views.png"
+        )
+    if math.isnan(figures["position_r2"]):  # fewer than two validation subjects
+        del figures["position_r2"]
+    return figures

@@ -1,0 +1,1 @@
+"""Checkpoints, what transfers from them, and exchange with nnU-Net v2."""

@@ -1,0 +1,149 @@
+"""Look into a checkpoint, or take it to nnU-Net v2:
+python -m cmrssp.weights show runs/mim
+python -m cmrssp.weights export --to nnunet runs/mim/unet.pt mim.pth
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmrssp.cli import entry
+from cmrssp.errors import UserError
+from cmrssp.weights import checkpoints, nnunet
+from cmrssp.weights.checkpoints import Checkpoint
+
+PROG = "python -m cmrssp.weights"
+_LANDS = {
+    "encoder": "finetune.py --init: encoder.*; nnU-Net: encoder.*, decoder.encoder.*",
+    "decoder": "finetune.py --init: decoder.*; nnU-Net: decoder.stages.*, decoder.transpconvs.*",
+    "heads": "finetune.py --init and evaluate.py: heads.*, for the same classes; nnU-Net: nowhere",
+}
+_NO_HEADS = "left out, nnU-Net makes its own segmentation layers"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Raises UserError, and OSError for what cannot be read."""
+    parser = entry.Parser(prog=PROG, description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show|export")
+    shown = commands.add_parser("show", help="what a checkpoint is, who was seen, what of it transfers where")
+    shown.add_argument(
+        "file", metavar="FILE", help="unet.pt, last.pt, a run folder, or a file exported from one"
+    )
+    export = commands.add_parser("export", help="write the weights as another program takes them")
+    export.add_argument(
+        "--to", choices=("nnunet",), required=True, help="nnunet: for nnUNetv2_train -pretrained_weights"
+    )
+    export.add_argument("checkpoint", metavar="RUN/unet.pt", help="unet.pt, last.pt or a run folder")
+    export.add_argument("out", metavar="OUT.pth", type=Path, help="the file to write")
+    args = parser.parse_args(argv)
+    print(show(args.file) if args.command == "show" else to_nnunet(args.checkpoint, args.out))
+    return 0
+
+
+def show(file: str | Path) -> str:
+    """What a checkpoint of this package, or an export of one, is and holds; a line each. Raises UserError."""
+    path = checkpoints.locate(file)
+    content = checkpoints.read(path)
+    exported = {"network_weights", "config", "provenance", "transfer"} <= content.keys()
+    if exported:
+        checkpoint = checkpoints.parse(path, content, "network_weights")
+        parts = dict(content["transfer"])
+    else:
+        checkpoint = checkpoints.load(path)
+        checkpoints.check_keys(checkpoint)
+        parts = {part: _part(checkpoint, part, where) for part, where in _LANDS.items()}
+    config, history, state = checkpoint.config, checkpoint.history, checkpoint.state_dict
+    kind = "weights and training state" if "optimizer" in content else "weights"
+    what = f"{kind} for nnU-Net v2 (nnUNetv2_train -pretrained_weights)" if exported else kind
+    lines = {
+        "file": f"{path}, {path.stat().st_size / 1e6:.1f} MB",
+        "sha256": _sha256(path),
+        "what": f"{what} of a 2D U-Net, {_origin(checkpoint)}",
+        "method": " after ".join(link["method"] for link in history),
+        "epochs": " after ".join(str(link.get("epochs", "unknown")) for link in history),
+        "data": "; ".join(dict.fromkeys(" ".join(map(str, link["data"])) for link in history)),
+        "subjects seen": f"{len(checkpoint.seen())}",
+        "channels": " ".join(map(str, config["channels"])),
+        "norm": checkpoint.norm,
+        "image": f"{config['image_size']} px of {config['spacing_mm']:g} mm",
+        "keys": f"{len(state)}, such as {next(iter(state))}",
+        **parts,
+    }
+    return "\n".join(f"{name}: {text}" for name, text in lines.items())
+
+
+def _part(checkpoint: Checkpoint, part: str, where: str) -> str:
+    found = [value for key, value in checkpoint.state_dict.items() if key.startswith(part + ".")]
+    if not found:
+        return "none in the file, starts fresh everywhere"
+    return f"{len(found)} tensors, {sum(v.numel() for v in found) / 1e6:.2f} M values -> {where}"
+
+
+def _origin(checkpoint: Checkpoint) -> str:
+    """pretrained by mim; fine-tuned (LV, MYO, RV) after mim"""
+    methods = [link["method"] for link in checkpoint.history]
+    classes = checkpoint.config["classes"]
+    if not classes:
+        return f"pretrained by {' after '.join(methods)}"
+    return f"trained to segment {', '.join(classes)}, " + (
+        f"pretrained by {' after '.join(methods[1:])}" if methods[1:] else "from scratch"
+    )
+
+
+def to_nnunet(file: str | Path, out: Path) -> str:
+    """Write `out` for nnU-Net's -pretrained_weights; what was transferred and what nnU-Net needs, as text.
+
+    `network_weights` has every key of PlainConvUNet but the segmentation layers'; what the checkpoint lacks
+    has nnU-Net's own initial weights. Raises UserError, also where `out` cannot be written.
+    """
+    checkpoint = checkpoints.load(file)
+    config, norm = checkpoint.config, checkpoint.norm
+    unet = nnunet.fresh(config["channels"], norm)
+    report = {**checkpoints.transfer(checkpoint, unet), "heads": _NO_HEADS}
+    if report["decoder"].startswith("fresh"):
+        report["decoder"] += ", initialised as nnU-Net does"
+    content = {
+        "network_weights": nnunet.network_weights(unet.state_dict()),
+        "config": config,
+        "provenance": checkpoint.provenance,
+        "transfer": report,
+    }
+    out = out.expanduser()
+    if out.is_dir():
+        raise UserError(f"{out}: cannot be written: Is a directory")
+    if out.exists() and out.samefile(checkpoint.path):
+        raise UserError(f"{out}: expected another file to write than the checkpoint itself")
+    if out.suffix == ".pt" and (out.parent / "args.json").exists():
+        raise UserError(f"{out}: would take the place of a run's own file; expected another, such as *.pth")
+    try:
+        checkpoints.save(out, content)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+    plan = nnunet.plan(config["channels"], norm, config["image_size"], config["spacing_mm"])
+    return "\n".join(
+        [
+            f"{checkpoint.path}: 2D U-Net, {_origin(checkpoint)}",
+            *(f"{part}: {what}" for part, what in report.items()),
+            f"written: {out}, {len(content['network_weights'])} keys",
+            "",
+            'for "configurations" in nnUNetPlans.json of the data set:',
+            nnunet.as_text(plan),
+            "",
+            f"trainer: {nnunet.TRAINERS[norm]}",
+            f"nnUNetv2_preprocess -d DATASET -c {nnunet.CONFIGURATION}",
+            f"nnUNetv2_train DATASET {nnunet.CONFIGURATION} FOLD -tr {nnunet.TRAINERS[norm]} "
+            f"-pretrained_weights {out}",
+        ]
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    entry.end(main, PROG)

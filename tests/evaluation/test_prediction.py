@@ -1,0 +1,220 @@
+"""Label maps of new cines: clean-up, mirror images, ensembles, the file that is written, the flags."""
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from cmrssp.data import dataset, store
+from cmrssp.data.batches import collate
+from cmrssp.data.cine import read_cine
+from cmrssp.data.nifti import time_step, write_labels
+from cmrssp.data.subject import Subject
+from cmrssp.evaluation import prediction, scoring
+from cmrssp.segmentation import Segmentation, keep_largest, predict_frames
+from cmrssp.weights import checkpoints
+
+
+def network(seed: int, size: int = 32, spacing: float = 3.0) -> Segmentation:
+    """Random weights; without biases the heads prefer no class, so all classes are predicted."""
+    torch.manual_seed(seed)
+    method = Segmentation(channels=[4, 8, 8], image_size=size, spacing_mm=spacing, augment=False).eval()
+    with torch.no_grad():
+        for head in method.unet.heads:
+            head.weight.mul_(20)
+            head.bias.zero_()
+    return method
+
+
+@pytest.fixture
+def one(write_mnms, beating, tmp_path):
+    subjects, _ = dataset.find([write_mnms("A", *beating())], tmp_path)
+    return store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+
+
+def test_the_largest_component_of_each_class_stays():
+    labels = np.zeros((3, 6, 8), np.uint8)
+    labels[0, 0:2, 0:2] = 1  # four voxels, and one that touches them at a corner of the next slice
+    labels[1, 2, 2] = 1
+    labels[2, 5, 5:8] = 1  # three elsewhere
+    labels[2, 0, 0] = 3
+    kept = keep_largest(labels)
+    expected = labels.copy()
+    expected[2, 5, 5:8] = 0
+    assert (kept == expected).all()
+    assert not keep_largest(np.zeros_like(labels)).any()
+
+
+def test_probabilities_are_averaged_over_networks_and_mirror_images(one):
+    cpu, methods = torch.device("cpu"), [network(1), network(2, size=16, spacing=6.0)]
+    batch = collate(one, [(0, 0, z) for z in range(3)], labelled=False)
+    mean = sum(method.probabilities(batch) for method in methods)
+    (labels,) = predict_frames(methods, one, 0, [0], cpu)
+    assert (labels == mean.argmax(dim=1)[:, :32, :40].numpy()).all() and len(np.unique(labels)) > 1
+    (single,) = predict_frames(methods[:1], one, 0, [0], cpu)
+    assert (single != labels).any()
+    # mirror the native image by hand: the crop centre moves along, and the mean of the four is the same
+    total = 0.0
+    for axes in ((), (2,), (3,), (2, 3)):
+        mirrored = dict(batch)
+        image = batch["image"][:, :, :32, :40].flip(axes)
+        mirrored["image"] = torch.nn.functional.pad(image, (0, 24, 0, 32))
+        centre = batch["centre"].clone()
+        for axis, column, count in ((2, 0, 32), (3, 1, 40)):
+            if axis in axes:
+                centre[:, column] = count - 1 - centre[:, column]
+        mirrored["centre"] = centre
+        total = total + methods[0].probabilities(mirrored)[:, :, :32, :40].flip(axes) / 4
+    with_flips = methods[0].probabilities(batch, flips=True)[:, :, :32, :40]
+    assert torch.allclose(with_flips, total, atol=1e-5)
+    assert not torch.allclose(with_flips, methods[0].probabilities(batch)[:, :, :32, :40], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("step", "unit", "seconds"),
+    [(34.5, "msec", 0.0345), (0.0345, "sec", 0.0345), (34.5, "sec", 0.0345), (34500, "usec", 0.0345),
+     (1.0, "sec", None), (0.0, "sec", None)],
+)  # fmt: skip
+def test_time_step(step, unit, seconds):
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2, 3), np.int16), np.eye(4))
+    image.header.set_zooms((1, 1, 8, step))
+    image.header.set_xyzt_units("mm", unit)
+    assert time_step(image) == (seconds and pytest.approx(seconds))
+
+
+@pytest.mark.parametrize("empty_affine", [False, True])
+def test_a_label_map_lies_on_the_grid_of_its_cine(tmp_path, empty_affine):
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 90, (9, 7, 3, 2)).astype(np.int16)
+    image = nibabel.Nifti1Image(array, np.diag([-1.2, 1.4, -8.0, 1.0]))
+    image.header.set_zooms((1.2, 1.4, 8.0, 0.03))
+    image.header.set_slope_inter(2.0, 5.0)
+    raw = bytearray(image.to_bytes())
+    if empty_affine:
+        header = nibabel.Nifti1Header(bytes(raw[:348]), check=False)
+        header["srow_x"], header["srow_y"], header["srow_z"] = 0, 0, 0
+        header["sform_code"], header["qform_code"] = 1, 0
+        raw[:348] = header.binaryblock
+    (tmp_path / "a.nii").write_bytes(raw)
+    read = read_cine(Subject("folder", "a", tmp_path / "a.nii"))
+    write_labels(tmp_path / "l.nii.gz", (read.stored % 4).astype(np.uint8), read.geometry, tmp_path / "a.nii")
+    source, labels = nibabel.load(tmp_path / "a.nii"), nibabel.load(tmp_path / "l.nii.gz")
+    expected = (array - array.min()) % 4
+    assert labels.get_data_dtype() == np.uint8 and (np.asanyarray(labels.dataobj) == expected).all()
+    assert np.asanyarray(labels.dataobj).dtype == np.uint8  # no scaling
+    assert (labels.affine == source.affine).all() and labels.header.get_zooms() == source.header.get_zooms()
+    for name in ("sform_code", "qform_code", "pixdim", "xyzt_units", "srow_x", "quatern_b"):
+        assert (labels.header[name] == source.header[name]).all(), name
+
+
+def heart(frames: int = 6) -> np.ndarray:
+    """(T, Z, H, W): a cavity that shrinks and grows in a closed wall, and an RV beside it."""
+    labels = np.zeros((frames, 4, 60, 60), np.uint8)
+    y, x = np.mgrid[:60, :60]
+    for t in range(frames):
+        radius = 9 + 3 * np.cos(2 * np.pi * t / frames)
+        labels[t, :, np.hypot(y - 30, x - 30) < 16] = 2
+        labels[t, :, np.hypot(y - 30, x - 30) < radius] = 1
+        labels[t, :, 20 : 35 + round(5 * np.cos(2 * np.pi * t / frames)), 8:14] = 3
+    return labels
+
+
+def flagged(labels: np.ndarray, one, reach: float = 80.0) -> list[str]:
+    record = store.CineRecord(**{**one.cines[0].__dict__, "shape": labels.shape, "centre": (29.5, 29.5)})
+    volumes = [
+        {n: float((frame == i).sum()) for i, n in enumerate(("LV", "MYO", "RV"), 1)} for frame in labels
+    ]
+    return [what for _, what in prediction.flags(labels, volumes, record, reach)]
+
+
+def test_a_sound_heart_has_no_flag(one):
+    assert flagged(heart(), one) == []
+
+
+def test_what_looks_wrong_is_flagged_worst_first(one):
+    labels = heart(20)
+    assert flagged(labels, one) == []
+    labels[:, :, :, 30:][labels[:, :, :, 30:] == 2] = 0  # half of the wall is gone
+    labels[4, :, 30:] = 0
+    labels[2, 0, 2, 2] = 1  # one voxel of thousands: no flag
+    found = flagged(labels, one)
+    assert found[1:] == [f"jump in the {name} volume at frame 4" for name in ("LV", "RV")]
+    share = int(found[0].partition("(")[2].partition(" %")[0])
+    assert found[0].startswith("LV cavity not enclosed by myocardium") and 45 <= share <= 55
+    labels = heart()
+    labels[:, :, 20:40, 8:14] = 0
+    for t, rows in enumerate((10, 4, 2, 12, 12, 8)):  # largest when the LV is smallest, in frame 3
+        labels[t, :, 20 : 20 + rows, 8:14] = 3
+    assert flagged(labels, one)[0] == "implausible RV ejection fraction of -20 %"  # 1 - 12 / 10
+    labels[0][labels[0] == 3] = 0
+    assert flagged(labels, one)[0] == "no RV at ED"
+    labels = heart()
+    labels[3, 1, 2:6, 50:54] = 3
+    assert flagged(labels, one) == ["more than one component: RV"]
+    labels = heart()
+    labels[1][labels[1] == 1] = 2
+    assert flagged(labels, one)[0] == "no LV in 1 of 6 frames"
+    assert flagged(np.where(heart() == 3, 0, heart()), one) == ["no RV in any frame"]
+    # the RV reaches 21.5 pixels of 1.5 mm from the centre
+    assert flagged(heart(), one, reach=33.0) == ["touches the edge of the crop"]
+    assert flagged(heart(), one, reach=36.0) == []
+
+
+def test_thirds_and_slices_by_hand():
+    """Six slices, the reference labels 1 to 4: slice 0 and 5 lie outside every third."""
+    truth = np.zeros((6, 4, 4), np.uint8)
+    truth[1:5, :2] = 1
+    labels = truth.copy()
+    labels[1, 1] = 0  # half of it: Dice 2 * 4 / (4 + 8)
+    labels[5, 0, 0] = 2
+    rows = {(r["slice"], r["class"]): r for r in scoring._slice_rows(labels, truth)}
+    assert [rows[z, "LV"]["third"] for z in range(6)] == ["", "base", "base", "mid", "apex", ""]
+    assert rows[1, "LV"]["dice"] == pytest.approx(8 / 12) and rows[2, "LV"]["dice"] == 1.0
+    assert np.isnan(rows[1, "RV"]["dice"]) and rows[5, "MYO"]["dice"] == 0.0
+    assert rows[3, "LV"]["position"] == 0.5
+    two = [r["third"] for r in scoring._slice_rows(labels[:3], truth[:3]) if r["class"] == "LV"]
+    three = [r["third"] for r in scoring._slice_rows(labels[:4], truth[:4]) if r["class"] == "LV"]
+    assert two == ["", "", ""] and three == ["", "base", "mid", "apex"]  # two labelled slices, and three
+    (single,) = (r for r in scoring._slice_rows(labels[:1], truth[:1]) if r["class"] == "LV")
+    assert np.isnan(single["position"]) and single["third"] == ""
+
+
+def test_label_maps_of_two_data_sets_keep_apart(write_mnms, beating, tmp_path):
+    """One subject name in both, cines of 32 x 40 and 33 x 40 pixels."""
+    write_mnms("A", *beating(0))
+    cine, labels = beating(1)
+    pads = ((1, 0), (0, 0), (0, 0), (0, 0))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name, array in (("A", np.pad(cine, pads)), ("A_gt", np.pad(labels, pads))):
+        nibabel.save(nibabel.Nifti1Image(array, np.diag((1.5, 1.5, 10, 1))), plain / f"{name}.nii.gz")
+    subjects, _ = dataset.find([str(tmp_path / "mnms"), str(plain)], tmp_path)
+    cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    scoring.score([network(0)], cines, torch.device("cpu"), phases="both", save=tmp_path / "maps")
+    shapes = {p.name: nibabel.load(p).shape[:2] for p in (tmp_path / "maps").iterdir()}
+    assert set(shapes) == {"folder__A.nii.gz", "mnms__A.nii.gz"}
+    for subject, record in zip(cines.subjects, cines.cines, strict=True):
+        name = f"{subject.key.replace('/', '__')}.nii.gz"
+        assert sorted(shapes[name]) == sorted(record.shape[2:])
+
+
+def test_seeds_of_one_experiment_share_their_training_subjects(tmp_path):
+    def made(train, validation, **more):
+        split = {"train": train, "validation": validation, "test": ["x/t"]}
+        link = {"method": "m", "data": [], "split_seed": 0, "seed": 0, "subjects": train[:1], **more}
+        return {**link, "split": split}
+
+    def recipe(link):
+        return scoring.recipe(checkpoints.Checkpoint(tmp_path, {}, {}, link))
+
+    one = recipe(made(["x/a", "x/b"], ["x/c"], recipe={"lr": 1}))
+    assert one == recipe(made(["x/b", "x/a"], ["x/c"], recipe={"lr": 1}, seed=1, subjects=["x/b"]))
+    assert one["lr"] == 1 and len(one) == 2
+    assert one != recipe(made(["x/a", "x/d"], ["x/c"], recipe={"lr": 1}))
+    # the lists of a published subset are of its seed
+    assert recipe(made(["x/a"], ["x/c", "x/d"])) == recipe(made(["x/b"], ["x/c", "x/d"]))
+    # the pretraining's, too
+    first = made(["x/a", "x/b"], [], recipe={"epochs": 5})
+    started = made(["x/a", "x/b"], ["x/c"], init=first)
+    assert recipe(started)["pretraining epochs"] == 5
+    assert recipe(started) != recipe({**started, "init": made(["x/a"], [], recipe={"epochs": 5})})
