@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_damaged_files(count):
     done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", ROOT / "tests" / "fuzz.py", "0", str(count)],
+        [sys.executable, "-W", "error::RuntimeWarning", Path(__file__).with_name("fuzz.py"), "0", str(count)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

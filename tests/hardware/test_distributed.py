@@ -217,7 +217,7 @@ def test_batches_that_cannot_be_shared_are_refused(both, monkeypatch):
 
 def test_the_scripts_under_torchrun(phantom_folder, tmp_path):
     """Pretrained, fine-tuned and evaluated by two processes; the scores are those of one."""
-    root, common = TESTS.parent, ("--cache", tmp_path / "cache")
+    root, common = TESTS.parents[1], ("--cache", tmp_path / "cache")
     network = ("--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6")
     said = torchrun(
         root / "train_ssp.py", "--method", "simclr", "--data", phantom_folder, *common, *network,
