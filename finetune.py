@@ -12,11 +12,10 @@ from cmrssp.data import dataset, quality, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
-from cmrssp.evaluation import report
 from cmrssp.hardware import benchmark, distributed, memory
 from cmrssp.hardware.device import prepare_torch, resolve_device
 from cmrssp.metrics import dice
-from cmrssp.runs import resume
+from cmrssp.runs import figures, resume
 from cmrssp.segmentation import FINETUNING_LR, Segmentation, predict_frames
 from cmrssp.unet import recompute_activations
 from cmrssp.weights import checkpoints
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return mean_dice(method, cines, held_out, device) if held_out else {}
 
     if not state and distributed.is_main():
-        report.views(method.to(device), loader, run.folder / "views.png")
+        figures.views(method.to(device), loader, run.folder / "views.png")
     training.train(
         method,
         loader,
@@ -201,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=method.config(),
         provenance=provenance,
         validate=validate,
-        draw=lambda: report.curves(run.records(), run.folder / "curves.png"),
+        draw=lambda: figures.curves(run.records(), run.folder / "curves.png"),
         hint=flags.quick_hint(args, device),
         state=state,
     )

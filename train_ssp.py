@@ -7,10 +7,9 @@ from cmrssp.cli import entry, flags
 from cmrssp.data import dataset, quality, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
-from cmrssp.evaluation import report
 from cmrssp.hardware import benchmark, distributed, memory
 from cmrssp.hardware.device import prepare_torch, resolve_device
-from cmrssp.runs import resume
+from cmrssp.runs import figures, resume
 from cmrssp.ssp import METHODS, health
 from cmrssp.ssp.method import Method
 from cmrssp.unet import recompute_activations
@@ -144,11 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
 
     def draw() -> None:
-        report.views(method, loaders["train"], run.folder / "views.png")
-        report.curves(run.records(), run.folder / "curves.png")
+        figures.views(method, loaders["train"], run.folder / "views.png")
+        figures.curves(run.records(), run.folder / "curves.png")
 
     if not state and distributed.is_main():
-        report.views(method.to(device), loaders["train"], run.folder / "views.png")
+        figures.views(method.to(device), loaders["train"], run.folder / "views.png")
     training.train(
         method,
         loaders["train"],

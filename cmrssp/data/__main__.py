@@ -7,7 +7,7 @@ from cmrssp.cli import entry, flags
 from cmrssp.data import dataset, quality, store
 from cmrssp.data.subject import LEFT_OUT
 from cmrssp.errors import UserError
-from cmrssp.evaluation import report
+from cmrssp.runs import figures
 
 PROG = "python -m cmrssp.data"
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cines = store.build(subjects, args.cache, labels=True, skip_broken=True, name_broken=False)
     print(quality.report(cines, problems))
     if args.figure:
-        report.centre_sheet(cines, args.figure, quality.CROP_MM)
+        figures.centre_sheet(cines, args.figure, quality.CROP_MM)
         print(f"written: {args.figure}" if cines.subjects else "no figure: there is no subject to show")
     return int(any(problem.done == LEFT_OUT for problem in quality.problems(cines, problems)))
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cmrssp.data.subject import CLASSES
 from cmrssp.evaluation import stats
-from cmrssp.evaluation.report import save_figure
+from cmrssp.runs.figures import save_figure
 
 PHASES = ("ED", "ES")
 BINS = 10  # of a slice's position between base and apex

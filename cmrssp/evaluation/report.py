@@ -4,22 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from scipy.ndimage import map_coordinates
 
-from cmrssp.data.batches import Batches
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.evaluation import stats
-from cmrssp.files import atomic
-from cmrssp.ssp.method import Method
-from cmrssp.training import step_generator
+from cmrssp.runs.figures import save_figure
 
 _TRUTH, _PREDICTION = "#56B4E9", "#E69F00"  # two hues that colour-blind readers tell apart
 _SHEET_MM = 160.0
-_CELL = 160  # px of a subject in the sheet of crop centres
 
 
 def dice_table(rows: Sequence[dict]) -> str:
@@ -115,61 +108,6 @@ def spread(scores: dict[str, float]) -> tuple[float, float]:
     return found["mean"], found["std"]
 
 
-def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
-    with atomic(path) as file:
-        figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight")
-
-
-@torch.inference_mode()
-def views(method: Method, loader: Batches, path: Path) -> None:
-    """What a method sees of at most six slices, always the same ones; MIM also shows what it restores."""
-    method.eval()
-    batch = next(iter(loader.in_order(6)))
-    panel_sheet(method.panels(method.views(batch, step_generator(0, 0, 0))), path)
-    method.train()
-
-
-def panel_sheet(panels: dict[str, torch.Tensor], path: Path) -> None:
-    """One row per title, one column per image; every column in one grey scale. Images (B, 1, H, W)."""
-    images = {title: image[:, 0].float().cpu().numpy() for title, image in panels.items()}
-    reference = next(iter(images.values()))
-    columns = len(reference)
-    figure = Figure(figsize=(1.8 * columns, 1.9 * len(images)))
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for row, (title, stack) in enumerate(images.items()):
-        for column in range(columns):
-            low, high = np.percentile(reference[column], (0.5, 99.5))
-            scale = {"cmap": "viridis", "vmin": 0, "vmax": len(CLASSES)} if title == "label" else {}
-            axes[row, column].imshow(stack[column], **{"cmap": "gray", "vmin": low, "vmax": high, **scale})
-            axes[row, column].set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(title)
-    save_figure(figure, path)
-
-
-def curves(records: Sequence[dict], path: Path) -> None:
-    """Against the epoch: the losses; 3D Dice of a fine-tuning; health of a pretraining."""
-    dice = {"dice": "mean", **{f"dice_{name}": name for name in CLASSES}}
-    sheets = [
-        ("loss", {"loss": "training", "validation_loss": "validation"}, None),
-        ("3D Dice on the validation subjects", dice, (0, 1)),
-        ("effective rank of the features", {"effective_rank": "plain validation slices"}, (1, None)),
-        ("held-out R² of the slice's position", {"position_r2": "linear probe"}, (-0.2, 1)),
-    ]
-    sheets = [sheet for sheet in sheets if any(name in record for record in records for name in sheet[1])]
-    figure = Figure(figsize=(4.6 * len(sheets), 3.4), layout="constrained")
-    for axis, (title, names, limits) in zip(
-        figure.subplots(1, len(sheets), squeeze=False)[0], sheets, strict=True
-    ):
-        for name, label in names.items():
-            points = [(r["epoch"], r[name]) for r in records if name in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=label)
-        axis.set(xlabel="epoch", ylabel=title, ylim=limits)
-        axis.legend()
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
 def around(centre: Sequence[float], spacing_mm: Sequence[float]) -> tuple[slice, slice]:
     """Rows and columns of a 160 mm square around a centre in pixels, as far as the image reaches."""
     half = [_SHEET_MM / 2 / spacing for spacing in spacing_mm]
@@ -225,53 +163,3 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
     legend = f"{reference}orange: prediction; {_SHEET_MM:.0f} mm square around the crop centre"
     axes[-1, 0].text(0, -0.25, legend, transform=axes[-1, 0].transAxes, fontsize=9)
     save_figure(figure, path)
-
-
-def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) -> None:
-    """A mid slice of every subject on one scale, with the crop centre found without labels, the crop's
-    square, and the box around its labels where it has any.
-    """
-    count = len(store.subjects)
-    if not count:
-        return
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    mm = crop_mm * 1.2 / _CELL  # of a pixel of the sheet: a little more than the crop is shown
-    sheet = np.zeros((rows * _CELL, columns * _CELL), np.float32)
-    lines: dict[str, list[np.ndarray]] = {"crop": [], "heart": []}
-    figure = Figure(figsize=(max(1.3 * columns, 5), 1.3 * rows + 0.4), layout="constrained")
-    axis = figure.subplots()
-    for i, (subject, cine) in enumerate(zip(store.subjects, store.cines, strict=True)):
-        labels = store.labels[i] if store.labels else None
-        frame = labels.ed or 0 if labels else 0
-        image = store.slice(i, frame, cine.shape[1] // 2).astype(np.float32)
-        centre, spacing = np.array(cine.centre), np.array(cine.geometry.spacing_mm)
-        corner = np.array(divmod(i, columns)) * _CELL
-        at = (np.indices((_CELL, _CELL)) - _CELL / 2) * (mm / spacing)[:, None, None] + centre[:, None, None]
-        cell = map_coordinates(image, at, order=1)
-        sheet[corner[0] : corner[0] + _CELL, corner[1] : corner[1] + _CELL] = cell / max(
-            np.percentile(image, 99.5), 1
-        )
-        middle = corner + _CELL / 2
-        half = crop_mm / 2 / mm
-        lines["crop"].append(_square(*(middle - half), *(middle + half)))
-        if labels and labels.heart:
-            box = np.array(labels.heart.box, float).reshape(2, 2).T  # first corner, last corner
-            first, last = (box - centre) * spacing / mm + middle
-            lines["heart"].append(_square(*first, *last))
-        axis.plot(middle[1], middle[0], "+", color=_PREDICTION, markersize=6)
-        at = corner[::-1] + 4
-        axis.text(*at, subject.key, color="white", fontsize=5, va="top", parse_math=False)
-    axis.imshow(sheet, cmap="gray", vmin=0, vmax=1)
-    for name, colour in (("crop", _PREDICTION), ("heart", _TRUTH)):
-        axis.add_collection(LineCollection(lines[name], colors=colour, linewidths=0.8))
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(
-        f"orange: crop centre found without labels, and the {crop_mm:.0f} mm crop; blue: box of the labels",
-        fontsize=8, loc="left",
-    )  # fmt: skip
-    save_figure(figure, path)
-
-
-def _square(top: float, left: float, bottom: float, right: float) -> np.ndarray:
-    return np.array([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)])
