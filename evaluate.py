@@ -215,7 +215,7 @@ def predict(args, methods: list[segmentation.Segmentation], provenance: dict) ->
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict | str] = []
-    share = distributed.share(subjects)
+    share = distributed.own_items(subjects)
     for subject in tqdm(share, "predicting", unit="cine", disable=distributed.hide_bar()):
         try:
             found.append(prediction.predict(subject, methods, device, out, **options(args)))

@@ -238,7 +238,7 @@ def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int],
     class. Each rank takes its share of the subjects.
     """
     mine: list[list[dict[str, float]]] = []
-    for subject in distributed.share(subjects):
+    for subject in distributed.own_items(subjects):
         frames = sorted(set(cines.labels[subject].phases.values()))
         predicted = predict_frames([method], cines, subject, frames, device)
         truth = (cines.label_volume(subject, frame) for frame in frames)

@@ -193,7 +193,7 @@ def train(
             last = epoch + 1 == settings.epochs
             if last or (epoch + 1) % settings.validate_every == 0:
                 began = time.monotonic()
-                distributed.share_buffers(method)
+                distributed.broadcast_buffers(method)
                 with untuned(settings.compile):
                     figures = validate(method, epoch + 1)
                 record |= figures

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
-        distributed.say(f"{self.prog}: error: {message} (--help lists the flags)")
+        distributed.print_error(f"{self.prog}: error: {message} (--help lists the flags)")
         self.exit(2)
 
 
@@ -70,24 +70,24 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
-        distributed.say(f"{prog}: error: {error}")
+        distributed.print_error(f"{prog}: error: {error}")
         status = 2
     except Stopped as stop:
-        distributed.say(f"{prog}: {stop}")
+        distributed.print_error(f"{prog}: {stop}")
         status = 128 + stop.number
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        distributed.say(f"{prog}: ended by {number.name}")
+        distributed.print_error(f"{prog}: ended by {number.name}")
         status = 128 + number
     except RuntimeError as error:
         if any(text in str(error) for text in _NO_MEMORY):
-            distributed.say(
+            distributed.print_error(
                 f"{prog}: error: the memory is too small for these settings, or others fill it; try a "
                 f"smaller --batch-size, fewer --channels or --amp fp16 ({str(error).splitlines()[0]})"
             )
             status = 2
-        elif distributed.lost(error):
-            distributed.say(f"{prog}: error: stopped, because another of the processes has ended")
+        elif distributed.is_process_lost(error):
+            distributed.print_error(f"{prog}: error: stopped, because another of the processes has ended")
         else:
             raise
     finally:

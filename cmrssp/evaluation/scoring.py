@@ -67,7 +67,7 @@ def score(
     ]
     slices = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
     print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
-    share, mine = distributed.share(range(len(cines.subjects))), []
+    share, mine = distributed.own_items(range(len(cines.subjects))), []
     names = Counter(subject.file_name for subject in cines.subjects)
     for i in tqdm(share, "predicting", unit="subject", disable=distributed.hide_bar()):
         began, subject, scores = time.monotonic(), cines.subjects[i], Scores()

@@ -92,7 +92,7 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
         torch.cuda.reset_peak_memory_stats(device)
     waited, done = 0.0, {title: Measured(title, []) for title in kinds}
     fitting = math.ceil(_ROUND_S / timed(lambda: step(fixed, 0, 0), device))
-    (each,) = distributed.highest(min(num_steps, fitting))  # all ranks take as many steps
+    (each,) = distributed.maximum(min(num_steps, fitting))  # all ranks take as many steps
     rounds = max(_MIN_ROUNDS, math.ceil(num_steps / each))
     for number in range(rounds):
         for title, act in list(kinds.items())[:: 1 if number % 2 else -1]:

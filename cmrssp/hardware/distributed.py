@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node=4 train_ssp.py --method simclr --data DIR
 
-With one process every function here is the identity, and torch.distributed is left alone. Rank 0 writes and
-prints. Two ways to wait: a collective (gather, mean, highest) fails after `_TIMEOUT`, so that nothing hangs;
-a barrier waits for as long as another rank works, and ends when one of them has failed.
+With one process every function returns what it was given, and torch.distributed is not started. Only rank 0
+writes files and prints. Ranks wait for each other in two ways. A collective (gather, mean, maximum) fails
+after `_TIMEOUT`, so that no run hangs. A barrier waits as long as another rank works, and fails when a rank
+has failed.
 """
 
 import json
@@ -25,11 +26,11 @@ _TIMEOUT = timedelta(seconds=50)
 _POLL_S = 0.02
 _FAILED = "failed"
 _store: dist.Store | None = None
-_meetings = 0
+_barriers = 0
 
 
-class Lost(RuntimeError):
-    """Another process has failed; it has said why."""
+class ProcessLost(RuntimeError):
+    """Another process has failed; it has printed why."""
 
 
 def world_size() -> int:
@@ -45,31 +46,31 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine: that of its GPU."""
+    """The number of this process on its machine, and of its GPU."""
     return int(os.environ.get("LOCAL_RANK", rank())) if world_size() > 1 else 0
 
 
 def local_world_size() -> int:
-    """The processes of this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
 
 
 def hide_bar() -> bool | None:
-    """tqdm's `disable`: one bar, and only in a terminal."""
+    """For tqdm's `disable`: only rank 0 shows a bar, and only in a terminal."""
     return None if is_main() else True
 
 
 def start() -> None:
-    """Meet the other processes. From here on rank 0 alone prints."""
+    """Meet the other processes. From here on only rank 0 prints."""
     global _store
     if world_size() > 1 and _store is None:
         _store, _, _ = next(dist.rendezvous("env://"))
         if not is_main():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process lives
 
 
 def connect(device: torch.device) -> None:
-    """Open the process group: gloo for what lies on the CPU, nccl for what lies on a GPU."""
+    """Open the process group: gloo for tensors on the CPU, nccl for tensors on a GPU."""
     if world_size() == 1 or dist.is_initialized():
         return
     start()
@@ -79,35 +80,43 @@ def connect(device: torch.device) -> None:
 
 
 def finish(*, failed: bool) -> None:
-    """Leave the others; with `failed` those that wait for this process end, too."""
+    """Leave the group; with `failed` the ranks that wait in a barrier fail as well."""
     if _store is None:
         return
     if failed:
-        _try(lambda: _store.set(_FAILED, "1"))
+        _none_without_store(lambda: _store.set(_FAILED, "1"))
     elif dist.is_initialized():
         dist.destroy_process_group()
 
 
-def say(message: str) -> None:
-    """A line on stderr. What several ranks have to say is said once, by the first of them."""
-    if _store is None or _try(lambda: _store.add(f"said {message}", 1)) in (1, None):
+def print_error(message: str) -> None:
+    """Print a line to stderr. When several ranks have the same message, only the first one prints it."""
+    if _store is None or _none_without_store(lambda: _store.add(f"printed {message}", 1)) in (1, None):
         print(message, file=sys.stderr, flush=True)
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether this error means that another process, or the connection to it, has ended."""
-    return isinstance(error, Lost | dist.DistError) or "gloo" in str(error)
+def is_process_lost(error: RuntimeError) -> bool:
+    """Whether the error means that another process, or the connection to it, has ended."""
+    return isinstance(error, ProcessLost | dist.DistError) or "gloo" in str(error)
 
 
 def barrier() -> None:
-    """Wait for all ranks, however long they work. Raises Lost when one of them fails meanwhile."""
-    if world_size() > 1:
-        _meet()
+    """Wait for all ranks, however long they work. Raises ProcessLost when one of them fails."""
+    global _barriers
+    if world_size() == 1:
+        return
+    _barriers += 1
+    key = f"barrier {_barriers}"
+    _store.add(key, 1)
+    while _store.add(key, 0) < world_size():
+        if _store.check([_FAILED]):
+            raise ProcessLost("another process has failed")
+        time.sleep(_POLL_S)
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The block runs on rank 0, and when it is through on the others."""
+    """Rank 0 runs the block first, then the others run it."""
     if not is_main():
         barrier()
     yield
@@ -116,23 +125,23 @@ def main_first() -> Iterator[None]:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """The result of `make`, called on rank 0 only, on all ranks; it must be JSON-serialisable."""
+    """Call `make` on rank 0 only and return its result on all ranks. It must be JSON-serialisable."""
     if world_size() == 1:
         return make()
-    key = f"from main {_meetings + 1}"
+    key = f"from main {_barriers + 1}"
     if is_main():
         _store.set(key, json.dumps(make()))
-    _meet()
+    barrier()
     return json.loads(_store.get(key))
 
 
-def share(items: Sequence) -> Sequence:
-    """The items that this rank works on: every n-th, with n ranks, starting with the rank's number."""
+def own_items(items: Sequence) -> Sequence:
+    """The items that this rank works on: with n ranks every n-th, starting with the rank's number."""
     return items[rank() :: world_size()]
 
 
 def merge(results: list) -> list:
-    """What all ranks have made of their `share`, in the order of the items. Waits for the slowest."""
+    """The results of all ranks for their `own_items`, in the order of the items. Waits for the slowest."""
     if world_size() == 1:
         return results
     barrier()
@@ -141,8 +150,8 @@ def merge(results: list) -> list:
     return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
 
 
-def highest(*numbers: int) -> list[int]:
-    """Of each number the largest that a rank has: what one of them wants, all do."""
+def maximum(*numbers: int) -> list[int]:
+    """The maximum of each number over the ranks: if one rank must save or stop, all do."""
     if world_size() == 1:
         return [int(number) for number in numbers]
     tensor = torch.tensor(numbers, dtype=torch.int64)
@@ -151,7 +160,7 @@ def highest(*numbers: int) -> list[int]:
 
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Over the ranks, without gradient; the same bits on all of them."""
+    """The mean over the ranks, without gradient; the same bits on all of them."""
     if world_size() == 1:
         return tensor
     total = tensor.detach().clone()
@@ -160,10 +169,10 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """The tensors of all ranks, which must have one shape, concatenated along `dim` in the ranks' order.
+    """Concatenate the tensors of all ranks, which must have the same shape, along `dim` in order of rank.
 
-    With gradient: that of a rank's own tensor is the sum over what all ranks compute from it. So where each
-    of them computes the loss of the global batch, the mean over ranks that DDP takes is exactly its gradient.
+    The gradient of a rank's own tensor is the sum over all ranks. If each rank computes the loss of the
+    global batch, the mean over ranks that DDP takes is therefore exactly the gradient of that loss.
     """
     return tensor if world_size() == 1 else _Gather.apply(tensor, dim)
 
@@ -185,10 +194,10 @@ class _Gather(torch.autograd.Function):
 
 
 def wrap(method: nn.Module, device: torch.device) -> nn.Module:
-    """`method` under DDP, its batch norms with the statistics of the global batch where it lies on a GPU.
+    """Wrap `method` in DDP. On GPUs its batch norms use the statistics of the global batch.
 
-    On a CPU, where torch has no such norm, each rank normalises by its own share, and the running statistics
-    are those of rank 0.
+    Torch has no such norm for the CPU: there each rank normalises by its own part of the batch, and rank 0
+    provides the running statistics.
     """
     if world_size() == 1:
         return method
@@ -198,27 +207,20 @@ def wrap(method: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(method)
 
 
-def share_buffers(method: nn.Module) -> None:
-    """The buffers of rank 0 on all ranks, as DDP's next forward would do it."""
+def broadcast_buffers(method: nn.Module) -> None:
+    """Copy the buffers of rank 0 to all ranks, as the next forward pass of DDP would do."""
     if world_size() > 1:
         for buffer in method.buffers():
             dist.broadcast(buffer, 0)
 
 
-def _meet() -> None:
-    global _meetings
-    _meetings += 1
-    key = f"meeting {_meetings}"
-    _store.add(key, 1)
-    while _store.add(key, 0) < world_size():
-        if _store.check([_FAILED]):
-            raise Lost("another process has failed")
-        time.sleep(_POLL_S)
-
-
-def _try(call: Callable[[], Any]) -> Any:
-    """None where the store is gone, and with it the process that held it."""
+def _none_without_store(call: Callable[[], Any]) -> Any:
+    """None when the store has gone with the process that held it."""
     try:
         return call()
     except RuntimeError:
         return None
+
+
+# the former names, until every caller has the new ones
+share, highest, say, lost, share_buffers = own_items, maximum, print_error, is_process_lost, broadcast_buffers

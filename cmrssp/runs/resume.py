@@ -77,7 +77,7 @@ class Signals:
 
     def share(self, *wishes: bool) -> list[int]:
         """[signal or 0, *wishes] that any rank has: all ranks then do the same after the same step."""
-        number, *wishes = distributed.highest(self.received or 0, *wishes)
+        number, *wishes = distributed.maximum(self.received or 0, *wishes)
         self.agreed = number or None
         return [number, *wishes]
 

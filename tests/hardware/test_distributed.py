@@ -45,8 +45,8 @@ def test_one_process_is_left_alone():
     assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
     assert distributed.gather(tensor) is tensor and distributed.mean(tensor) is tensor
     assert distributed.wrap(method := torch.nn.Linear(1, 1), torch.device("cpu")) is method
-    assert distributed.highest(3, False) == [3, 0] and distributed.merge([1, 2]) == [1, 2]
-    assert distributed.share([1, 2, 3]) == [1, 2, 3] and distributed.from_main(lambda: tensor) is tensor
+    assert distributed.maximum(3, False) == [3, 0] and distributed.merge([1, 2]) == [1, 2]
+    assert distributed.own_items([1, 2, 3]) == [1, 2, 3] and distributed.from_main(lambda: tensor) is tensor
     distributed.start()
     distributed.connect(torch.device("cpu"))
     distributed.finish(failed=True)

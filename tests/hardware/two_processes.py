@@ -197,8 +197,8 @@ def everything(cines: store.Store, out: Path) -> dict:
         trained = train(name, cines, out / name)
         result[name]["trained"] = trained.state_dict()
         result[name]["seen"], result[name]["drawn"] = trained.seen, trained.drawn
-    result["highest"] = distributed.highest(distributed.rank(), 1 - distributed.rank(), -3)
-    result["merged"] = distributed.merge([10 * x for x in distributed.share(range(5))])
+    result["highest"] = distributed.maximum(distributed.rank(), 1 - distributed.rank(), -3)
+    result["merged"] = distributed.merge([10 * x for x in distributed.own_items(range(5))])
     result["from main"] = distributed.from_main(lambda: [distributed.rank(), "x"])
 
     # rank 1 alone gets a signal in the middle of the second epoch
