@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None):
     checkpoint = checkpoints.load(init) if init else None
     flags.set_defaults(parser, argv, Segmentation)
     if checkpoint:
-        parser.set_defaults(lr=FINETUNING_LR, **flags.from_config(checkpoint.config))
+        parser.set_defaults(lr=FINETUNING_LR, **flags.from_checkpoint(checkpoint))
     if interrupted:
         resume.set_defaults(parser, interrupted)
     args = parser.parse_args(argv)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset.announce(paths)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
-    method = Segmentation.from_flags(args)
+    method = flags.build(Segmentation, args)
     if args.grad_checkpoint:
         recompute_activations(method)
     settings = flags.settings(args, device)
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "all_subjects": len(chosen) == len(labelled) and not splits.published_subset(split),
         "phases": args.phases,
         "vendors": args.vendors,
-        "augmentation": args.augmentation,
+        "augmentation": "on" if args.augment else "off",
         "recipe": flags.recipe(args, Segmentation, settings, loader.batch_size),
         "init": checkpoint.provenance if checkpoint else None,
     }

@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None):
         parser.add_argument(
             "--method",
             choices=sorted(METHODS),
-            help="the pretraining method; with it, --help shows its own flags and defaults",
+            help=f"{flags.purposes(METHODS)}. With it, --help shows the method's own flags and defaults",
         )
     known, _ = first.parse_known_args(argv)
     interrupted = resume.find(flags.peek(argv, "--resume"), flags.peek(argv, "--out"), "pretraining")
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None):
         resume.set_defaults(full, interrupted)
     args, unknown = full.parse_known_args(argv)
     if args.method is None:
-        full.error(f"the following arguments are required: --method ({', '.join(sorted(METHODS))})")
+        full.error(f"--method is required; {flags.purposes(METHODS)}")
     if unknown:
         full.error(explain_unknown(unknown, args.method, METHODS))
     if interrupted:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset.announce(paths)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
-    method = method_class.from_flags(args)
+    method = flags.build(method_class, args)
     if args.grad_checkpoint:
         recompute_activations(method)
     settings = flags.settings(args, device)

@@ -1,10 +1,13 @@
-"""Augmentation of a whole batch on its own device: one interpolation from the native grid to the network's
-grid.
+"""Augmentation of a whole batch on its own device, with one interpolation from the native grid to the
+network's.
 
-`draw` takes every random number from the generator it is given (a CPU one: the same numbers on any device);
-`apply` is deterministic given them. Order: affine sampling of raw intensities -> z-score with the subject's
-mean and std -> noise -> blur -> brightness -> shift -> gamma -> solarise. One `Recipe` holds ranges and
-probabilities.
+`draw` takes all random numbers from a CPU generator, so that every device gets the same; `apply` is
+deterministic. Order: affine sampling of raw intensities, z-score with the subject's mean and std, noise,
+blur, brightness, shift, gamma, solarisation.
+
+A batch is a dict of tensors. Read here: image (B, 1, H, W), native and padded; spacing_mm (B, 2) and centre
+(B, 2) in native pixels, both (row, column); mean, std and max (B,) of the subject's intensities; label
+(B, 1, H, W), optional.
 """
 
 from collections.abc import Sequence
@@ -13,18 +16,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cmrssp.data.batches import Batch
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Ranges (low, high) of uniform draws, and probabilities p_*; the defaults are the paper's at 256 px of
-    1.25 mm.
+class Ranges:
+    """What to draw from: (low, high) of uniform draws, and probabilities p_*. Defaults: the paper's, for 256
+    px of 1.25 mm.
     """
 
     rotation_deg: float = 180.0  # +-
-    zoom: tuple[float, float] = (0.7, 1.4)  # field-of-view factor: above 1 shows more of the body
-    translation_mm: float = 50.0  # +- along each axis, before the zoom
+    fov_factor: tuple[float, float] = (0.7, 1.4)  # of the field of view: above 1 shows more of the body
+    translation_mm: float = 50.0  # +- along each axis
+    translation_scales: bool = True  # with the field of view; False: mm in the body
     p_flip: float = 0.5
     noise_std: tuple[float, float] = (0.0, 0.2)
     p_noise: float = 0.2
@@ -37,23 +41,22 @@ class Recipe:
     gamma: tuple[float, float] = (0.7, 1.5)
     p_gamma: float = 1.0
     p_solarise: float = 0.0
-    translation_zoomed: bool = True  # False: the translation is that of the crop's centre, whatever the zoom
 
 
-def paper_recipe(image_size: int, spacing_mm: float) -> Recipe:
-    """Of the baseline, SimCLR, PCL and MIM. 40 px of 256: a smaller field of view moves by the same share of
-    it.
+def paper_ranges(image_size: int, spacing_mm: float) -> Ranges:
+    """The paper's, for the baseline, SimCLR, PCL and MIM. Its translation of 40 px in 256 is kept as a share
+    of the image's side.
     """
-    return Recipe(translation_mm=40 / 256 * image_size * spacing_mm)
+    return Ranges(translation_mm=40 / 256 * image_size * spacing_mm)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for B images. Tensors (B,) or (B, 2) on the CPU in float32; pairs are (row, column)."""
+    """What was drawn for B images: CPU tensors (B,), or (B, 2) as (row, column)."""
 
     rotation_deg: torch.Tensor
-    zoom: torch.Tensor
-    translation_mm: torch.Tensor  # (B, 2), before the zoom
+    fov_factor: torch.Tensor
+    translation_mm: torch.Tensor  # (B, 2), before the field-of-view factor
     flip: torch.Tensor  # (B, 2), -1 or 1
     noise_std: torch.Tensor  # 0: none
     noise_seed: int
@@ -61,16 +64,16 @@ class Draws:
     brightness: torch.Tensor
     shift: torch.Tensor
     gamma: torch.Tensor
-    solarise: torch.Tensor  # bool: what is above 0 becomes the subject's maximum minus itself
+    solarise: torch.Tensor  # bool: x above 0 becomes the subject's maximum - x
 
 
 def plain(count: int) -> Draws:
-    """The centred crop, nothing changed."""
+    """The centred crop, without augmentation."""
     one, zero = torch.ones(count), torch.zeros(count)
     pair = torch.zeros(count, 2)
     return Draws(
         rotation_deg=zero,
-        zoom=one,
+        fov_factor=one,
         translation_mm=pair,
         flip=torch.ones(count, 2),
         noise_std=zero,
@@ -83,8 +86,8 @@ def plain(count: int) -> Draws:
     )
 
 
-def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draws:
-    """Random parameters for `count` images, every one of them from `generator` (on the CPU)."""
+def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
+    """Random parameters for `count` images, from a CPU generator."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
@@ -93,70 +96,71 @@ def draw(count: int, recipe: Recipe, generator: torch.Generator) -> Draws:
         return torch.rand(count, *shape, generator=generator) < p
 
     none = plain(count)
-    rotation, zoom = uniform(-recipe.rotation_deg, recipe.rotation_deg), uniform(*recipe.zoom)
-    translation = uniform(-recipe.translation_mm, recipe.translation_mm, 2)
+    rotation, fov_factor = uniform(-ranges.rotation_deg, ranges.rotation_deg), uniform(*ranges.fov_factor)
+    translation = uniform(-ranges.translation_mm, ranges.translation_mm, 2)
     return Draws(
         rotation_deg=rotation,
-        zoom=zoom,
-        translation_mm=translation if recipe.translation_zoomed else translation / zoom[:, None],
-        flip=1 - 2 * chance(recipe.p_flip, 2).float(),
-        noise_std=torch.where(chance(recipe.p_noise), uniform(*recipe.noise_std), none.noise_std),
+        fov_factor=fov_factor,
+        translation_mm=translation if ranges.translation_scales else translation / fov_factor[:, None],
+        flip=1 - 2 * chance(ranges.p_flip, 2).float(),
+        noise_std=torch.where(chance(ranges.p_noise), uniform(*ranges.noise_std), none.noise_std),
         noise_seed=int(torch.randint(2**62, (1,), generator=generator)),
         blur_sigma_px=torch.where(
-            chance(recipe.p_blur, 1), uniform(*recipe.blur_sigma_px, 2), none.blur_sigma_px
+            chance(ranges.p_blur, 1), uniform(*ranges.blur_sigma_px, 2), none.blur_sigma_px
         ),
-        brightness=torch.where(chance(recipe.p_brightness), uniform(*recipe.brightness), none.brightness),
-        shift=torch.where(chance(recipe.p_shift), uniform(*recipe.shift), none.shift),
-        gamma=torch.where(chance(recipe.p_gamma), uniform(*recipe.gamma), none.gamma),
-        solarise=chance(recipe.p_solarise) if recipe.p_solarise else none.solarise,
+        brightness=torch.where(chance(ranges.p_brightness), uniform(*ranges.brightness), none.brightness),
+        shift=torch.where(chance(ranges.p_shift), uniform(*ranges.shift), none.shift),
+        gamma=torch.where(chance(ranges.p_gamma), uniform(*ranges.gamma), none.gamma),
+        solarise=chance(ranges.p_solarise) if ranges.p_solarise else none.solarise,
     )
 
 
-def views(
+def augment(
     batch: Batch,
-    recipe: Recipe | None,
+    ranges: Ranges | None,
     generator: torch.Generator | None,
     *,
     image_size: int,
     spacing_mm: float,
-) -> dict[str, torch.Tensor]:
-    """One augmented view of a batch; the plain centred crop without a recipe or without a generator."""
+) -> Batch:
+    """One augmented crop of each image, as `apply` gives it; the plain centred crop without ranges or without
+    a generator.
+    """
     count = len(batch["image"])
-    draws = draw(count, recipe, generator) if recipe and generator else plain(count)
+    draws = draw(count, ranges, generator) if ranges and generator else plain(count)
     return apply(batch, draws, image_size=image_size, spacing_mm=spacing_mm)
 
 
-def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> dict[str, torch.Tensor]:
-    """Native batch -> image (B, 1, S, S) float32, standardised; label (B, 1, S, S) uint8 where the batch has
-    one.
+def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> Batch:
+    """Native batch -> image (B, 1, S, S) float32, standardised; label (B, 1, S, S) uint8 if the batch has it.
 
-    Without gradient, on the batch's device. Image bicubic, label nearest, both zero outside the native image.
+    Image bicubic, label nearest, both 0 outside the native image; without gradient.
     """
     with torch.no_grad(), torch.autocast(batch["image"].device.type, enabled=False):
         grid = sampling_grid(batch, draws, image_size=image_size, spacing_mm=spacing_mm)
         image = F.grid_sample(batch["image"].float(), grid, mode="bicubic", align_corners=True)
         image.sub_(_column(batch["mean"])).mul_(_column(1 / batch["std"]))
         brightest = (batch["max"] - batch["mean"]) / batch["std"]
-        views = {"image": intensity_(image, draws, brightest)}
+        sampled = {"image": intensity_(image, draws, brightest)}
         if "label" in batch:
             label = F.grid_sample(batch["label"].float(), grid, mode="nearest", align_corners=True)
-            views["label"] = label.to(torch.uint8)
-        return views
+            sampled["label"] = label.to(torch.uint8)
+        return sampled
 
 
 def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> torch.Tensor:
-    """(B, S, S, 2) for grid_sample: where in the native image each target pixel looks.
+    """(B, S, S, 2) for grid_sample: the native position of each target pixel.
 
-    A target pixel, in mm from the middle of the target image, is moved by the translation, scaled by the
-    zoom, flipped and rotated, all about the subject's crop centre.
+    A target pixel, in mm from the middle of the target image, is translated, scaled by the field-of-view
+    factor, flipped and rotated; the result is in mm from the subject's crop centre.
     """
     device = batch["image"].device
     axis = (torch.arange(image_size, device=device) - (image_size - 1) / 2) * spacing_mm
-    translation, zoom, flip, angle = _to(
-        device, draws.translation_mm, draws.zoom, draws.flip, torch.deg2rad(draws.rotation_deg)
+    translation, fov_factor, flip, angle = _to(
+        device, draws.translation_mm, draws.fov_factor, draws.flip, torch.deg2rad(draws.rotation_deg)
     )
-    rows = (axis[None] + translation[:, :1]) * (zoom * flip[:, 0])[:, None]  # (B, S) mm
-    columns = (axis[None] + translation[:, 1:]) * (zoom * flip[:, 1])[:, None]
+    rows = (axis[None] + translation[:, :1]) * (fov_factor * flip[:, 0])[:, None]  # (B, S) mm
+    columns = (axis[None] + translation[:, 1:]) * (fov_factor * flip[:, 1])[:, None]
     cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
     height, width = batch["spacing_mm"][:, :1], batch["spacing_mm"][:, 1:]  # of a native pixel
     return _grid(
@@ -168,7 +172,7 @@ def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: fl
 
 
 def native_grid(batch: Batch, *, image_size: int, spacing_mm: float) -> torch.Tensor:
-    """(B, Hmax, Wmax, 2) for grid_sample: where in the plain centred crop each native pixel lies."""
+    """(B, H, W, 2) for grid_sample: the position of each native pixel in the plain centred crop."""
     rows, columns = (
         (torch.arange(n, device=batch["image"].device)[None] - batch["centre"][:, i : i + 1])
         * (batch["spacing_mm"][:, i : i + 1] / spacing_mm)
@@ -185,10 +189,10 @@ def _grid(
     by_column: tuple[torch.Tensor, torch.Tensor],
     size: Sequence[int],
 ) -> torch.Tensor:
-    """(B, R, C, 2): positions in an image of `size` as grid_sample's (x, y) in [-1, 1], align_corners=True.
+    """(B, R, C, 2): pixel positions in an image of `size` as grid_sample's (x, y) in [-1, 1], align_corners.
 
-    A position (row, column), in pixels, is origin (B, 2) plus what its row of the grid adds, two (B, R), plus
-    what its column adds, two (B, C): one pass over the large tensor for each coordinate.
+    A position is origin (B, 2) plus the offset of its grid row, two (B, R), plus that of its grid column, two
+    (B, C): one pass over the large tensor for each coordinate.
     """
     rows, columns = by_row[0].shape[1], by_column[1].shape[1]
     grid = origin.new_empty(len(origin), 2, rows, columns)
@@ -202,12 +206,12 @@ def _grid(
 def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> torch.Tensor:
     """Noise, blur, brightness, shift, gamma and solarisation of standardised images (B, 1, H, W), in place.
 
-    brightest (B,): the standardised maximum of each image's subject. Gamma acts on an image rescaled to its
-    own minimum and maximum, which brightness and shift move along: they are taken in on the way back.
+    brightest (B,): the standardised maximum of each image's subject. Gamma acts on the image rescaled to [0,
+    1]; scaling back with a changed minimum and range applies brightness and shift in the same pass.
     """
     device = image.device
     brightness, shift, gamma = _to(device, draws.brightness, draws.shift, draws.gamma)
-    noisy = draws.noise_std.nonzero()[:, 0]  # on the CPU: knowing who gets it costs no wait for the device
+    noisy = draws.noise_std.nonzero()[:, 0]  # on the CPU, so that nothing waits for the device
     if len(noisy):
         noise_generator = torch.Generator(device).manual_seed(draws.noise_seed)
         noise = torch.randn((len(noisy), *image.shape[1:]), device=device, generator=noise_generator)
@@ -225,20 +229,18 @@ def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> to
     solarised = draws.solarise.nonzero()[:, 0]
     if len(solarised):
         (rows,) = _to(device, solarised)
-        chosen = image[rows]
-        image.index_copy_(0, rows, torch.where(chosen > 0, _column(brightest)[rows] - chosen, chosen))
+        old = image[rows]
+        image.index_copy_(0, rows, torch.where(old > 0, _column(brightest)[rows] - old, old))
     return image
 
 
 def gaussian_blur(image: torch.Tensor, sigma_px: torch.Tensor, radius: int) -> torch.Tensor:
-    """Separable Gaussian blur of images (B, 1, H, W), cut at `radius` px; sigma (B, 2) px; edges repeated."""
+    """Separable Gaussian blur of images (B, 1, H, W), sigma (B, 2) px, cut at `radius` px; edges repeated."""
     count, _, height, width = image.shape
     taps = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (taps / sigma_px[:, :, None]) ** 2)
     kernel = kernel / kernel.sum(dim=2, keepdim=True)
-    image = F.pad(image, (radius,) * 4, mode="replicate").view(
-        1, count, height + 2 * radius, width + 2 * radius
-    )
+    image = F.pad(image, (radius,) * 4, mode="replicate").transpose(0, 1)  # one channel per image
     image = F.conv2d(image, kernel[:, 0].view(count, 1, -1, 1), groups=count)
     image = F.conv2d(image, kernel[:, 1].view(count, 1, 1, -1), groups=count)
     return image.view(count, 1, height, width)

@@ -1,4 +1,4 @@
-"""The supervised objective under the contract of a method, and prediction on the native grid."""
+"""The supervised objective, as a `Method`; prediction on the native grid."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from cmrssp import augmentation
-from cmrssp.cli.argument_types import at_least_0, positive
 from cmrssp.data.batches import Batch, collate, to_device
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
 from cmrssp.losses import deep_supervision, dice_cross_entropy
+from cmrssp.ssp.flag_types import at_least_0, positive
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, UNet
 from cmrssp.weights import checkpoints
@@ -26,6 +26,7 @@ _SLICES_AT_ONCE = 32
 
 class Segmentation(Method):
     name = "segmentation"
+    purpose = "labelled slices, cross-entropy and Dice with deep supervision"
     defaults = {
         "epochs": 1000,
         "batch_size": 32,
@@ -43,14 +44,12 @@ class Segmentation(Method):
         self,
         *,
         channels: Sequence[int],
-        norm: str = "batch",
-        freeze_encoder: float = 0.0,
-        encoder_lr_factor: float = 1.0,
+        norm: str,
+        freeze_encoder: float,
+        encoder_lr_factor: float,
         **options,
     ) -> None:
-        """The encoder stays as it is for `freeze_encoder` epochs, and learns with `encoder_lr_factor` times
-        the schedule's learning rate.
-        """
+        """`freeze_encoder`: epochs; `encoder_lr_factor`: multiplies the encoder's learning rate."""
         super().__init__(channels=channels, norm=norm, **options)
         self.freeze_encoder, self.encoder_lr_factor = freeze_encoder, encoder_lr_factor
         self.loss = deep_supervision
@@ -67,8 +66,7 @@ class Segmentation(Method):
             type=at_least_0(float),
             default=0.0,
             metavar="EPOCHS",
-            help="train the decoder and the heads alone for so many epochs: weights and batch statistics of "
-            "the encoder stay as they are",
+            help="train decoder and heads alone first; the encoder's weights and batch statistics stay",
         )
         parser.add_argument(
             "--encoder-lr-factor",
@@ -78,17 +76,13 @@ class Segmentation(Method):
             help="of the encoder's learning rate; below 1 a pretrained encoder changes more slowly",
         )
 
-    @classmethod
-    def own_flags(cls, args: argparse.Namespace) -> dict:
-        return {"freeze_encoder": args.freeze_encoder, "encoder_lr_factor": args.encoder_lr_factor}
-
     def outputs(self, views: Views) -> list[torch.Tensor]:
-        """(B, 4, S / 2^i, S / 2^i) of each head i."""
+        """Logits (B, 4, S / 2^i, S / 2^i) of each head i."""
         return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.training and self.freeze_encoder:
-            self.encoder.train(epoch >= self.freeze_encoder)  # frozen, it normalises by its own statistics
+            self.encoder.train(epoch >= self.freeze_encoder)  # frozen: its batch statistics stay fixed
         return self.loss(dice_cross_entropy, self.outputs(views), views["label"]), {}
 
     def compile_networks(self) -> None:
@@ -103,7 +97,7 @@ class Segmentation(Method):
         return [{**group, "weight_decay": weight_decay} for group in (encoder, {"params": rest})]
 
     def on_backward_end(self, epoch: float) -> None:
-        """A parameter without a gradient is left as it is: no decay, no momentum."""
+        """Without a gradient SGD leaves a parameter alone, with no decay and no momentum."""
         if epoch < self.freeze_encoder:
             for parameter in self.encoder.parameters():
                 parameter.grad = None
@@ -116,17 +110,17 @@ class Segmentation(Method):
 
     @torch.inference_mode()
     def probabilities(self, batch: Batch, *, flips: bool = False) -> torch.Tensor:
-        """(B, 4, Hmax, Wmax) float32 on the batch's native grid; all 0 outside the crop.
+        """(B, 4, H, W) float32 on the batch's native grid, 0 outside the crop.
 
-        The plain centred crop goes through the network; its probabilities, with `flips` the mean over the
-        image and its three mirror images, are sampled back linearly.
+        The network sees the plain centred crop, with `flips` also its three mirror images; the mean of their
+        probabilities is sampled back linearly.
         """
         image = self.views(batch, None)["image"]
         total = 0.0
         mirrored = ((), (2,), (3,), (2, 3)) if flips else ((),)
         for axes in mirrored:
-            seen = image.flip(axes).contiguous(memory_format=torch.channels_last)
-            total = total + self.unet.full_resolution(seen).float().softmax(dim=1).flip(axes)
+            flipped = image.flip(axes).contiguous(memory_format=torch.channels_last)
+            total = total + self.unet.full_resolution(flipped).float().softmax(dim=1).flip(axes)
         grid = augmentation.native_grid(batch, image_size=self.image_size, spacing_mm=self.spacing_mm)
         return F.grid_sample(total / len(mirrored), grid, mode="bilinear", align_corners=True)
 
@@ -145,6 +139,8 @@ def restore(checkpoint: checkpoints.Checkpoint) -> Segmentation:
         spacing_mm=config["spacing_mm"],
         augment=False,
         norm=checkpoint.norm,
+        freeze_encoder=0.0,
+        encoder_lr_factor=1.0,
     )
     checkpoints.transfer(checkpoint, method.unet)
     return method.eval()
@@ -160,11 +156,10 @@ def predict_frames(
     flips: bool = False,
     largest_component: bool = False,
 ) -> Iterator[np.ndarray]:
-    """The label map (Z, H, W) uint8 of each of the cine frames, on the subject's canonical native grid.
+    """The label map (Z, H, W) uint8 of each of these cine frames, on the subject's canonical native grid.
 
-    Of several networks the probabilities are averaged; with `flips` also over mirror images. What lies
-    outside every crop is background. With `largest_component` only the largest 3D component of each class
-    stays.
+    Probabilities are averaged over the networks, with `flips` also over mirror images. Outside every crop is
+    background. With `largest_component` only the largest 3D component of each class stays.
     """
     _, slices, height, width = store.cines[subject].shape
     places = [(subject, frame, z) for frame in frames for z in range(slices)]
@@ -187,9 +182,7 @@ def predict_frames(
 
 
 def keep_largest(labels: np.ndarray) -> np.ndarray:
-    """(Z, H, W) with the largest component of each class alone, voxels that touch at a corner belonging
-    together; the others become background.
-    """
+    """(Z, H, W) with only the largest component of each class, by 26-connectivity; the rest is background."""
     kept = np.zeros_like(labels)
     for id in range(1, NUM_OUTPUTS):
         components, count = ndimage.label(labels == id, structure=np.ones((3, 3, 3)))

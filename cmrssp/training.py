@@ -31,8 +31,8 @@ class Settings:
     amp: str  # "fp16", "bf16" or "off"
     seed: int
     validate_every: int  # epochs
-    save_every: str = "1min"  # minutes ("1min") or epochs ("1")
-    max_skipped: int = 25  # steps in a row that fp16 may leave out
+    save_every: str  # minutes ("1min") or epochs ("1")
+    max_skipped: int  # steps in a row that fp16 may leave out
     compile: bool = False  # the networks, by torch.compile
 
 

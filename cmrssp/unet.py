@@ -76,7 +76,7 @@ def recompute_activations(network: nn.Module) -> None:
 class Encoder(nn.Module):
     """(B, 1, H, W) -> the features of every stage, finest first; the last one is the bottleneck."""
 
-    def __init__(self, channels: Sequence[int], norm: str = "batch") -> None:
+    def __init__(self, channels: Sequence[int], norm: str) -> None:
         super().__init__()
         self.channels, self.norm = tuple(channels), norm
         inputs = (1, *channels[:-1])
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder's features -> decoded features of every scale but the bottleneck's, finest first."""
 
-    def __init__(self, channels: Sequence[int], norm: str = "batch") -> None:
+    def __init__(self, channels: Sequence[int], norm: str) -> None:
         super().__init__()
         # (coarser, finer), from the bottleneck up
         pairs = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
@@ -117,9 +117,7 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """Encoder, decoder, and a head per scale: heads.0 at full resolution, heads.i at 1 / 2^i of it."""
 
-    def __init__(
-        self, *, channels: Sequence[int], num_outputs: int, num_heads: int, norm: str = "batch"
-    ) -> None:
+    def __init__(self, *, channels: Sequence[int], num_outputs: int, num_heads: int, norm: str) -> None:
         """`num_heads`: scales - 1 = len(channels) - 1 for deep supervision, 1 without. `norm`: of NORMS."""
         super().__init__()
         self.encoder, self.decoder = Encoder(channels, norm), Decoder(channels, norm)
@@ -135,9 +133,7 @@ class UNet(nn.Module):
         return self.heads[0](self.decoder(self.encoder(image))[0])
 
 
-def check_image_size(
-    image_size: int, channels: Sequence[int], flag: str = "--image-size", norm: str = "batch"
-) -> None:
+def check_image_size(image_size: int, channels: Sequence[int], norm: str, flag: str = "--image-size") -> None:
     """Raise UserError for a square that the stages cannot halve, or whose bottleneck instance norm cannot
     normalise: it needs more than one pixel there.
     """

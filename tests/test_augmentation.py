@@ -6,13 +6,13 @@ from scipy.ndimage import gaussian_filter
 
 from cmrssp import augmentation
 from cmrssp.augmentation import (
-    Recipe,
+    Ranges,
     apply,
     draw,
     gaussian_blur,
     intensity_,
     native_grid,
-    paper_recipe,
+    paper_ranges,
     plain,
 )
 
@@ -54,18 +54,18 @@ def test_what_lies_outside_the_file_is_zero_before_standardisation():
 
 
 def slow_positions(draws, i, size, spacing_mm, native_spacing, centre):
-    """Native (row, column) of each target pixel, one by one: move, zoom, flip, rotate."""
+    """Native (row, column) of each target pixel, one by one: move, scale, flip, rotate."""
     angle = math.radians(draws.rotation_deg[i])
     for r in range(size):
         for c in range(size):
             row = (
                 ((r - (size - 1) / 2) * spacing_mm + draws.translation_mm[i, 0])
-                * draws.zoom[i]
+                * draws.fov_factor[i]
                 * draws.flip[i, 0]
             )
             column = (
                 ((c - (size - 1) / 2) * spacing_mm + draws.translation_mm[i, 1])
-                * draws.zoom[i]
+                * draws.fov_factor[i]
                 * draws.flip[i, 1]
             )
             yield (
@@ -98,7 +98,7 @@ def test_image_and_label_move_together_as_a_slow_loop_says():
     image = torch.randint(0, 100, (4, 40, 30), generator=generator).to(torch.int16)
     label = torch.randint(0, 4, (4, 40, 30), generator=generator).to(torch.uint8)
     native, centre, size, spacing = (1.3, 0.9), (19.0, 15.5), 12, 2.1
-    draws = draw(4, Recipe(translation_mm=6.0), torch.Generator().manual_seed(0))
+    draws = draw(4, Ranges(translation_mm=6.0), torch.Generator().manual_seed(0))
     draws = replace(
         draws,
         noise_std=torch.zeros(4),
@@ -122,10 +122,10 @@ def test_image_and_label_move_together_as_a_slow_loop_says():
     assert clear > 500 and views["label"].dtype == torch.uint8
 
 
-def test_larger_zoom_shows_more_of_the_body():
+def test_a_larger_fov_factor_shows_more_of_the_body():
     image = torch.zeros((2, 256, 256), dtype=torch.int16)
     image[:, 96:160, 96:160] = 1000
-    draws = replace(plain(2), zoom=torch.tensor([0.7, 1.4]))
+    draws = replace(plain(2), fov_factor=torch.tensor([0.7, 1.4]))
     share = (
         (apply(batch(image), draws, image_size=128, spacing_mm=1.0)["image"] > 500).float().mean((1, 2, 3))
     )
@@ -189,7 +189,7 @@ def test_blur_leaves_the_others_alone():
 
 def test_draws_have_the_papers_ranges_and_probabilities():
     n = 20000
-    draws = draw(n, paper_recipe(256, 1.25), torch.Generator().manual_seed(0))
+    draws = draw(n, paper_ranges(256, 1.25), torch.Generator().manual_seed(0))
 
     def uniform(values, low, high):
         assert values.min() >= low and values.max() <= high
@@ -197,7 +197,7 @@ def test_draws_have_the_papers_ranges_and_probabilities():
         assert values.std().item() == pytest.approx((high - low) / 12**0.5, rel=0.02)
 
     uniform(draws.rotation_deg, -180, 180)
-    uniform(draws.zoom, 0.7, 1.4)
+    uniform(draws.fov_factor, 0.7, 1.4)
     uniform(draws.translation_mm, -50, 50)  # 40 px of 1.25 mm
     uniform(draws.brightness, 0.6, 1.5)
     uniform(draws.shift, -0.4, 0.4)
@@ -211,7 +211,7 @@ def test_draws_have_the_papers_ranges_and_probabilities():
 
 
 def test_draws_depend_on_the_generator_alone():
-    first, second, other = (draw(5, Recipe(), torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    first, second, other = (draw(5, Ranges(), torch.Generator().manual_seed(s)) for s in (3, 3, 4))
     torch.manual_seed(99)
     assert all(
         (a == b).all() if torch.is_tensor(a) else a == b

@@ -23,7 +23,7 @@ from cmrssp.runs.folder import Run
 from cmrssp.segmentation import Segmentation
 from cmrssp.training import Settings
 
-SMALL = {"channels": (4, 8, 8), "image_size": 32, "spacing_mm": 1.5, "augment": True}
+SMALL = {"channels": (4, 8, 8), "image_size": 32, "spacing_mm": 1.5, "augment": True, "norm": "batch"}
 SETTINGS = dict(
     epochs=3,
     lr=0.05,
@@ -36,6 +36,8 @@ SETTINGS = dict(
     amp="off",
     seed=4,
     validate_every=1,
+    save_every="1min",
+    max_skipped=25,
 )
 
 
@@ -50,7 +52,7 @@ def loader(write_mnms, beating, tmp_path):
 
 def network(**changes):
     torch.manual_seed(0)
-    return Segmentation(**{**SMALL, **changes})
+    return Segmentation(**{**SMALL, "freeze_encoder": 0.0, "encoder_lr_factor": 1.0, **changes})
 
 
 def train(method, loader, folder, **changes):
@@ -231,7 +233,7 @@ def test_the_transfer_is_in_the_log_and_in_args_json(pretrained, tmp_path, capsy
     theirs = torch.load(run / "unet.pt", weights_only=True)["state_dict"]
     assert len(theirs) == 24 and all(torch.equal(content["state_dict"][k], v) for k, v in theirs.items())
     assert content["provenance"]["recipe"]["freeze_encoder"] == 5
-    assert content["provenance"]["recipe"]["augmentation"] == "on"
+    assert content["provenance"]["recipe"]["augment"] is True
 
 
 def test_another_norm_ends_in_one_line(pretrained, tmp_path, monkeypatch, capsys):

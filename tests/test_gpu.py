@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 GPU = torch.device("cuda")
 KINK = 0.05  # of a gradient: one value that rounding moves across the bend of a leaky ReLU changed 0.016
 SETTINGS = dict(epochs=2, lr=0.01, schedule="cosine", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
-                nesterov=True, weight_decay=0.01, seed=4, validate_every=1)  # fmt: skip
+                nesterov=True, weight_decay=0.01, seed=4, validate_every=1,
+                save_every="1min", max_skipped=25)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def test_the_same_batches_as_on_a_cpu(hearts, resident):
 
 def test_the_same_views_as_on_a_cpu(hearts):
     """Noise apart, which each device draws for itself."""
-    recipe = augmentation.Recipe(p_noise=0.0, p_blur=0.5, p_solarise=0.5)
+    ranges = augmentation.Ranges(p_noise=0.0, p_blur=0.5, p_solarise=0.5)
     views = []
     for device in (torch.device("cpu"), GPU):
         batch, generator = next(batches(hearts, device).in_order()), step_generator(0, 0, 0)
-        views.append(augmentation.views(batch, recipe, generator, image_size=64, spacing_mm=3.0))
+        views.append(augmentation.augment(batch, ranges, generator, image_size=64, spacing_mm=3.0))
     assert (views[0]["image"] - views[1]["image"].cpu()).abs().max() < 1e-3
     assert (views[0]["label"] != views[1]["label"].cpu()).float().mean() < 1e-3  # at a border of two pixels
 

@@ -17,7 +17,7 @@ import torch
 import evaluate
 import finetune
 import train_ssp
-from cmrssp.cli import entry
+from cmrssp.cli import entry, flags
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Slices, collate
 from cmrssp.evaluation import scoring
@@ -103,7 +103,12 @@ def test_fine_tuning_takes_what_the_checkpoint_says(way):
     cwd, out = way
     run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
     args, split = (json.loads((run / name).read_text()) for name in ("args.json", "split.json"))
-    assert (args["channels"], args["image_size"], args["spacing"], args["lr"]) == ([4, 8, 8], 32, 6.0, 0.005)
+    assert (args["channels"], args["image_size"], args["spacing_mm"], args["lr"]) == (
+        [4, 8, 8],
+        32,
+        6.0,
+        0.005,
+    )
     assert split == json.loads((cwd / "runs" / "mim-hearts" / "split.json").read_text())
     assert len(args["subjects"]) == 3 and set(args["subjects"]) <= set(split["train"])
     assert "encoder: transferred, 42 tensors" in out["finetune"] and "heads: fresh" in out["finetune"]
@@ -636,7 +641,7 @@ def loss_on_training_slices(argv, folder, hearts, trained):
     """The loss of the same views of all training slices, before or after training."""
     args, _ = train_ssp.parse(argv)
     torch.manual_seed(args.seed)
-    method = METHODS[args.method].from_flags(args)
+    method = flags.build(METHODS[args.method], args)
     if trained:
         method.load_state_dict(torch.load(folder / "run" / "last.pt", weights_only=True)["method"])
     cines = store.build(dataset.find([hearts], folder)[0], folder / "cache", labels=False, progress=False)

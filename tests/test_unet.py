@@ -11,7 +11,7 @@ PAPER = (32, 64, 128, 256, 512, 512, 512)
 
 
 def test_the_papers_size():
-    network = UNet(channels=PAPER, num_outputs=4, num_heads=6)
+    network = UNet(channels=PAPER, num_outputs=4, num_heads=6, norm="batch")
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(33.47e6, abs=5e3)
     assert sum(p.numel() for p in network.encoder.parameters()) == pytest.approx(14.16e6, abs=5e3)
 
@@ -41,7 +41,7 @@ def test_same_outputs_as_plain_conv_unet_at_all_six_scales(norm, name, rounding)
 
 
 def test_the_decoder_does_not_hold_the_encoder():
-    keys = UNet(channels=(4, 8, 8), num_outputs=1, num_heads=1).state_dict()
+    keys = UNet(channels=(4, 8, 8), num_outputs=1, num_heads=1, norm="batch").state_dict()
     assert {k.split(".")[0] for k in keys} == {"encoder", "decoder", "heads"}
     assert not [k for k in keys if k.startswith("decoder.") and "encoder" in k]
 
@@ -52,7 +52,7 @@ def test_the_decoder_does_not_hold_the_encoder():
 )
 def test_sizes_that_cannot_be(size, channels, message):
     with pytest.raises(UserError, match=message):
-        check_image_size(size, channels)
+        check_image_size(size, channels, norm="batch")
 
 
 def test_instance_norm_needs_two_pixels_at_the_bottleneck():

@@ -1,32 +1,24 @@
-"""What flags accept beyond plain numbers and words."""
+"""What flags accept besides numbers and fixed choices, as argparse's `type`."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from cmrssp.data.subject import vendor_name
 
-_MANY = 2**63  # upper limit of every number; it also excludes infinity
 
-
-def share(text: str) -> float:
-    return _ranged(float, lambda value: 0 <= value <= 1, "from 0 to 1")(text)
+def on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text}")
+    return text == "on"
 
 
 def folder(text: str) -> Path:
-    """Absolute, so that it means the same to a run that goes on from another folder."""
+    """An absolute path, so that a run resumed from another folder finds it."""
     return Path(text).expanduser().absolute()
 
 
-def at_least_0(kind: type) -> Callable[[str], float]:
-    return _ranged(kind, lambda value: value >= 0, "of at least 0")
-
-
-def positive(kind: type) -> Callable[[str], float]:
-    return _ranged(kind, lambda value: value > 0, "above 0")
-
-
 def save_interval(text: str) -> str:
+    """Epochs (`5`) or minutes (`2min`)."""
     number = text.removesuffix("min")
     try:
         if float(number) > 0 and (text.endswith("min") or float(number).is_integer()):
@@ -37,7 +29,7 @@ def save_interval(text: str) -> str:
 
 
 def vendor_names(text: str) -> list[str]:
-    """One or several vendors, as `A`, `Siemens`, `A+B` or `Siemens,Philips`."""
+    """One or more vendors: `A`, `Siemens`, `A+B` or `Siemens,Philips`."""
     return [vendor_name(name) for name in text.replace("+", ",").split(",") if name.strip()]
 
 
@@ -45,14 +37,3 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected some characters, got none")
     return text
-
-
-def _ranged(kind: type, fits: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    def parse(text: str):
-        value = kind(text)
-        if not (fits(value) and value < _MANY):
-            raise argparse.ArgumentTypeError(f"expected a number {what}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse

@@ -1,59 +1,78 @@
-"""The flags that the scripts share, each with its one default.
+"""The flags that the scripts share, each with its default.
 
-Precedence: typed > checkpoint > --quick > the method's defaults, by `set_defaults` in the reverse order.
+Precedence: typed > checkpoint > --quick > the method's defaults. The scripts call `set_defaults` in the
+reverse order.
 """
 
 import argparse
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from cmrssp.cli.argument_types import at_least_0, folder, not_empty, positive, save_interval, share
+from cmrssp.cli.argument_types import folder, not_empty, on_off, save_interval
 from cmrssp.cli.entry import Parser
 from cmrssp.data.dataset import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
 from cmrssp.hardware.device import resolve_amp, resolve_compile
+from cmrssp.ssp.flag_types import at_least_0, fraction, positive
 from cmrssp.ssp.method import Method
 from cmrssp.training import Settings
 from cmrssp.unet import NORMS
+from cmrssp.weights.checkpoints import Checkpoint
 
-PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing": 1.25}
-_RECIPE = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs", "momentum", "nesterov", "weight_decay",
-           "augmentation", "image_size", "spacing")  # fmt: skip
-QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing": 3.375}
+PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing_mm": 1.25}
+QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing_mm": 3.375}
+_OPTIMISATION = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs", "momentum", "nesterov",
+                 "weight_decay")  # fmt: skip
+
+
+def build(method: type[Method], args: argparse.Namespace) -> Method:
+    """The method, each argument of its constructor taken from the flag of that name."""
+    return method(**{name: getattr(args, name) for name in parameters(method)})
+
+
+def parameters(method: type[Method]) -> list[str]:
+    """The arguments of the constructor, and of those above it that its `**options` go to."""
+    names: list[str] = []
+    for above in method.__mro__:
+        if "__init__" in vars(above):
+            found = inspect.signature(above.__init__).parameters.values()
+            names += [p.name for p in found if p.kind is p.KEYWORD_ONLY]
+            if not any(p.kind is p.VAR_KEYWORD for p in found):
+                break
+    return list(dict.fromkeys(names))
+
+
+def purposes(methods: Mapping[str, type[Method]]) -> str:
+    return "; ".join(f"{name}: {method.purpose}" for name, method in methods.items())
 
 
 def set_defaults(parser: Parser, argv: Sequence[str] | None, method: type[Method]) -> None:
-    """The method's defaults, and over them what --quick changes."""
+    """The method's defaults, and then what --quick changes in them."""
     parser.set_defaults(**method.defaults)
     if typed(argv, "--quick"):
         parser.set_defaults(**QUICK_NETWORK, **method.quick)
 
 
-def from_config(config: dict) -> dict:
-    """What a checkpoint's configuration says of the flags."""
-    return {
-        "channels": config["channels"],
-        "image_size": config["image_size"],
-        "spacing": config["spacing_mm"],
-        "norm": config.get("norm", "batch"),
-    }
+def from_checkpoint(checkpoint: Checkpoint) -> dict:
+    """The flags that a checkpoint's configuration decides."""
+    names = ("channels", "image_size", "spacing_mm")
+    return {**{name: checkpoint.config[name] for name in names}, "norm": checkpoint.norm}
 
 
 def recipe(args: argparse.Namespace, method: type[Method], settings: Settings, batch_size: int) -> dict:
-    """What a checkpoint remembers of how it was trained: optimisation, views, and the method's own flags; the
-    mixed precision and the batch size that were used, which can be less than was asked for.
+    """How a network was trained, for its checkpoint: optimisation, augmentation, the method's own flags.
+    Mixed precision and batch size are those in use, which can be less than was asked for.
     """
-    own = Parser(add_help=False)
-    method.add_flags(own)
-    found = {name: getattr(args, name) for name in (*_RECIPE, *(a.dest for a in own._actions))}
-    return {**found, "amp": settings.amp, "batch_size": batch_size}
+    names = dict.fromkeys((*_OPTIMISATION, *parameters(method)))
+    return {**{name: getattr(args, name) for name in names}, "amp": settings.amp, "batch_size": batch_size}
 
 
 def flat(vendors: list | None) -> list[str] | None:
-    """What --vendors names, each once; from a run that goes on it is flat already."""
+    """The vendors that --vendors names, each once; those of a resumed run are flat already."""
     if vendors is None:
         return None
     return sorted({name for names in vendors for name in ([names] if isinstance(names, str) else names)})
@@ -65,7 +84,7 @@ def typed(argv: Sequence[str] | None, flag: str) -> bool:
 
 
 def peek(argv: Sequence[str] | None, flag: str) -> str | None:
-    """The value of one flag, before the defaults of the others are known."""
+    """The value of one flag, read before the defaults of the others are known."""
     parser = Parser(add_help=False)
     parser.add_argument(flag)
     value = vars(parser.parse_known_args(argv)[0])[flag.lstrip("-").replace("-", "_")]
@@ -76,33 +95,30 @@ def peek(argv: Sequence[str] | None, flag: str) -> str | None:
 
 def add_data(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--data",
         nargs="+",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help="folders with cines, as downloaded: M&Ms, M&Ms-2, ACDC, or any tree of .nii / .nii.gz files; or "
-        f"'{PHANTOM}', a synthetic set (default: {default})",
+        help="folders of cines: M&Ms, M&Ms-2 or ACDC as downloaded, or any tree of .nii / .nii.gz files; or "
+        f"'{PHANTOM}', a synthetic data set (default: {default})",
     )
     add_reading(group)
-    group.add_argument(
-        "--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects"
-    )
-    group.add_argument(
+    add("--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects")
+    add(
         "--split-file",
         type=Path,
         metavar="FILE",
-        help="instead of drawing: a run's split.json, or a YAML of the paper's authors",
+        help="do not draw: take a run's split.json, or a YAML file of the paper's authors",
     )
-    group.add_argument(
+    add(
         "--keep-overlap",
         action="store_true",
-        help="with M&Ms and M&Ms-2 together: draw from all M&Ms-2 subjects, also from those with NOR, HCM or "
-        "LV, which may repeat M&Ms subjects",
+        help="with M&Ms and M&Ms-2 together: also use the M&Ms-2 subjects with NOR, HCM or LV, which may be "
+        "M&Ms subjects again",
     )
-    group.add_argument(
-        "--skip-broken", action="store_true", help="leave unreadable subjects out, and name them"
-    )
+    add("--skip-broken", action="store_true", help="leave out unreadable subjects, and name them")
 
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
@@ -111,161 +127,121 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
         type=not_empty,
         default=argparse.SUPPRESS,
         metavar="END",
-        help="in a plain folder: what the names of label files have before .nii or .nii.gz, after that of "
-        f"their cine (default: {LABEL_SUFFIX}, or as the checkpoint was trained with)",
+        help="plain folders: a label file is named like its cine, with END before .nii or .nii.gz "
+        f"(default: {LABEL_SUFFIX}, or that of the checkpoint)",
     )
-    parser.add_argument(
-        "--cache",
-        type=folder,
-        default=default_cache(),
-        metavar="DIR",
-        help="where the slice store and the phantom are written",
-    )
+    store = "folder of the slice store and of the phantom"
+    parser.add_argument("--cache", type=folder, default=default_cache(), metavar="DIR", help=store)
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("network and views")
-    group.add_argument(
-        "--channels",
-        type=positive(int),
-        nargs="+",
-        default=PAPER_NETWORK["channels"],
-        metavar="N",
-        help="channels of each stage of the U-Net, at least two stages",
-    )
-    group.add_argument(
-        "--image-size",
-        type=positive(int),
-        default=PAPER_NETWORK["image_size"],
-        metavar="PX",
-        help="side of the square that the network sees, a multiple of 2^(stages - 1)",
-    )
-    group.add_argument(
-        "--spacing",
-        type=positive(float),
-        default=PAPER_NETWORK["spacing"],
-        metavar="MM",
-        help="pixel size that the network sees",
-    )
-    group.add_argument(
-        "--norm",
-        choices=tuple(NORMS),
-        default="batch",
-        help="of every convolution: batch is the paper's, instance what nnU-Net has by default",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("network and images").add_argument
+    add("--channels", type=positive(int), nargs="+", metavar="N", help="of each U-Net stage, two or more")
+    add("--image-size", type=positive(int), metavar="PX", help="of the input, a multiple of 2^(stages - 1)")
+    add("--spacing", type=positive(float), dest="spacing_mm", metavar="MM", help="pixel size of the input")
+    parser.set_defaults(**PAPER_NETWORK)
+    add("--norm", choices=tuple(NORMS), default="batch", help="batch as in the paper, instance as in nnU-Net")
+    add(
         "--augmentation",
-        choices=("on", "off"),
+        type=on_off,
+        dest="augment",
+        metavar="on|off",
         default="on",
         help="off: the plain centred crop (paper, section 2.6)",
     )
 
 
 def add_optimisation(parser: argparse.ArgumentParser) -> None:
-    """Defaults come from the method (supplement A of the paper)."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=positive(int), metavar="N", help="passes over the training slices")
-    group.add_argument("--batch-size", type=positive(int), metavar="N", help="slices in a step")
-    group.add_argument("--lr", type=positive(float), help="highest learning rate of the schedule")
-    group.add_argument("--schedule", choices=("cosine", "poly"), help="cosine, or poly: power 0.9, to 0")
-    group.add_argument("--final-lr", type=at_least_0(float), default=0.0, help="where the cosine ends")
-    group.add_argument(
-        "--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0"
+    """The method sets the defaults (supplement A of the paper)."""
+    add = parser.add_argument_group("optimisation").add_argument
+    epochs = at_least_0(float)
+    add("--epochs", type=positive(int), metavar="N", help="passes over the training slices")
+    add("--batch-size", type=positive(int), metavar="N", help="slices per step")
+    add("--lr", type=positive(float), help="highest learning rate")
+    add("--schedule", choices=("cosine", "poly"), help="cosine to --final-lr, or poly: power 0.9 to 0")
+    add("--final-lr", type=at_least_0(float), default=0.0, help="learning rate at the end of the cosine")
+    add(
+        "--warmup-epochs",
+        type=epochs,
+        default=0.0,
+        metavar="N",
+        help="the learning rate rises linearly from 0",
     )
-    group.add_argument("--momentum", type=share, help="of SGD")
-    group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
-    group.add_argument("--weight-decay", type=at_least_0(float), help="L2 penalty of SGD")
-    group.add_argument("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
-    group.add_argument(
+    add("--momentum", type=fraction, help="of SGD")
+    add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
+    add("--weight-decay", type=at_least_0(float), help="L2 penalty of SGD")
+    add("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
+    add(
         "--validate-every",
         type=positive(int),
         metavar="N",
-        help="epochs between validations (default: so that a run has 11 to 20, or one an epoch)",
+        help="epochs between validations (default: 11 to 20 validations a run, at most one an epoch)",
     )
 
 
 def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument(
-        "--out",
-        type=not_empty,
-        metavar="DIR",
-        help="folder for everything that is written "
-        + (
-            "(default: runs/<what it is>)"
-            if training
-            else "(default: RUN/evaluation-<split>; predictions for --predict, RUNS/tables for --tables)"
-        ),
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    evaluated = "RUN/evaluation-<split>; predictions for --predict, RUNS/tables for --tables"
+    folders = "runs/<method and data>" if training else evaluated
+    add("--out", type=not_empty, metavar="DIR", help=f"folder to write to (default: {folders})")
+    quick = "small network, small images, few epochs: minutes on a laptop CPU"
+    if not training:
+        quick = "has no effect: the network is that of the run"
+    add("--quick", action="store_true", help=quick)
+    if not training:
+        return
+    add(
+        "--resume",
+        metavar="auto|RUN",
+        help="continue a stopped run exactly: give its folder and no other flag. auto: continue the run in "
+        "--out, or start it",
     )
-    if training:
-        group.add_argument(
-            "--resume",
-            metavar="auto|RUN",
-            help="go on with a run that was stopped, exactly where it was: its folder (no other flag is "
-            "needed), or auto: with the run in --out where there is one, else start it",
-        )
-        group.add_argument(
-            "--save-every",
-            type=save_interval,
-            default="1min",
-            metavar="N|Nmin",
-            help="save last.pt every N epochs, or at an epoch's end when N minutes have passed (within an "
-            "epoch: ten times as many)",
-        )
-        group.add_argument(
-            "--max-skipped",
-            type=at_least_0(int),
-            default=25,
-            metavar="N",
-            help="steps in a row that fp16 may leave out because a gradient overflows",
-        )
-        group.add_argument(
-            "--seed",
-            type=at_least_0(int),
-            default=0,
-            help="initial weights, order of slices, augmentation; which subjects --n-subjects takes",
-        )
-        group.add_argument(
-            "--deterministic",
-            action="store_true",
-            help="torch's deterministic algorithms on a GPU, slower (a CPU needs no flag)",
-        )
-    group.add_argument(
-        "--quick",
-        action="store_true",
-        help="a small network, small images and few epochs: minutes on a laptop CPU"
-        if training
-        else "for a run made with --quick; changes nothing, the network is that of the run",
+    add(
+        "--save-every",
+        type=save_interval,
+        default="1min",
+        metavar="N|Nmin",
+        help="save last.pt every N epochs, or at the end of an epoch once N minutes have passed (within an "
+        "epoch: ten times N)",
     )
+    add(
+        "--max-skipped",
+        type=at_least_0(int),
+        default=25,
+        metavar="N",
+        help="steps in a row that fp16 may leave out because a gradient overflows",
+    )
+    add(
+        "--seed",
+        type=at_least_0(int),
+        default=0,
+        help="of initial weights, order of slices and augmentation; also draws the subjects of --n-subjects",
+    )
+    add("--deterministic", action="store_true", help="torch's deterministic algorithms: slower on a GPU")
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("speed and memory")
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the networks, for long runs on a GPU: the first steps take minutes",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("speed and memory").add_argument
+    add("--compile", action="store_true", help="torch.compile the networks; the first steps take minutes")
+    add(
         "--device-cache",
         choices=("auto", "on", "off"),
         default="auto",
-        help="keep all slices in the device's memory; auto: on a GPU, where they fit beside the training",
+        help="keep all slices in the device's memory; auto: on a GPU, if they fit besides the training",
     )
-    group.add_argument(
+    add(
         "--grad-checkpoint",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="compute activations a second time in the backward pass: about half the memory, a third more "
-        "work, the same losses",
+        help="compute activations again in the backward pass: about half the memory, a third more work, the "
+        "same losses",
     )
-    group.add_argument(
+    add(
         "--benchmark",
         type=positive(int),
         metavar="N",
-        help="measure N steps or more, what they are made of and what the device could do, and exit; no run "
-        "folder is made",
+        help="measure at least N steps, their parts and the device's limits, then exit without a run folder",
     )
 
 
@@ -295,5 +271,5 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
 
 
 def quick_hint(args: argparse.Namespace, device: torch.device) -> str:
-    """What to try when the run turns out long."""
-    return "" if args.quick or device.type != "cpu" else "for minutes instead, on this CPU, add --quick"
+    """Advice for a run that takes long."""
+    return "" if args.quick or device.type != "cpu" else "add --quick to finish in minutes on this CPU"

@@ -1,4 +1,4 @@
-"""The pretraining methods by name."""
+"""The pretraining methods, one file each; `method.py` tells how to add one."""
 
 from cmrssp.ssp.dino import DINO
 from cmrssp.ssp.method import Method

@@ -1,5 +1,5 @@
-"""DINO: a student that sees global and local crops learns to say what a teacher says of the global ones; the
-teacher is the moving average of the student (Caron et al., arXiv 2104.14294).
+"""DINO: from global and local crops a student predicts a teacher's outputs for the global crops; the teacher
+is the moving average of the student (Caron et al., arXiv 2104.14294).
 """
 
 import argparse
@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cmrssp import augmentation
-from cmrssp.cli.argument_types import at_least_0, positive, share
+from cmrssp.augmentation import Ranges
 from cmrssp.data.batches import Batch
 from cmrssp.hardware import distributed
 from cmrssp.losses import dino_cross_entropy
+from cmrssp.ssp.flag_types import at_least_0, fraction, positive
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, check_image_size
 
-# shares of the widest field of view, 1.4 x the plain crop's
-_GLOBAL_AREA, _LOCAL_AREA = (0.14, 1.0), (0.05, 0.14)
+_GLOBAL_AREA, _LOCAL_AREA = (0.14, 1.0), (0.05, 0.14)  # of the widest field of view, 1.4 x the plain crop's
 _LOCAL_OFFSET = 0.25  # of the plain crop's side: 80 mm of 320
 
 
 class DINO(Method):
     name = "dino"
+    purpose = "a student predicts its own moving average from global and local crops (encoder)"
     defaults = {
         "epochs": 100,
         "batch_size": 64,
@@ -46,9 +46,10 @@ class DINO(Method):
         self,
         *,
         channels: Sequence[int],
-        norm: str = "batch",
+        norm: str,
+        image_size: int,
         epochs: int,
-        local_size: int,
+        local_size: int | None,
         local_crops: int,
         outputs: int,
         hidden: int,
@@ -62,9 +63,11 @@ class DINO(Method):
         export: str,
         **options,
     ) -> None:
-        super().__init__(channels=channels, norm=norm, **options)
-        check_image_size(local_size, channels, flag="--local-size", norm=norm)
-        self.epochs, self.local_size, self.local_crops = epochs, local_size, local_crops
+        """`local_size` None: half of `image_size`."""
+        super().__init__(channels=channels, norm=norm, image_size=image_size, **options)
+        self.local_size = image_size // 2 if local_size is None else local_size
+        check_image_size(self.local_size, channels, flag="--local-size", norm=norm)
+        self.epochs, self.local_crops = epochs, local_crops
         self.student_temperature = student_temperature
         self.teacher_temperatures = (teacher_temperature_start, teacher_temperature)
         self.teacher_temperature_epochs = min(teacher_temperature_epochs, epochs)
@@ -75,129 +78,72 @@ class DINO(Method):
         for teacher in (self.teacher_encoder, self.teacher_head):
             teacher.requires_grad_(False)
         self.register_buffer("centre", torch.zeros(outputs))
-        self.register_buffer("batch_centre", torch.zeros(outputs))  # the mean that the next step takes in
+        self.register_buffer("batch_centre", torch.zeros(outputs))  # of the last batch, for `on_step_end`
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
+        number, positive_float, epochs = positive(int), positive(float), at_least_0(float)
+        add("--local-crops", type=number, default=6, metavar="N", help="per slice, besides 2 global crops")
+        add("--local-size", type=number, metavar="PX", help="side (default: half of --image-size)")
+        add("--outputs", type=number, default=8192, metavar="N", help="prototypes (paper, section 2.4)")
+        add("--head-width", type=number, default=2048, metavar="N", dest="hidden", help="hidden units")
+        add("--student-temperature", type=positive_float, default=0.1, help="of the student's softmax")
         add(
-            "--local-crops",
-            type=positive(int),
-            default=6,
-            metavar="N",
-            help="local crops of a slice, beside 2 global ones",
+            "--teacher-temperature", type=positive_float, default=0.04, help="of its softmax, after a warm-up"
         )
-        add(
-            "--local-size",
-            type=positive(int),
-            metavar="PX",
-            help="side of a local crop (default: half of --image-size)",
-        )
-        add(
-            "--outputs",
-            type=positive(int),
-            default=8192,
-            metavar="N",
-            help="prototypes of the head (paper, section 2.4)",
-        )
-        add("--head-width", type=positive(int), default=2048, metavar="N", help="hidden units of the head")
-        add("--student-temperature", type=positive(float), default=0.1, help="of the student's softmax")
-        add(
-            "--teacher-temperature",
-            type=positive(float),
-            default=0.04,
-            help="of the teacher's softmax after its warm-up",
-        )
-        add(
-            "--teacher-temperature-start",
-            type=positive(float),
-            default=0.02,
-            help="lower is safer against collapse",
-        )
-        add(
-            "--teacher-temperature-epochs",
-            type=at_least_0(float),
-            default=30,
-            metavar="N",
-            help="linear warm-up between the two",
-        )
-        add("--centre-momentum", type=share, default=0.9, help="of the running mean of the teacher's outputs")
-        add("--teacher-momentum", type=share, default=0.996, help="at the start; rises to 1 along a cosine")
-        add(
-            "--freeze-last-epochs",
-            type=at_least_0(float),
-            default=1,
-            metavar="N",
-            help="last layer of the head fixed so long",
-        )
+        add("--teacher-temperature-start", type=positive_float, default=0.02, help="low resists collapse")
+        add("--teacher-temperature-epochs", type=epochs, default=30, metavar="N", help="of its warm-up")
+        add("--centre-momentum", type=fraction, default=0.9, help="of the running mean of its outputs")
+        add("--teacher-momentum", type=fraction, default=0.996, help="at the start; rises to 1 as a cosine")
+        add("--freeze-last-epochs", type=epochs, default=1, metavar="N", help="with a fixed last layer")
         add(
             "--export",
             choices=("student", "teacher"),
             default="student",
-            help="whose encoder lands in unet.pt; the teacher, an average over steps, is often better in "
-            "DINO's own studies, the student is what the paper fine-tunes",
+            help="the encoder that unet.pt holds. The paper fine-tunes the student; in DINO's own studies the "
+            "teacher is often better",
         )
 
-    @classmethod
-    def own_flags(cls, args: argparse.Namespace) -> dict:
-        return {
-            "epochs": args.epochs,
-            "local_size": args.image_size // 2 if args.local_size is None else args.local_size,
-            "local_crops": args.local_crops,
-            "outputs": args.outputs,
-            "hidden": args.head_width,
-            "student_temperature": args.student_temperature,
-            "teacher_temperature": args.teacher_temperature,
-            "teacher_temperature_start": args.teacher_temperature_start,
-            "teacher_temperature_epochs": args.teacher_temperature_epochs,
-            "centre_momentum": args.centre_momentum,
-            "teacher_momentum": args.teacher_momentum,
-            "freeze_last_epochs": args.freeze_last_epochs,
-            "export": args.export,
-        }
-
-    def recipes(self) -> tuple[augmentation.Recipe, augmentation.Recipe, augmentation.Recipe]:
-        """Of the first global view, the second one, and the local crops. Uniform in the side, as in
-        the paper's code.
+    def crop_ranges(self) -> tuple[Ranges, Ranges, Ranges] | tuple[None, None, None]:
+        """For the first global crop, the second, and the local crops. As in the paper's code the crop's side
+        is uniform, not its area.
         """
-        side = self.image_size * self.spacing_mm
-        widest = self.recipe.zoom[1]
+        if self.ranges is None:
+            return None, None, None
+        widest = self.ranges.fov_factor[1]
         base = replace(
-            self.recipe,
+            self.ranges,
             p_noise=0.15,
             p_blur=0.1,
             p_brightness=0.2,
             p_shift=0.15,
             p_gamma=0.15,
-            zoom=tuple(widest * share**0.5 for share in _GLOBAL_AREA),
+            fov_factor=tuple(widest * area**0.5 for area in _GLOBAL_AREA),
         )
         enlarged = self.image_size / self.local_size  # a local crop has fewer pixels of the same size
         local = replace(
             base,
-            zoom=tuple(widest * enlarged * share**0.5 for share in _LOCAL_AREA),
-            translation_mm=_LOCAL_OFFSET * side,
-            translation_zoomed=False,
+            fov_factor=tuple(widest * enlarged * area**0.5 for area in _LOCAL_AREA),
+            translation_mm=_LOCAL_OFFSET * self.image_size * self.spacing_mm,
+            translation_scales=False,
         )
         return replace(base, p_blur=1.0, blur_sigma_px=(0.1, 2.0)), replace(base, p_solarise=0.2), local
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
-        """global (2B, 1, S, S): first the blurred views, then the others; local (crops x B, 1, L, L)."""
-        first, second, local = self.recipes() if self.recipe else (None, None, None)
-
-        def crops(recipe: augmentation.Recipe | None, size: int) -> torch.Tensor:
-            grid = {"image_size": size, "spacing_mm": self.spacing_mm}
-            return augmentation.views(batch, recipe, generator, **grid)["image"]
-
-        return {
-            "global": torch.cat([crops(first, self.image_size), crops(second, self.image_size)]),
-            "local": torch.cat([crops(local, self.local_size) for _ in range(self.local_crops)]),
-        }
+        """global (2B, 1, S, S): all first crops, then all second ones; local (crops x B, 1, L, L)."""
+        first, second, local = self.crop_ranges()
+        crops = [self.crop(batch, generator, ranges)["image"] for ranges in (first, second)]
+        small = [
+            self.crop(batch, generator, local, self.local_size)["image"] for _ in range(self.local_crops)
+        ]
+        return {"global": torch.cat(crops), "local": torch.cat(small)}
 
     def view_sizes(self) -> list[tuple[int, int]]:
         return [(self.image_size, 2), (self.local_size, self.local_crops)]
 
     def outputs(self, views: Views) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the student (2B + crops x B, K); of the teacher (2B, K), without gradient."""
+        """The student's (2B + crops x B, K), and the teacher's (2B, K) without gradient."""
         with torch.no_grad():
             teacher = self.teacher_head(self.teacher_encoder.pooled(views["global"]))
         pooled = [self.encoder.pooled(views["global"]), self.encoder.pooled(views["local"])]
@@ -207,7 +153,7 @@ class DINO(Method):
         student, teacher = self.outputs(views)
         if self.training:
             mean = distributed.mean(teacher.float().mean(dim=0))
-            # not finite where fp16 overflows, in a step that the scaler leaves out
+            # fp16 can overflow: the centre then stays as it is
             self.batch_centre.copy_(torch.where(mean.isfinite(), mean, self.centre))
         loss = dino_cross_entropy(
             student.chunk(2 + self.local_crops),
@@ -224,14 +170,14 @@ class DINO(Method):
 
     def teacher_temperature(self, epoch: float) -> float:
         start, end = self.teacher_temperatures
-        share = epoch / self.teacher_temperature_epochs if self.teacher_temperature_epochs else 1.0
-        return start + (end - start) * min(share, 1.0)
+        progress = epoch / self.teacher_temperature_epochs if self.teacher_temperature_epochs else 1.0
+        return start + (end - start) * min(progress, 1.0)
 
     def teacher_momentum(self, epoch: float) -> float:
         return 1 - (1 - self.momentum_start) * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """No decay on biases and norms."""
+        """No weight decay on biases and norms."""
         trained = [p for p in self.parameters() if p.requires_grad]
         return [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -244,7 +190,7 @@ class DINO(Method):
 
     @torch.no_grad()
     def on_step_end(self, epoch: float) -> None:
-        """Teacher and centre take one step."""
+        """Move the teacher towards the student, and the centre towards the batch's."""
         average = get_ema_multi_avg_fn(self.teacher_momentum(epoch))
         for teacher, student in ((self.teacher_encoder, self.encoder), (self.teacher_head, self.head)):
             average(list(teacher.parameters()), list(student.parameters()), None)
@@ -261,7 +207,9 @@ class DINO(Method):
 
 
 class Head(nn.Module):
-    """Three layers with batch norm and GELU, an L2-normalised bottleneck of 256, unit-length prototypes."""
+    """(B, C) -> (B, K): three layers with batch norm and GELU, an L2-normalised bottleneck of 256, and K
+    prototypes of unit length.
+    """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, bottleneck: int = 256) -> None:
         super().__init__()

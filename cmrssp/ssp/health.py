@@ -1,4 +1,4 @@
-"""Is a pretraining healthy? Figures of frozen features, without labels."""
+"""Does a pretraining go well? Figures of the frozen features, without labels."""
 
 import math
 
@@ -11,29 +11,28 @@ from cmrssp.hardware import distributed
 from cmrssp.ssp.method import Method
 from cmrssp.training import step_generator
 
-NUM_SLICES = 512  # of the validation subjects, evenly spread; all where there are fewer
-COLLAPSED = 3.0  # effective rank; features that hardly differ from their mean have 1, healthy ones 15 or more
+NUM_SLICES = 512  # at most so many slices of the validation subjects, drawn once
+COLLAPSED = 3.0  # effective rank; features that are all alike have 1, healthy ones 15 or more
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """exp of the entropy of the normalised singular values of (N, D) features: from 1 (collapsed) to min(N,
-    D).
+    """exp of the entropy of the normalised singular values of features (N, D): from 1 (collapsed) to D.
 
-    Roy and Vetterli 2007; as a figure of pretraining: RankMe, arXiv 2210.02885.
+    Roy and Vetterli 2007; used for pretraining as RankMe, arXiv 2210.02885.
     """
     values = torch.linalg.svdvals(features.double())
-    share = values / values.sum().clamp_min(1e-300)
-    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+    p = values / values.sum().clamp_min(1e-300)
+    return float(torch.exp(-(p * p.clamp_min(1e-300).log()).sum()))
 
 
 def position_probe(
     features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor, penalty: float = 1.0
 ) -> float:
-    """Held-out R2 of a ridge regression from (N, D) features to the slice position (N,), closed form.
+    """Held-out R2 of a ridge regression from features (N, D) to slice positions (N,).
 
-    The subjects (N,) are split in halves, each predicts the other, R2 over both; features are standardised by
-    the half that fits, and the penalty is per sample. NaN positions are left out; NaN with fewer than two
-    subjects.
+    Every second subject (N,) forms one half; each half predicts the other, and R2 is taken over both.
+    Features are scaled by the half that fits; the penalty is per sample. NaN positions are left out. With
+    fewer than two subjects the result is NaN.
     """
     known = ~position.isnan()
     x, y, subject = features[known].double(), position[known].double(), subject[known]
@@ -55,18 +54,19 @@ def position_probe(
 
 @torch.inference_mode()
 def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
-    """Loss on fixed augmented views, and rank and probe of the plain crops' features, over the same slices
-    always. All ranks take part, and get the figures of all their slices.
+    """Loss on fixed augmented views; effective rank and position probe of the plain crops' features.
+
+    The slices are the same in each epoch. All ranks call it, and get the figures over the slices of all.
     """
     method.eval()
     loss = count = 0.0
     features, positions, subjects = [], [], []
     for i, batch in enumerate(loader.in_order(NUM_SLICES, shared=True)):
         views = method.views(batch, step_generator(0, 0, i, distributed.rank()))
-        if i == 0 or len(batch["image"]) == loader.share:  # among fewer slices contrast is easier
+        if i == 0 or len(batch["image"]) == loader.share:  # contrast is easier in a smaller batch
             loss += method(views, float(epoch))[0].item()
             count += 1
-        plain = method.view(batch, None)["image"]
+        plain = method.crop(batch, None)["image"]
         features.append(method.encoder.pooled(plain).float().cpu())
         positions.append(batch["position"].cpu())
         subjects.append(batch["subject"].cpu())
@@ -77,7 +77,7 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     if not (pooled.isfinite().all() and math.isfinite(loss)):
         raise UserError(
             f"epoch {epoch}: loss or features are NaN or infinite on the validation slices; try a smaller "
-            "--lr. What was saved before stays"
+            "--lr. The last saved state is kept"
         )
     figures = {
         "validation_loss": loss,
@@ -87,7 +87,7 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     if figures["effective_rank"] < COLLAPSED:
         tqdm.write(
             f"warning: the features collapse: effective rank {figures['effective_rank']:.2f} of "
-            f"{pooled.shape[1]} after epoch {epoch}; try a smaller --lr, or stop and look at views.png"
+            f"{pooled.shape[1]} after epoch {epoch}; check views.png, or try a smaller --lr"
         )
     if math.isnan(figures["position_r2"]):  # fewer than two validation subjects
         del figures["position_r2"]

@@ -1,4 +1,22 @@
-"""The contract of a method: what the one training loop may ask of it."""
+"""What the training loop asks of a method.
+
+To add a method, write one file here with one subclass of `Method` (`mim.py` is a short one to copy) and list
+it in `__init__.py`. It needs:
+
+1. `name` and `purpose` for --method and its help; `defaults` and `quick`: values of the shared flags.
+2. `add_flags(parser)`: the method's own flags, each with its default, unit and source.
+3. `__init__`: keyword-only arguments without defaults. `cli.flags.build` takes each from the flag of that
+   name (argparse's `dest`). `**options` go on to the class above.
+4. `encoder`: the network to pretrain; the health figures read its features.
+5. `views(batch, generator)`: the augmented tensors of one step, made on the batch's device.
+6. `outputs(views)`: what the networks make of them; `forward(views, epoch)`: the loss, and what to log.
+7. `panels(views)`: images for views.png.
+8. `pretrained_state()`: the weights that fine-tuning takes over.
+9. If needed: `param_groups`, `on_backward_end`, `on_step_end`, `view_sizes`, `compile_networks`.
+
+`forward` alone is called through DistributedDataParallel. Randomness comes from the generator alone, and
+every schedule from the epoch alone: a resumed run then repeats an uninterrupted one.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -15,54 +33,30 @@ Views = dict[str, torch.Tensor]
 
 
 class Method(nn.Module):
-    """One objective: its networks, its views, its loss, its flags. Four pretraining methods and the
-    supervised one.
-    """
+    """One training objective: its networks, its views, its loss, its flags."""
 
     name: ClassVar[str]
-    defaults: ClassVar[dict]  # the paper's optimisation settings, by flag (supplement A)
-    quick: ClassVar[dict]  # what --quick changes of them
+    purpose: ClassVar[str]  # in one line
+    defaults: ClassVar[dict]  # of the shared flags, by destination (supplement A)
+    quick: ClassVar[dict]  # what --quick changes in them
     fewest_slices: ClassVar[int] = 1  # in a batch
     classes: ClassVar[list[str] | None] = None  # that the network segments
-    encoder: Encoder  # the network that is trained
+    encoder: Encoder
 
     def __init__(
-        self,
-        *,
-        channels: Sequence[int],
-        image_size: int,
-        spacing_mm: float,
-        augment: bool,
-        norm: str = "batch",
+        self, *, channels: Sequence[int], norm: str, image_size: int, spacing_mm: float, augment: bool
     ) -> None:
-        """`image_size`: side of the network's square, in pixels of `spacing_mm`. Without `augment` the
-        network sees the plain centred crop.
+        """The network sees squares of `image_size` pixels of `spacing_mm`; without `augment` the plain
+        centred crop.
         """
         super().__init__()
         check_image_size(image_size, channels, norm=norm)
         self.image_size, self.spacing_mm = image_size, spacing_mm
-        self.recipe = augmentation.paper_recipe(image_size, spacing_mm) if augment else None
+        self.ranges = augmentation.paper_ranges(image_size, spacing_mm) if augment else None
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        """This method's own flags, each with effect, unit and source."""
-
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace) -> "Method":
-        """With `own_flags` the only place that reads the flags."""
-        return cls(
-            channels=args.channels,
-            image_size=args.image_size,
-            spacing_mm=args.spacing,
-            augment=args.augmentation == "on",
-            norm=args.norm,
-            **cls.own_flags(args),
-        )
-
-    @classmethod
-    def own_flags(cls, args: argparse.Namespace) -> dict:
-        """The constructor's other arguments, from this method's own flags."""
-        raise NotImplementedError
+        """Declare this method's own flags."""
 
     def config(self) -> dict:
         """The network's configuration, as unet.pt holds it."""
@@ -74,52 +68,66 @@ class Method(nn.Module):
             "norm": self.encoder.norm,
         }
 
-    def view(self, batch: Batch, generator: torch.Generator | None) -> Views:
-        """image (B, 1, S, S) float32 and, where the batch has one, label (B, 1, S, S) uint8: augmented or,
-        without a generator, the plain centred crop.
+    def crop(
+        self,
+        batch: Batch,
+        generator: torch.Generator | None,
+        ranges: augmentation.Ranges | None = None,
+        image_size: int | None = None,
+    ) -> Views:
+        """One augmented crop of each slice; without a generator the plain centred crop.
+
+        image (B, 1, S, S) float32, standardised; label (B, 1, S, S) uint8 if the batch has labels.
         """
-        return augmentation.views(
-            batch, self.recipe, generator, image_size=self.image_size, spacing_mm=self.spacing_mm
+        return augmentation.augment(
+            batch,
+            ranges or self.ranges,
+            generator,
+            image_size=image_size or self.image_size,
+            spacing_mm=self.spacing_mm,
         )
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
-        """What the networks see in a step, on the batch's device, without gradient; without a generator it is
-        made of the plain centred crops.
-        """
-        return self.view(batch, generator)
+        """What the networks see in a step, without gradient; without a generator from plain centred crops."""
+        return self.crop(batch, generator)
 
     def view_sizes(self) -> list[tuple[int, int]]:
-        """(side in pixels, how many of each slice) of what goes through the encoder at once."""
+        """(side in pixels, number per slice) of the images in each call of the encoder."""
         return [(self.image_size, 1)]
 
     def outputs(self, views: Views) -> Sequence[torch.Tensor]:
-        """What the networks make of the views: `forward` without the loss. Some may have no gradient."""
+        """What the networks make of the views, before the loss. Outputs of a teacher have no gradient."""
         raise NotImplementedError
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """(float32 scalar loss, detached 0-d tensors to log); schedules depend on the epoch alone."""
+        """(0-d float32 loss, detached 0-d tensors to log) at a fractional epoch."""
         raise NotImplementedError
 
     def compile_networks(self) -> None:
-        """torch.compile in place, so that no key is renamed; each shape gets kernels of its own. Of an
-        encoder no more than what is used: each further output would get a gradient of zeros.
+        """torch.compile in place, so that no key of the state dict changes. Only the pooled features are
+        compiled: each other output would get a gradient of zeros.
         """
         self.encoder.pooled = torch.compile(self.encoder.pooled, dynamic=False)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
-        """As torch.optim takes them; a group's `lr_factor`, 1 without one, multiplies the schedule's rate."""
+        """Groups for the optimiser. A group's `lr_factor` (1 if absent) multiplies the learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
     def on_backward_end(self, epoch: float) -> None:
-        """After the backward pass, before the optimiser's step."""
+        """Runs after the backward pass, before the optimiser's step."""
 
     def on_step_end(self, epoch: float) -> None:
-        """Exactly once after every step of the optimiser."""
+        """Runs once after each step, also if fp16's scaler left the update out because a gradient overflowed.
+
+        The host does not know which steps those are: reading it back would make it wait for the device. For a
+        teacher this is right: the student has kept its weights, and the moving average goes on towards them.
+        What else is averaged here must skip values that are not finite, on the device.
+        """
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
-        """What a person should see: title -> images (B, 1, H, W)."""
+        """{title: images (B, 1, H, W)} for views.png."""
         raise NotImplementedError
 
     def pretrained_state(self) -> dict[str, torch.Tensor]:
-        """What transfers: a subset of UNet.state_dict(), keys from `encoder.`, `decoder.`, `heads.`."""
+        """What transfers: a subset of UNet.state_dict(), keys in `encoder.`, `decoder.` and `heads.`."""
         raise NotImplementedError

@@ -1,19 +1,20 @@
-"""Positional contrastive learning: slices at nearly the same place in the heart attract each other, whoever's
-heart it is (Zeng et al., arXiv 2106.09157). SimCLR with other positives.
+"""Positional contrastive learning: slices at nearly the same place in the heart attract each other, also
+across subjects (Zeng et al., arXiv 2106.09157). SimCLR with more positives.
 """
 
 import argparse
 
 import torch
 
-from cmrssp.cli.argument_types import share
+from cmrssp.ssp.flag_types import fraction
 from cmrssp.ssp.simclr import SimCLR
 
-_ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the threshold: that is not below it
+_ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the threshold, which is not below it
 
 
 class PCL(SimCLR):
     name = "pcl"
+    purpose = "slices at nearly the same place between base and apex attract each other (encoder)"
     defaults = {
         "epochs": 100,
         "batch_size": 64,
@@ -34,21 +35,13 @@ class PCL(SimCLR):
     def add_flags(parser: argparse.ArgumentParser) -> None:
         SimCLR.add_flags(parser)
         parser.add_argument(
-            "--threshold",
-            type=share,
-            default=0.1,
-            metavar="SHARE",
-            help="slices attract when their positions from base 0 to apex 1 differ by less "
-            "(paper, section 2.4)",
-        )
-
-    @classmethod
-    def own_flags(cls, args: argparse.Namespace) -> dict:
-        return {**super().own_flags(args), "threshold": args.threshold}
+            "--threshold", type=fraction, default=0.1, metavar="FRACTION",
+            help="slices attract if their positions, base 0 to apex 1, differ by less (paper, section 2.4)",
+        )  # fmt: skip
 
     def positives(self, position: torch.Tensor) -> torch.Tensor:
-        """(2B, 2B) bool: the own other view, and every slice of any subject at nearly the same position. A
-        NaN position (a stack of one slice) is near to none.
+        """(2B, 2B) bool, 1 = attracts: the other view of the same slice, and every slice at nearly the same
+        position. A NaN position (a stack of one slice) is near to none.
         """
         exact = position.double()
         near = (exact[:, None] - exact[None]).abs() < self.threshold - _ROUNDING

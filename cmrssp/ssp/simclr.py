@@ -1,8 +1,7 @@
 """SimCLR: two views of a slice attract each other, all other slices of the batch repel (Chen et al., arXiv
 2002.05709).
 
-Encoder, global average pool, MLP 512-512-512; NT-Xent at temperature 0.1. PCL is the same with other
-positives.
+Encoder, global average pool, MLP 512-512-512; NT-Xent at temperature 0.1 (paper, section 2.4).
 """
 
 import argparse
@@ -11,16 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cmrssp.cli.argument_types import positive
 from cmrssp.data.batches import Batch
 from cmrssp.hardware import distributed
 from cmrssp.losses import nt_xent
+from cmrssp.ssp.flag_types import positive
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder
 
 
 class SimCLR(Method):
     name = "simclr"
+    purpose = "two views of a slice attract each other, all other slices repel (encoder)"
     defaults = {
         "epochs": 100,
         "batch_size": 224,
@@ -32,10 +32,10 @@ class SimCLR(Method):
         "amp": "fp16",
     }
     quick = {"epochs": 3, "batch_size": 64}
-    fewest_slices = 2  # of one alone the loss is 0
+    fewest_slices = 2  # the loss of a single slice is 0
 
     def __init__(
-        self, *, channels: Sequence[int], norm: str = "batch", temperature: float, projection: int, **options
+        self, *, channels: Sequence[int], norm: str, temperature: float, projection: int, **options
     ) -> None:
         super().__init__(channels=channels, norm=norm, **options)
         self.temperature = temperature
@@ -46,27 +46,15 @@ class SimCLR(Method):
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--temperature",
-            type=positive(float),
-            default=0.1,
-            help="of NT-Xent: lower weighs the hardest negatives more",
+        add, number = parser.add_argument, positive(int)
+        add(
+            "--temperature", type=positive(float), default=0.1, help="a lower one weights hard negatives more"
         )
-        parser.add_argument(
-            "--projection",
-            type=positive(int),
-            default=512,
-            metavar="N",
-            help="width of the MLP and its output",
-        )
-
-    @classmethod
-    def own_flags(cls, args: argparse.Namespace) -> dict:
-        return {"temperature": args.temperature, "projection": args.projection}
+        add("--projection", type=number, default=512, metavar="N", help="width of the MLP and of its output")
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
-        """image (2B, 1, S, S): all first views, then all second ones; position (2B,) of their slices."""
-        images = [self.view(batch, generator)["image"] for _ in range(2)]
+        """image (2B, 1, S, S): the first views of all slices, then the second ones; position (2B,)."""
+        images = [self.crop(batch, generator)["image"] for _ in range(2)]
         return {"image": torch.cat(images), "position": batch["position"].repeat(2)}
 
     def view_sizes(self) -> list[tuple[int, int]]:
@@ -77,13 +65,13 @@ class SimCLR(Method):
         return [self.projector(self.encoder.pooled(views["image"]))]
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of the batch of all ranks, on each of them."""
+        """The loss over the slices of all ranks, the same on each rank."""
         (embeddings,) = self.outputs(views)
         embeddings, position = (_of_all_ranks(x) for x in (embeddings.float(), views["position"]))
         return nt_xent(embeddings, self.positives(position), self.temperature), {}
 
     def positives(self, position: torch.Tensor) -> torch.Tensor:
-        """Positions (2B,) -> (2B, 2B) bool: the other view of the same slice."""
+        """Positions (2B,) -> (2B, 2B) bool, 1 = attracts: the other view of the same slice."""
         count = len(position)
         return torch.eye(count, dtype=torch.bool, device=position.device).roll(count // 2, dims=1)
 
@@ -96,5 +84,5 @@ class SimCLR(Method):
 
 
 def _of_all_ranks(views: torch.Tensor) -> torch.Tensor:
-    """(2b, ...) of each rank -> (2B, ...): still all first views, then all second ones."""
+    """(2b, ...) of each rank -> (2B, ...), again with all first views before the second ones."""
     return distributed.gather(views.unflatten(0, (2, -1)), dim=1).flatten(0, 1)

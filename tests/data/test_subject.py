@@ -252,7 +252,15 @@ def test_the_same_heart_in_every_storage_order(tmp_path, beating):
     first = affine((LEFT, BACK, APEX))
     first[:3, 3] = (40, -20, 30)
     torch.manual_seed(1)
-    method = Segmentation(channels=[4, 8, 8], image_size=32, spacing_mm=3.0, augment=False).eval()
+    method = Segmentation(
+        channels=[4, 8, 8],
+        image_size=32,
+        spacing_mm=3.0,
+        augment=False,
+        norm="batch",
+        freeze_encoder=0.0,
+        encoder_lr_factor=1.0,
+    ).eval()
     seen, number = [], 0
     for swapped in (False, True):
         for flips in np.ndindex(2, 2, 2):

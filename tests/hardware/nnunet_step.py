@@ -106,13 +106,14 @@ def main() -> None:
     network = QUICK_NETWORK if args.small else PAPER_NETWORK
     batch = make_batch(args.batch_size, device)
     settings = dict(epochs=1, lr=0.0, schedule="poly", final_lr=0.0, warmup_epochs=0.0, momentum=0.99,
-                    nesterov=True, weight_decay=3e-5, amp=args.amp, seed=0, validate_every=1)  # fmt: skip
+                    nesterov=True, weight_decay=3e-5, amp=args.amp, seed=0, validate_every=1,
+                    save_every="1min", max_skipped=25)  # fmt: skip
 
     def ours(augment: bool, compile: bool) -> Step:
         torch.manual_seed(0)
         method = Segmentation(
-            channels=network["channels"], image_size=network["image_size"], spacing_mm=network["spacing"],
-            augment=augment,
+            channels=network["channels"], image_size=network["image_size"], spacing_mm=network["spacing_mm"],
+            augment=augment, norm="batch", freeze_encoder=0.0, encoder_lr_factor=1.0,
         )  # fmt: skip
         return Step(method, FixedBatch(device), Settings(**settings, compile=compile))
 

@@ -31,7 +31,15 @@ def test_the_estimate_against_a_count_by_hand(loader):
     norm and activation (in place); the decoder adds the concatenation's 16 channels; the losses a few maps of
     4 classes.
     """
-    method = Segmentation(channels=(8, 16), image_size=64, spacing_mm=1.0, augment=True)
+    method = Segmentation(
+        channels=(8, 16),
+        image_size=64,
+        spacing_mm=1.0,
+        augment=True,
+        norm="batch",
+        freeze_encoder=0.0,
+        encoder_lr_factor=1.0,
+    )
     fixed, per_slice = memory.estimate(method, loader, amp="off")
     assert fixed == 3 * 4 * sum(p.numel() for p in method.parameters())
     pixels = 64 * 64
@@ -42,7 +50,15 @@ def test_the_estimate_against_a_count_by_hand(loader):
 
 
 def test_what_cannot_fit_is_refused_with_a_batch_size_that_does(loader, monkeypatch, capsys):
-    method = Segmentation(channels=(8, 16), image_size=64, spacing_mm=1.0, augment=True)
+    method = Segmentation(
+        channels=(8, 16),
+        image_size=64,
+        spacing_mm=1.0,
+        augment=True,
+        norm="batch",
+        freeze_encoder=0.0,
+        encoder_lr_factor=1.0,
+    )
     fixed, per_slice = memory.estimate(method, loader, amp="off")
     cpu = torch.device("cpu")
     memory.check(method, loader, amp="off", device=cpu)

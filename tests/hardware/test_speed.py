@@ -167,7 +167,8 @@ def test_recomputing_keeps_the_inputs_of_the_convolutions_alone(hearts):
 def test_fp16_leaves_out_a_first_step_and_begins_from_zero_momentum(hearts):
     """The second step is the first one that counts: p - lr (g + momentum g) of Nesterov, without decay."""
     settings = Settings(epochs=2, lr=0.05, schedule="poly", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
-                        nesterov=True, weight_decay=0.0, amp="fp16", seed=4, validate_every=1)  # fmt: skip
+                        nesterov=True, weight_decay=0.0, amp="fp16", seed=4, validate_every=1,
+                        save_every="1min", max_skipped=25)  # fmt: skip
     method = two_processes.make_method("segmentation")
     loader = batches(hearts)
     step, batch = Step(method, loader, settings), next(loader.in_order())
@@ -189,7 +190,8 @@ def test_fp16_leaves_out_a_first_step_and_begins_from_zero_momentum(hearts):
 def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on(hearts):
     """Its momentum, and 0 for a parameter that had none; under fp16 the next step is taken as any other."""
     settings = Settings(epochs=2, lr=0.05, schedule="poly", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
-                        nesterov=True, weight_decay=0.0, amp="fp16", seed=4, validate_every=1)  # fmt: skip
+                        nesterov=True, weight_decay=0.0, amp="fp16", seed=4, validate_every=1,
+                        save_every="1min", max_skipped=25)  # fmt: skip
     method, loader = two_processes.make_method("segmentation"), batches(hearts)
     plain = torch.optim.SGD(method.param_groups(0.0), lr=0.05, momentum=0.9, nesterov=True)
     late, *others = method.parameters()
@@ -215,8 +217,8 @@ def test_intensity_in_place_equals_the_plain_order():
     """
     generator = torch.Generator().manual_seed(3)
     image = torch.randn(6, 1, 24, 20, generator=generator)
-    recipe = augmentation.Recipe(p_noise=0.0, p_blur=0.5, p_solarise=0.5)
-    draws = augmentation.draw(6, recipe, generator)
+    ranges = augmentation.Ranges(p_noise=0.0, p_blur=0.5, p_solarise=0.5)
+    draws = augmentation.draw(6, ranges, generator)
     found = augmentation.intensity_(image.clone(), draws, torch.full((6,), 3.0))
     assert 0 < (draws.blur_sigma_px[:, 0] > 0).sum() < 6 and 0 < draws.solarise.sum() < 6
     for i in range(6):

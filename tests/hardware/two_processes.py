@@ -38,12 +38,13 @@ from cmrssp.weights import checkpoints
 NAMES = ("simclr", "pcl", "dino", "mim", "segmentation")
 BATCH, SIZE = 8, 32
 SETTINGS = dict(epochs=2, lr=0.05, schedule="cosine", final_lr=0.0, warmup_epochs=0.5, momentum=0.9,
-                nesterov=True, weight_decay=0.01, amp="off", seed=4, validate_every=1)  # fmt: skip
+                nesterov=True, weight_decay=0.01, amp="off", seed=4, validate_every=1,
+                save_every="1min", max_skipped=25)  # fmt: skip
 
 
 def make_method(name: str, seed: int = 0) -> Method:
     torch.manual_seed(seed)
-    common = {"channels": (4, 8, 8), "image_size": SIZE, "spacing_mm": 3.0, "augment": True}
+    common = {"channels": (4, 8, 8), "image_size": SIZE, "spacing_mm": 3.0, "augment": True, "norm": "batch"}
     contrast = {"temperature": 0.1, "projection": 16}
     dino = dict(
         epochs=2, local_size=16, local_crops=2, outputs=32, hidden=16, student_temperature=0.1,
@@ -55,7 +56,7 @@ def make_method(name: str, seed: int = 0) -> Method:
         "pcl": lambda: PCL(**common, **contrast, threshold=0.1),
         "dino": lambda: DINO(**common, **dino),
         "mim": lambda: MIM(**common, patch_size=8, mask_ratio=0.75),
-        "segmentation": lambda: Segmentation(**common),
+        "segmentation": lambda: Segmentation(**common, freeze_encoder=0.0, encoder_lr_factor=1.0),
     }[name]()
 
 

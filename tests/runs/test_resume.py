@@ -23,6 +23,7 @@ import torch
 import finetune
 import train_ssp
 from cmrssp import training
+from cmrssp.cli import flags
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
@@ -37,7 +38,8 @@ from cmrssp.weights import checkpoints
 ROOT = Path(__file__).parents[2]
 CLOCKS = ("slices_per_s", "seconds", "validation_s")
 SETTINGS = dict(epochs=3, lr=0.05, schedule="cosine", final_lr=0.0, warmup_epochs=0.5, momentum=0.9,
-                nesterov=True, weight_decay=0.01, amp="off", seed=4, validate_every=2)  # fmt: skip
+                nesterov=True, weight_decay=0.01, amp="off", seed=4, validate_every=2,
+                save_every="1min", max_skipped=25)  # fmt: skip
 TINY = ["--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6", "--patch-size", "8"]
 
 
@@ -93,7 +95,8 @@ OWN = {
 
 def make(name: str):
     if name == "segmentation":
-        return Segmentation(channels=(4, 8, 8), image_size=32, spacing_mm=1.5, augment=True)
+        return Segmentation(channels=(4, 8, 8), norm="batch", image_size=32, spacing_mm=1.5, augment=True,
+                            freeze_encoder=0.0, encoder_lr_factor=1.0)  # fmt: skip
     words = [
         "--method",
         name,
@@ -107,7 +110,7 @@ def make(name: str):
         "1.5",
         *OWN[name],
     ]
-    return METHODS[name].from_flags(train_ssp.parse(words)[0])
+    return flags.build(METHODS[name], train_ssp.parse(words)[0])
 
 
 @pytest.mark.parametrize("name", [*OWN, "segmentation"])
@@ -440,7 +443,7 @@ class FewSteps:
 
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
-    settings = training.Settings(**{**SETTINGS, "amp": "fp16"}, max_skipped=2)
+    settings = training.Settings(**{**SETTINGS, "amp": "fp16", "max_skipped": 2})
     meter = Meter(FewSteps(), settings, "")
     meter.start_epoch(0)
     fine, bad = torch.tensor(2.0), torch.tensor(float("inf"))
@@ -459,7 +462,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
 
 
 def test_skipped_steps_in_a_row_are_counted_across_a_resume_between_epochs():
-    settings = training.Settings(**{**SETTINGS, "amp": "fp16"}, max_skipped=2)
+    settings = training.Settings(**{**SETTINGS, "amp": "fp16", "max_skipped": 2})
     bad, subjects = torch.tensor(float("inf")), torch.tensor([0, 1])
     meter = Meter(FewSteps(), settings, "")
     meter.start_epoch(0)

@@ -13,6 +13,7 @@ from cmrssp.ssp.simclr import SimCLR
 
 SMALL = {
     "channels": (4, 8),
+    "norm": "batch",
     "image_size": 16,
     "spacing_mm": 1.5,
     "augment": True,

@@ -11,6 +11,7 @@ from cmrssp.ssp.dino import DINO
 from cmrssp.training import Settings, learning_rate
 
 FLAGS = dict(
+    norm="batch",
     image_size=32,
     spacing_mm=1.5,
     augment=True,
@@ -144,7 +145,11 @@ def test_schedules_by_hand():
         ]
     )
     paper = Settings(
-        **{k: v for k, v in DINO.defaults.items() if k != "batch_size"}, seed=0, validate_every=1
+        **{k: v for k, v in DINO.defaults.items() if k != "batch_size"},
+        seed=0,
+        validate_every=1,
+        save_every="1min",
+        max_skipped=25,
     )
     assert [learning_rate(paper, e) for e in (0, 1, 10, 55, 100)] == pytest.approx(
         [0, 0.00075, 0.0075, (0.0075 + 1e-6) / 2, 1e-6]
@@ -177,10 +182,10 @@ def test_crops_have_the_papers_fields_of_view():
         "spacing_mm": torch.ones(count, 2),
         "centre": torch.zeros(count, 2),
     }
-    for recipe, size, low, high in zip(
-        method.recipes(), (256, 256, 128), (167, 167, 100), (448, 448, 168), strict=True
+    for ranges, size, low, high in zip(
+        method.crop_ranges(), (256, 256, 128), (167, 167, 100), (448, 448, 168), strict=True
     ):
-        draws = augmentation.draw(count, recipe, torch.Generator().manual_seed(0))
+        draws = augmentation.draw(count, ranges, torch.Generator().manual_seed(0))
         grid = sampling_grid(batch, draws, image_size=size, spacing_mm=1.25)
         at = (grid + 1) / 2 * 63  # mm, (x, y): spacing 1, centre 0
         side = (at[:, 0, -1] - at[:, 0, 0]).norm(dim=1) * size / (size - 1)
@@ -188,13 +193,13 @@ def test_crops_have_the_papers_fields_of_view():
         assert side.min() < low + 0.05 * (high - low) and side.max() > high - 0.05 * (high - low)
         if size == 128:
             middle = (at[:, 0, 0] + at[:, -1, -1]) / 2
-            offset = (draws.translation_mm * draws.zoom[:, None]).abs()
+            offset = (draws.translation_mm * draws.fov_factor[:, None]).abs()
             assert middle.norm(dim=1).max() < 80 * 2**0.5 + 0.1 and 76 < offset.max() <= 80.001
 
 
 def test_intensities_of_the_three_kinds_of_views():
     first, second, local = (
-        augmentation.draw(4000, r, torch.Generator().manual_seed(0)) for r in dino().recipes()
+        augmentation.draw(4000, r, torch.Generator().manual_seed(0)) for r in dino().crop_ranges()
     )
     share = {"noise_std": 0.15, "brightness": 0.2, "shift": 0.15, "gamma": 0.15}
     for draws in (first, second, local):

@@ -64,7 +64,7 @@ def test_a_collapse_is_said_when_it_happens(phantom_folder, tmp_path, capsys, co
         device=torch.device("cpu"),
     )
     torch.manual_seed(0)
-    network = {"channels": (16, 32, 64, 128, 128), "image_size": 96, "spacing_mm": 2.25}
+    network = {"channels": (16, 32, 64, 128, 128), "norm": "batch", "image_size": 96, "spacing_mm": 2.25}
     method = MIM(**network, augment=True, patch_size=32, mask_ratio=0.75)
     with torch.no_grad():
         for _ in range(5):  # the batch norms learn the statistics of the features

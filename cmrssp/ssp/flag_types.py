@@ -1,0 +1,29 @@
+"""Ranges of numbers that flags accept, as argparse's `type`."""
+
+import argparse
+from collections.abc import Callable
+
+_LARGEST = 2**63  # the limit also excludes infinity
+
+
+def fraction(text: str) -> float:
+    return _ranged(float, lambda value: 0 <= value <= 1, "from 0 to 1")(text)
+
+
+def at_least_0(kind: type) -> Callable[[str], float]:
+    return _ranged(kind, lambda value: value >= 0, "of at least 0")
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    return _ranged(kind, lambda value: value > 0, "above 0")
+
+
+def _ranged(kind: type, fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (fits(value) and value < _LARGEST):
+            raise argparse.ArgumentTypeError(f"expected a number {expected}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when the text is no number
+    return parse
