@@ -87,7 +87,7 @@ class DINO(Method):
         add("--local-crops", type=number, default=6, metavar="N", help="per slice, besides 2 global crops")
         add("--local-size", type=number, metavar="PX", help="side (default: half of --image-size)")
         add("--outputs", type=number, default=8192, metavar="N", help="prototypes (paper, section 2.4)")
-        add("--head-width", type=number, default=2048, metavar="N", dest="hidden", help="hidden units")
+        add("--head-width", type=number, default=2048, dest="hidden", metavar="N", help="hidden units")
         add("--student-temperature", type=positive_float, default=0.1, help="of the student's softmax")
         add(
             "--teacher-temperature", type=positive_float, default=0.04, help="of its softmax, after a warm-up"
@@ -101,13 +101,13 @@ class DINO(Method):
             "--export",
             choices=("student", "teacher"),
             default="student",
-            help="the encoder that unet.pt holds. The paper fine-tunes the student; in DINO's own studies the "
+            help="the encoder that unet.pt holds. The paper fine-tunes the student; in DINO's own work the "
             "teacher is often better",
         )
 
     def crop_ranges(self) -> tuple[Ranges, Ranges, Ranges] | tuple[None, None, None]:
-        """For the first global crop, the second, and the local crops. As in the paper's code the crop's side
-        is uniform, not its area.
+        """For the first global crop, the second, and the local crops. As in the paper's code, the side of
+        a crop is uniform, not its area.
         """
         if self.ranges is None:
             return None, None, None

@@ -433,7 +433,7 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
             args, checkpoint, _ = finetune.parse(argv)
             known = study.Arm(
                 checkpoint.path.parent.name if checkpoint else "scratch", args.n_subjects, args.phases,
-                frozenset(args.vendors or ()), args.augmentation,
+                frozenset(args.vendors or ()), "on" if args.augment else "off",
             )  # fmt: skip
             assert known in study.arms() and args.out == str(root / known.name(args.seed))
             assert checkpoint or args.data == (["a b", "c"] if quick else ["DATA"])
