@@ -1,17 +1,17 @@
-"""From a NIfTI file to a cine: read, made uniform, measured, and checked."""
+"""From a NIfTI file to a cine: read, made uniform, measured and judged."""
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from cmrssp.data.geometry import Geometry, believe
-from cmrssp.data.nifti import affine_of, load, time_step, voxels
-from cmrssp.data.subject import CORRECTED, PLAIN, USED, BrokenSubject, Problem, Subject
+from cmrssp.data import plausibility
+from cmrssp.data.geometry import Geometry, from_header
+from cmrssp.data.nifti import grid, load, time_step, voxels
+from cmrssp.data.subject import CORRECTED, NOT_MEASURED, PLAIN, USED, BrokenSubject, Problem, Subject
 
 _MAX_STORED = 32767
 _FEW_VALUES = 4  # a label map has at most so many values beside 0
@@ -20,64 +20,67 @@ _MAX_NOT_FINITE = 0.01  # of the voxels
 
 
 @dataclass(frozen=True)
-class Cine:
-    """One read cine. `stored = (raw - minimum) * scale`; scale is 1 for whole numbers that fit int16."""
+class CineFacts:
+    """What is known of a cine without its images. `stored = (raw - minimum) * scale`."""
 
-    stored: np.ndarray  # (T, Z, H, W) int16, not negative
     geometry: Geometry
     minimum: float
-    scale: float
-    centre: tuple[float, float]  # crop centre, (row, column) in native pixels
+    scale: float  # 1 for whole numbers that fit int16
+    centre: tuple[float, float]  # of the crop, (row, column) in native pixels
     mean: float
     std: float
     max: float
-    time_step_s: float | None  # between frames, where the file says it
-    digest: str  # of `stored`: the same image under two names is found by it
-    problems: tuple[Problem, ...] = ()
+    time_step_s: float | None  # between frames
+    heart_rate_per_min: float | None  # where the frames are one plausible beat
+    sound_frames: tuple[int, ...]  # in which ED and ES can be looked for: whole, and like their neighbours
+    digest: str  # of the stored voxels: tells the same images under two names
+    problems: tuple[Problem, ...]
+
+    @property
+    def measurable(self) -> bool:
+        """False where volumes in ml would be wrong: then none is given."""
+        return all(problem.done != NOT_MEASURED for problem in self.problems)
+
+
+@dataclass(frozen=True)
+class Cine(CineFacts):
+    """One read cine."""
+
+    stored: np.ndarray  # (T, Z, H, W) int16, not negative
 
 
 @np.errstate(all="ignore")
 def read_cine(subject: Subject) -> Cine:
-    """Read, make uniform and measure one cine. Raises BrokenSubject. Opens no label file."""
+    """Read, make uniform, measure and judge one cine. Opens no label file. Raises BrokenSubject."""
     path = subject.cine
     image = load(path)
     slope, intercept = (float(v) for v in (image.dataobj.slope, image.dataobj.inter))
-    # a positive slope changes no proportions, and whole numbers stay whole
-    keep = slope > 0 and math.isfinite(intercept)
-    raw = voxels(path, image, scaled=not keep)
+    unscaled = slope > 0 and math.isfinite(intercept)  # keeps whole numbers whole, and all proportions
+    raw = voxels(path, image, scaled=not unscaled)
+    affine, zooms, odd = grid(image)
     try:
-        geometry, odd = believe(affine_of(image), image.header.get_zooms()[:3])
+        geometry, found = from_header(affine, zooms, raw.shape)
     except ValueError as error:
         raise BrokenSubject(f"{path}: {error}") from None
-    raw, lowest, highest, repaired = _finite(path, raw)
-    minimum, maximum = float(lowest.min()), float(highest.max())
-    if minimum == maximum:
-        raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
-    if maximum - minimum <= _FEW_VALUES and len(found := np.unique(raw)) <= _FEW_VALUES + 1:
-        raise BrokenSubject(
-            f"{path}: expected an image, got the values {', '.join(f'{v:g}' for v in found)} alone: a label "
-            "map? Give the end of label files' names as --label-suffix, or keep them in another folder"
+    odd += found
+    if (unsigned := plausibility.unwrapped(raw)) is not None:
+        raw = unsigned
+        odd.append(
+            ("values above the signed type's maximum had become negative: read as unsigned", CORRECTED)
         )
-    stored, scale = _stored(geometry.to_canonical(raw), minimum, maximum)
-    constant = np.flatnonzero(lowest == highest).tolist()
-    if len(constant) == len(stored):
-        raise BrokenSubject(f"{path}: expected images, got a constant in each of the {len(stored)} frames")
-    if constant:
-        odd.append((f"constant frames: {_some(constant)} of {len(stored)}, counted from 0", USED))
-    odd += [(repaired, CORRECTED)] if repaired else []
-    if len(stored) == 1 and subject.dataset != PLAIN:
-        odd.append(("one frame where a cine has many: nothing moves, its crop centre is the image's", USED))
-    if scale != 1:  # not every value has kept a level of its own
-        levels = float(np.ptp(np.percentile(stored[:, :, ::2, ::2], (1, 99))))
-        if levels < _MIN_LEVELS:
-            raise BrokenSubject(
-                f"{path}: expected an image, got a few voxels so far from all others (from {minimum:g} to "
-                f"{maximum:g}) that int16 leaves {levels:.0f} grey levels to 98 % of them"
-            )
+    raw, not_finite = _finite(path, raw)
+    if not_finite:
+        odd.append((f"{not_finite} voxels are NaN or infinite: set to the minimum", CORRECTED))
+    stored, minimum, scale = _stored(path, geometry.to_canonical(raw))
     mean, std = intensity_statistics(stored, max(0, round(-minimum * scale)))
     if not std > 0:
         raise BrokenSubject(f"{path}: expected an image, got a constant inside its borders")
-    if keep:
+    step, found = time_step(image)
+    verdict = plausibility.judge(stored, geometry.spacing_mm, geometry.slice_pitch_mm, step)
+    odd += [*found, *verdict.findings]
+    if len(stored) == 1 and subject.dataset != PLAIN:
+        odd.append(("one frame where a cine has many: nothing moves, the crop is centred on the image", USED))
+    if unscaled:
         minimum, scale = minimum * slope + intercept, scale / slope
     return Cine(
         stored=stored,
@@ -88,59 +91,63 @@ def read_cine(subject: Subject) -> Cine:
         mean=mean,
         std=std,
         max=float(stored.max()),
-        time_step_s=time_step(image),
+        time_step_s=step,
+        heart_rate_per_min=verdict.heart_rate_per_min,
+        sound_frames=verdict.sound_frames,
         digest=hashlib.sha256(stored.data).hexdigest(),
         problems=tuple(Problem(subject.key, path.name, what, done) for what, done in odd),
     )
 
 
-def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
-    """(voxels, minimum of each frame, maximum of each, what was repaired): a few voxels that are no number
-    become the minimum of all.
-    """
-    lowest, highest = _extremes(raw)
-    if np.isfinite([lowest, highest]).all():  # NaN and infinity would show
-        return raw, lowest, highest, ""
+def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, int]:
+    """(voxels, how many were repaired): a few voxels that are no number become the minimum of all."""
+    if np.isfinite([raw.min(), raw.max()]).all():  # NaN and infinity would show
+        return raw, 0
     finite = np.isfinite(raw)
     bad = raw.size - int(np.count_nonzero(finite))
     if bad > _MAX_NOT_FINITE * raw.size:
         raise BrokenSubject(
             f"{path}: expected finite intensities, got NaN or infinity in {bad} of {raw.size} voxels"
         )
-    raw = np.where(finite, raw, raw[finite].min())
-    return raw, *_extremes(raw), f"{bad} voxels are NaN or infinite: set to the minimum"
+    return np.where(finite, raw, raw[finite].min()), bad
 
 
-def _extremes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Minimum and maximum of each frame, (T,) each."""
-    frames = [raw[..., t] for t in range(raw.shape[3])]
-    return np.array([frame.min() for frame in frames]), np.array([frame.max() for frame in frames])
-
-
-def _stored(array: np.ndarray, minimum: float, maximum: float) -> tuple[np.ndarray, float]:
-    """(T, Z, H, W) of any type as contiguous int16 from 0 on, and the factor; a frame at a time, to save
-    memory.
+def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """(T, Z, H, W) of any type as contiguous int16 from 0 on, its minimum, and the factor; a frame at a time,
+    to save memory. Raises BrokenSubject for what is no image.
     """
+    minimum, maximum = float(array.min()), float(array.max())
+    if minimum == maximum:
+        raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
+    if maximum - minimum <= _FEW_VALUES and len(found := np.unique(array)) <= _FEW_VALUES + 1:
+        raise BrokenSubject(
+            f"{path}: expected an image, got the values {', '.join(f'{v:g}' for v in found)} alone: a label "
+            "map? Give the end of label files' names as --label-suffix, or keep them in another folder"
+        )
+    if all(frame.min() == frame.max() for frame in array):
+        raise BrokenSubject(f"{path}: expected images, got a constant in each of the {len(array)} frames")
     whole = array.dtype.kind in "iu" or all((frame == np.round(frame)).all() for frame in array)
     stored = np.empty(array.shape, np.int16)
     if whole and maximum - minimum <= _MAX_STORED:
         kind = np.promote_types(array.dtype, np.int16)  # may wrap on the way: the difference fits
         for frame, out in zip(array, stored, strict=True):
             np.subtract(frame, kind.type(minimum), out=out, dtype=kind, casting="unsafe")
-        return stored, 1.0
+        return stored, minimum, 1.0
     scale = _MAX_STORED / (maximum - minimum)
     for frame, out in zip(array, stored, strict=True):
         out[...] = np.round((frame.astype(np.float64) - minimum) * scale)
-    return stored, scale
-
-
-def _some(numbers: Sequence[int], limit: int = 8) -> str:
-    return ", ".join(map(str, numbers[:limit])) + (", ..." if len(numbers) > limit else "")
+    levels = float(np.ptp(np.percentile(stored[:, :, ::2, ::2], (1, 99))))
+    if levels < _MIN_LEVELS:
+        raise BrokenSubject(
+            f"{path}: expected an image, got a few voxels so far from all others (from {minimum:g} to "
+            f"{maximum:g}) that int16 leaves {levels:.0f} grey levels to 98 % of them"
+        )
+    return stored, minimum, scale
 
 
 def intensity_statistics(cine: np.ndarray, zero: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of a (T, Z, H, W) cine; borders in space that hold nothing but `zero`, as
-    the file's 0 is stored, are left out.
+    """Mean and standard deviation of a cine (T, Z, H, W) without the borders in space that hold nothing but
+    `zero`, which is what the file's 0 is stored as.
     """
     occupied = (cine != zero).any(axis=0)
     box = []
@@ -154,11 +161,11 @@ def intensity_statistics(cine: np.ndarray, zero: int = 0) -> tuple[float, float]
 
 
 def heart_centre(cine: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
-    """Where the heart beats, found without labels: (row, column) in native pixels of a (T, Z, H, W) cine.
+    """Where the heart beats, found without labels: (row, column) in native pixels of a cine (T, Z, H, W).
 
-    The temporal standard deviation, averaged over the slices, blurred (sigma 4 mm) and squared, times a
-    Gaussian prior (sigma 50 mm) at the image centre; its centroid. The image centre where nothing moves or T
-    is 1.
+    The centroid of the temporal standard deviation, averaged over the slices, blurred (sigma 4 mm), squared,
+    and weighted with a Gaussian (sigma 50 mm) around the image's centre. The image's centre where nothing
+    moves.
     """
     rows, columns = cine.shape[2:]
     middle = ((rows - 1) / 2, (columns - 1) / 2)

@@ -1,18 +1,20 @@
 """The labels of one subject: read, brought to the frames of its cine, and checked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from skimage.measure import regionprops
 
 from cmrssp.data.geometry import Geometry
-from cmrssp.data.nifti import load, voxels
+from cmrssp.data.nifti import grid, load, voxels
 from cmrssp.data.subject import CLASSES, CORRECTED, LEFT_OUT, USED, BrokenSubject, LabelFile, Problem, Subject
 
 _SAME, _ALIKE = 0.9999, 0.9  # correlation of a labelled image with a frame of its cine
 _STRIDE = 3  # of the pixels that are compared
+Note = Callable[..., None]  # (what, what was done): a problem of the file that is being read
 
 
 @dataclass(frozen=True)
@@ -24,95 +26,108 @@ class Heart:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """The labelled frames of one subject: (F, Z, H, W) uint8 with ids 0..3, and the cine frame of each."""
+class LabelFacts:
+    """What is known of a subject's labels without the masks."""
 
-    masks: np.ndarray
-    frames: tuple[int, ...]
+    frames: tuple[int, ...]  # the cine frames with labels
     ed: int | None  # cine frames of end diastole and end systole, None where unlabelled
     es: int | None
     heart: Heart | None
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[Problem, ...]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """{"ED": cine frame, "ES": cine frame}, without the one that has no labels."""
+        return {name: frame for name, frame in (("ED", self.ed), ("ES", self.es)) if frame is not None}
+
+    def frames_of(self, phases: str) -> tuple[int, ...]:
+        """The labelled frames that `ed`, `es` or `both` means; `both` is every one."""
+        return self.frames if phases == "both" else tuple({self.ed if phases == "ed" else self.es} - {None})
+
+
+@dataclass(frozen=True)
+class Labels(LabelFacts):
+    """The labelled frames of one subject."""
+
+    masks: np.ndarray  # (F, Z, H, W) uint8 with ids 0 to 3, one per labelled frame
 
 
 @np.errstate(all="ignore")
 def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Labels:
-    """Read the label files of a subject with the stored cine (T, Z, H, W). Raises BrokenSubject.
+    """Read the label files of a subject whose stored cine is (T, Z, H, W). Raises BrokenSubject.
 
-    A frame counts as labelled when anything in it is. ED is the labelled frame with the larger LV blood pool,
-    ES the one with the smaller; what the data set says otherwise is reported, not believed.
+    A frame is labelled when anything in it is. ED is the labelled frame with the larger LV blood pool, ES the
+    one with the smaller; where the data set says otherwise a problem tells so.
     """
     reference = load(subject.cine)
     masks: dict[int, np.ndarray] = {}
-    named: dict[str, int] = {}  # phase: frame, according to the files' names
+    named: dict[str, int] = {}  # {phase: frame} by the files' names
     problems: list[Problem] = []
     for file in subject.labels:
 
         def note(what: str, done: str = USED, file: LabelFile = file) -> None:
             problems.append(Problem(subject.key, file.path.name, what, done))
 
-        def read(path: Path, note=note) -> np.ndarray:
+        def read(path: Path, note: Note = note) -> np.ndarray:
             return _on_grid(path, reference, geometry, note)
 
-        array = _label_ids(subject, file.path, cine.shape, read(file.path))
+        array = _with_our_ids(subject, file.path, cine.shape, read(file.path))
         if not array.any():
             note("holds no label")
             continue
-        for frame, mask in _place(subject, file, array, cine, read, note):
-            if not mask.any():
-                continue
-            if frame in masks:
-                note(f"belongs to frame {frame}, for which there are labels already: not used", LEFT_OUT)
-                continue
-            masks[frame] = mask
-            named.update({file.phase: frame} if file.phase else {})
-    complete = [frame for frame, mask in masks.items() if (mask == 1).any() and (mask == 2).any()]
-    if len(complete) > 1:  # then a frame with a few stray voxels is no end systole
-        for frame in sorted(masks.keys() - set(complete)):
+        for frame, mask in _by_frame(subject, file, array, cine, read, note):
+            if mask.any() and frame in masks:
+                note(f"belongs to frame {frame}, which has labels already: not used", LEFT_OUT)
+            elif mask.any():
+                masks[frame] = mask
+                named |= {file.phase: frame} if file.phase else {}
+    complete = {frame for frame, mask in masks.items() if {1, 2} <= set(np.unique(mask))}
+    if len(complete) > 1:  # a frame with a few stray voxels is no end systole
+        for frame in sorted(masks.keys() - complete):
             what = f"frame {frame} lacks LV or MYO, others have both: not used"
             problems.append(Problem(subject.key, subject.labels[0].path.name, what, LEFT_OUT))
             del masks[frame]
     frames = tuple(sorted(masks))
     stacked = np.stack([masks[f] for f in frames]) if frames else np.zeros((0, *cine.shape[1:]), np.uint8)
-    table = {"ED": subject.ed, "ES": subject.es} | named
-    ed, es, odd = _phases(table, stacked, frames)
-    odd += _gaps(stacked, frames, {"ED": ed, "ES": es}) + _order(stacked) + _numbering(stacked)
+    ed, es, odd = _phases({"ED": subject.ed, "ES": subject.es} | named, stacked, frames)
+    odd += [(what, USED) for what in _doubts(stacked, frames, {"ED": ed, "ES": es})]
     problems += [Problem(subject.key, subject.labels[0].path.name, what, done) for what, done in odd]
-    return Labels(stacked, frames, ed, es, _heart(stacked), tuple(problems))
+    return Labels(frames, ed, es, _heart(stacked), tuple(problems), stacked)
 
 
-def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, note) -> np.ndarray:
+def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, note: Note) -> np.ndarray:
     """The voxels of a file in the canonical axes of its cine, whose file is `reference`: (frames, Z, H, W).
 
-    The order of the array decides, unless the two affines say that the file holds the very grid of the cine
-    with axes swapped or reversed.
+    The array is taken as it is stored, unless the two affines say that it is the cine's own grid with axes
+    swapped or reversed.
     """
     image = load(path)
     array = voxels(path, image, scaled=True)
-    box = np.array(reference.shape[:3])
-    if not np.allclose(image.affine, reference.affine, atol=1e-3):
-        try:
-            step = np.linalg.solve(reference.affine, image.affine)  # voxel of the file -> voxel of the cine
-        except np.linalg.LinAlgError:
-            step = np.full((4, 4), np.nan)
-        turn = np.rint(np.nan_to_num(step[:3, :3])).astype(int)
-        corner = np.where(turn.sum(axis=1) < 0, box - 1, 0)
-        if (np.abs(turn).sum(axis=0) == 1).all() and (np.abs(turn).sum(axis=1) == 1).all():
-            alike = np.allclose(step[:3, :3], turn, atol=0.02)
-            fits = alike and np.allclose(step[:3, 3], corner, atol=0.5)
-            if alike and not fits:
-                first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
-                note(f"by its affine {path.name} is not on the grid of its cine (its first voxel is at "
-                     f"{first} there): the order of the array was believed")  # fmt: skip
-            if fits and (turn != np.eye(3, dtype=int)).any():
-                order = np.abs(turn).argmax(axis=1)
-                array = np.flip(array.transpose(*order, 3), np.flatnonzero(turn.sum(axis=1) < 0).tolist())
-                note(f"{path.name} is stored in other axes than its cine: turned by its affine", CORRECTED)
+    (to_mm, *_), (reference_to_mm, *_) = grid(image), grid(reference)
+    if np.allclose(to_mm, reference_to_mm, atol=1e-3):
+        return geometry.to_canonical(array)
+    try:
+        step = np.linalg.solve(reference_to_mm, to_mm)  # voxel of the file -> voxel of the cine
+    except np.linalg.LinAlgError:
+        return geometry.to_canonical(array)
+    turn = np.rint(np.nan_to_num(step[:3, :3])).astype(int)
+    swaps = all((np.abs(turn).sum(axis=axis) == 1).all() for axis in (0, 1))
+    if swaps and np.allclose(step[:3, :3], turn, atol=0.02):
+        corner = np.where(turn.sum(axis=1) < 0, np.array(reference.shape[:3]) - 1, 0)
+        if not np.allclose(step[:3, 3], corner, atol=0.5):
+            first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
+            what = (
+                f"by its affine {path.name} is not on its cine's grid (its first voxel is at {first} there)"
+            )
+            note(what + ": the array was used as stored")
+        elif (turn != np.eye(3, dtype=int)).any():
+            array = nibabel.apply_orientation(array, nibabel.io_orientation(step))
+            note(f"{path.name} is stored in other axes than its cine: turned by its affine", CORRECTED)
     return geometry.to_canonical(array)
 
 
-def _label_ids(subject: Subject, path: Path, shape: Sequence[int], array: np.ndarray) -> np.ndarray:
-    """Voxels (frames, Z, H, W) of a label file as uint8 with our ids."""
+def _with_our_ids(subject: Subject, path: Path, shape: Sequence[int], array: np.ndarray) -> np.ndarray:
+    """The voxels (frames, Z, H, W) of a label file as uint8 with our ids. Raises BrokenSubject."""
     if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array - np.rint(array)).max() < 1e-3:
         array = np.rint(array)
     if array.shape[1:] != tuple(shape[1:]) or len(array) not in (1, shape[0]):
@@ -124,33 +139,33 @@ def _label_ids(subject: Subject, path: Path, shape: Sequence[int], array: np.nda
     if array.dtype.kind == "f" or array.min() < 0 or array.max() >= len(known):
         ids = np.unique(array)
         if not np.isin(ids, known).all():
+            more = "" if len(ids) <= 8 else ", ..."
             raise BrokenSubject(
                 f"{path}: expected label ids 0 to {len(known) - 1}, got "
-                f"{', '.join(f'{i:.9g}' for i in ids[:8])}" + ("" if len(ids) <= 8 else ", ...")
+                f"{', '.join(f'{i:.9g}' for i in ids[:8])}{more}"
             )
-    array = array.astype(np.uint8, copy=False)
-    same = subject.label_ids == tuple(known)
-    return array if same else np.take(np.array(subject.label_ids, np.uint8), array)
+    return np.array(subject.label_ids, np.uint8)[array.astype(np.uint8, copy=False)]
 
 
-def _place(
-    subject: Subject, file: LabelFile, array: np.ndarray, cine: np.ndarray, read, note
+def _by_frame(
+    subject: Subject, file: LabelFile, array: np.ndarray, cine: np.ndarray, read: Callable, note: Note
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(cine frame, mask (Z, H, W)) of each volume of a label file."""
+    """(cine frame, mask (Z, H, W)) of each volume of a label file. Raises BrokenSubject."""
     if file.frame is None and file.image is None and len(array) == len(cine):
         yield from enumerate(array)
         return
-    frame, only = file.frame, [f for f in (subject.ed, subject.es) if f is not None]
+    frame, table = file.frame, [f for f in (subject.ed, subject.es) if f is not None]
     if file.image is not None:
-        frame = _matching(file.image, cine, read, note)
+        frame = _frame_that_shows(file.image, cine, read, note)
         if frame is None:
             return
-    elif frame is None and len(only) == 1:
-        frame = only[0]
+    elif frame is None and len(table) == 1:
+        frame = table[0]
     if frame is None:
         raise BrokenSubject(
             f"{file.path}: expected labels of all {len(cine)} frames, got a 3D file; give a 4D file (zeros "
-            "where there are no labels), or say which frame it is: the ED or the ES of the data set's table"
+            "where "
+            "there are no labels), or the frame as ED or ES in the data set's table"
         )
     if not 0 <= frame < len(cine) or len(array) != 1:
         raise BrokenSubject(
@@ -160,15 +175,12 @@ def _place(
     yield frame, array[0]
 
 
-def _matching(path: Path, cine: np.ndarray, read, note) -> int | None:
-    """The cine frame that shows the same as the labelled image: the one that correlates best with it, where
-    one does at all; None, and a problem, where none does.
-    """
+def _frame_that_shows(path: Path, cine: np.ndarray, read: Callable, note: Note) -> int | None:
+    """The cine frame that correlates best with a labelled image; None, and a problem, where none does."""
     image = read(path)
     if image.shape[1:] != cine.shape[1:] or len(image) != 1:
-        note(
-            f"{path.name} has shape {image.shape}, the cine {cine.shape}: frame not known, not used", LEFT_OUT
-        )
+        what = f"{path.name} has shape {image.shape}, the cine {cine.shape}: frame not known, not used"
+        note(what, LEFT_OUT)
         return None
 
     def standard(volume: np.ndarray) -> np.ndarray:
@@ -180,12 +192,12 @@ def _matching(path: Path, cine: np.ndarray, read, note) -> int | None:
     alike = np.nan_to_num([float(standard(frame) @ wanted) for frame in cine])
     frame = int(alike.argmax())
     if alike[frame] < _ALIKE:
-        best = f"best correlation {alike[frame]:.2f}"
-        note(f"no frame of the cine looks like {path.name} ({best}): not used", LEFT_OUT)
+        what = f"no frame of the cine looks like {path.name} (best correlation {alike[frame]:.2f}): not used"
+        note(what, LEFT_OUT)
         return None
     if alike[frame] < _SAME:
-        note(f"{path.name} is not in the cine; frame {frame} is the most alike "
-             f"(correlation {alike[frame]:.4f})", CORRECTED)  # fmt: skip
+        best = f"frame {frame} is the most alike (correlation {alike[frame]:.4f})"
+        note(f"{path.name} is not in the cine; {best}", CORRECTED)
     return frame
 
 
@@ -206,53 +218,47 @@ def _phases(
         odd = [] if said[late] in (None, frames[0]) else [(what, CORRECTED)]
         return (None, frames[0], odd) if late else (frames[0], None, odd)
     pools = (masks == 1).sum(axis=(1, 2, 3))
-    if pools.min() == pools.max():  # nothing to tell them apart by
+    if pools.min() == pools.max():  # nothing tells them apart
         told = set(said) <= set(frames) and said[0] != said[1]
         return (*said, []) if told else (frames[0], frames[-1], [])
     found = (frames[int(pools.argmax())], frames[int(pools.argmin())])
     wrong = [
-        (
-            f"{phase} is frame {f} by the labels' blood pool, the data set says {t} (both counted from 0)",
-            CORRECTED,
-        )
+        f"{phase} is frame {f} by the labels' blood pool, the data set says {t} (both counted from 0)"
         for phase, f, t in zip(("ED", "ES"), found, said, strict=True)
         if t is not None and f != t
     ]
-    return *found, wrong
+    return *found, [(what, CORRECTED) for what in wrong]
 
 
-def _gaps(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | None]) -> list[tuple[str, str]]:
-    """What is missing where there are labels at all."""
-    gaps = [f"{phase} has no labels" for phase, frame in phases.items() if frame is None] if frames else []
+def _doubts(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | None]) -> Iterator[str]:
+    """What is missing where there are labels at all, slices in the wrong order, LV and RV exchanged."""
+    for phase, frame in phases.items() if frames else ():
+        if frame is None:
+            yield f"{phase} has no labels"
     for phase, frame in phases.items():
-        if frame is not None:
-            mask = masks[frames.index(frame)]
-            gaps += [f"{phase} has no {name}" for id, name in enumerate(CLASSES, 1) if not (mask == id).any()]
-    return [(gap, USED) for gap in gaps]
-
-
-def _order(masks: np.ndarray) -> list[tuple[str, str]]:
-    """A problem where the LV is wider in the last third of the slices than in the first: base comes first."""
+        for id, name in enumerate(CLASSES, 1):
+            if frame is not None and not (masks[frames.index(frame)] == id).any():
+                yield f"{phase} has no {name}"
     areas = (masks == 1).sum(axis=(0, 2, 3))
     third = len(areas) // 3
     if third and areas[:third].mean() < areas[-third:].mean():
-        return [("the slice order is contradicted by the labels: the LV is wider in the last third of the "
-                 "stack than in the first", USED)]  # fmt: skip
-    return []
-
-
-def _numbering(masks: np.ndarray) -> list[tuple[str, str]]:
-    """A problem where more of the RV's border than of the LV's is shared with the myocardium."""
+        yield (
+            "the labels contradict the slice order: the LV is wider in the last third of the stack than in "
+            "the "
+            "first, which is taken as the base"
+        )
     lv, rv = (beside / max(border, 1) for beside, border in (borders(masks, id) for id in (1, 3)))
-    if rv <= lv:
-        return []
-    return [(f"the myocardium lies around label 3 ({rv:.0%} of its border) rather than around label 1 "
-             f"({lv:.0%}): are LV and RV exchanged, as in ACDC's numbering?", USED)]  # fmt: skip
+    if rv > lv:
+        yield (
+            f"the myocardium lies around label 3 ({rv:.0%} of its border) rather than around label 1 "
+            f"({lv:.0%}): "
+            "are LV and RV exchanged, as in ACDC's numbering?"
+        )
 
 
 def borders(masks: np.ndarray, id: int) -> tuple[int, int]:
-    """In masks (T, Z, H, W), over all in-plane neighbours of a class's pixels that are of another class:
-    (those that are myocardium, all).
+    """Of all in-plane neighbours of the pixels of class `id` in masks (T, Z, H, W) that are of another class:
+    (how many are myocardium, how many there are).
     """
     beside = border = 0
     for axis in (2, 3):
@@ -268,6 +274,6 @@ def _heart(masks: np.ndarray) -> Heart | None:
     counts = (masks > 0).sum(axis=(0, 1))
     if not counts.any():
         return None
-    lines = [counts.sum(axis=1), counts.sum(axis=0)]  # over rows, over columns
-    centre = tuple(float(line @ np.arange(len(line)) / line.sum()) for line in lines)
-    return Heart(centre, tuple(int(i) for line in lines for i in np.flatnonzero(line)[[0, -1]]))
+    (region,) = regionprops((counts > 0).astype(np.uint8), counts)
+    top, left, bottom, right = region.bbox
+    return Heart(tuple(map(float, region.centroid_weighted)), (top, bottom - 1, left, right - 1))

@@ -1,16 +1,16 @@
-"""NIfTI files: reading what can be read, whatever a header claims, and writing label maps on a file's own
-grid.
-"""
+"""NIfTI files: reading them whatever a header claims, and writing label maps on a file's own grid."""
 
 import gzip
 import math
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel
 import numpy as np
 
+from cmrssp.data import plausibility
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.subject import BrokenSubject
 from cmrssp.files import atomic
@@ -18,21 +18,25 @@ from cmrssp.files import atomic
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
                struct.error, zlib.error, nibabel.filebasedimages.ImageFileError,
                nibabel.spatialimages.HeaderDataError)  # fmt: skip
-nibabel.imageglobals.logger.setLevel("CRITICAL")  # what is odd in a header is reported here, once
-_MAX_COMPRESSION = 1032  # of deflate: what a header claims beyond that, the file cannot hold
-_STEP_S = (0.005, 0.2)  # between the frames of a cine
+nibabel.imageglobals.logger.setLevel("CRITICAL")  # the data report names what is odd in a header, once
+_MAX_COMPRESSION = 1032  # of deflate: no file holds more than its size times this
+_MM, _SECONDS = (
+    {1: 1000.0, 3: 0.001},
+    {16: 1e-3, 24: 1e-6},
+)  # of the codes in xyzt_units; the rest: mm, seconds
 
 
 @np.errstate(all="ignore")
 def load(path: Path) -> nibabel.Nifti1Image:
-    """A NIfTI file whose header has been checked against the file's size; its voxels are not read yet."""
+    """A NIfTI file whose header agrees with the file's size; its voxels are not read yet.
+
+    Raises BrokenSubject for anything but a 3D or 4D image of numbers, further axes of length 1 aside.
+    """
     try:
         image = nibabel.load(path, mmap=False)
         kind, shape = image.get_data_dtype(), image.shape
-        if len(shape) == 5 and shape[3] == 1:
-            shape = (*shape[:3], shape[4])
-        if len(shape) not in (3, 4) or min(shape) < 1:
-            raise BrokenSubject(f"{path}: expected a 3D or 4D image, got shape {image.shape}")
+        if len([n for n in shape[3:] if n != 1]) > 1 or len(shape) < 3 or min(shape) < 1:
+            raise BrokenSubject(f"{path}: expected a 3D or 4D image, got shape {shape}")
         if kind.kind not in "iuf":
             raise BrokenSubject(f"{path}: expected grey values, got voxels of type {kind}")
         claimed, size = math.prod(shape) * kind.itemsize, path.stat().st_size
@@ -50,9 +54,7 @@ def load(path: Path) -> nibabel.Nifti1Image:
 
 @np.errstate(all="ignore")
 def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarray:
-    """(X, Y, Z, T), a 3D file with T = 1; `scaled` by the header's slope and intercept, or as they are
-    stored.
-    """
+    """(X, Y, Z, T), a 3D file with T = 1; `scaled` by the header's slope and intercept, or as stored."""
     try:
         array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
         return array.reshape(*image.shape[:3], -1)
@@ -60,33 +62,44 @@ def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarra
         raise _unreadable(path, error) from None
 
 
-def affine_of(image: nibabel.Nifti1Image) -> np.ndarray:
-    """The file's 4x4 affine; the qform's where the sform is empty or the identity."""
-    qform = image.header.get_qform(coded=True)[0]
-    sform = image.affine[:3, :3]
-    return qform if qform is not None and (not sform.any() or (sform == np.eye(3)).all()) else image.affine
-
-
 def _unreadable(path: Path, error: Exception) -> BrokenSubject:
     why = " ".join(str(error).split())[:200] or type(error).__name__
     return BrokenSubject(f"{path}: cannot be read as NIfTI, it may be truncated ({why})")
 
 
-def time_step(image: nibabel.Nifti1Image) -> float | None:
-    """Seconds between frames; None where the header does not say it, or nothing that a cine can have."""
+def grid(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray, list[plausibility.Finding]]:
+    """The 4x4 affine and the voxel sizes (3,) of a file, both in mm, and what is odd about their unit.
+
+    The affine is the sform; it is the qform where the sform tells no position: where it is empty, the
+    identity, or voxel sizes alone.
+    """
+    affine, qform = image.affine, None
+    with suppress(ValueError, nibabel.spatialimages.HeaderDataError):  # no unit quaternion
+        qform = image.header.get_qform(coded=True)[0]
+    turn = affine[:3, :3]
+    sizes_alone = (turn == np.diag(np.abs(np.diag(turn)))).all() and not affine[:3, 3].any()
+    if qform is not None and (sizes_alone or (turn == np.eye(3)).all()):
+        affine = qform
+    zooms = np.abs(np.asarray(image.header.get_zooms()[:3], float))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    unit = _MM.get(int(image.header["xyzt_units"]) & 7, 1.0)
+    factor, odd = plausibility.millimetres(lengths if lengths.any() else zooms, unit)
+    return np.diag([factor, factor, factor, 1.0]) @ affine, zooms * factor, odd
+
+
+def time_step(image: nibabel.Nifti1Image) -> tuple[float | None, list[plausibility.Finding]]:
+    """Seconds between frames, and what is odd about them; None for a 3D file and where no cine has such a
+    step.
+    """
     zooms = image.header.get_zooms()
     if len(zooms) < 4:
-        return None
-    unit = {"msec": 1e-3, "usec": 1e-6}.get(image.header.get_xyzt_units()[1], 1.0)
-    for step in (float(zooms[3]) * unit, float(zooms[3]) * 1e-3):  # milliseconds are often called seconds
-        if _STEP_S[0] <= step <= _STEP_S[1]:
-            return step
-    return None
+        return None, []
+    return plausibility.time_step(float(zooms[3]), _SECONDS.get(int(image.header["xyzt_units"]) & 56, 1.0))
 
 
 def write_labels(path: Path, labels: np.ndarray, geometry: Geometry, source: Path) -> None:
-    """Canonical label maps (T, Z, H, W) as a .nii.gz of uint8 without scaling, in the axes, with the affine,
-    voxel sizes and time step of the cine that they belong to; 3D where that is.
+    """Write canonical label maps (T, Z, H, W) as a .nii.gz of uint8 without scaling, on the grid of the cine
+    `source`: its axes, shape, affine, voxel sizes and time step.
     """
     image = nibabel.load(source, mmap=False)
     header = image.header.copy()

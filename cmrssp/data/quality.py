@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cmrssp.data.store import Store
-from cmrssp.data.subject import CORRECTED, LEFT_OUT, USED, Problem
+from cmrssp.data.subject import DONE, LEFT_OUT, USED, Problem
 from cmrssp.errors import UserError
 
-_DONE = (LEFT_OUT, CORRECTED, USED)  # worst first
 SQUARES_MM = (160.0, 200.0)  # what whole hearts are looked for in
 CROP_MM = 320.0  # what the network sees at the paper's settings
 
@@ -19,7 +18,7 @@ def problems(store: Store, found: Sequence[Problem]) -> list[Problem]:
     records = [*store.cines, *(store.labels or ())]
     every = [*found, *store.left_out, *(p for record in records for p in record.problems)]
     every += _copies(store) + _far_hearts(store)
-    return sorted(every, key=lambda p: (_DONE.index(p.done), p.subject == "", p.subject, p.file, p.what))
+    return sorted(every, key=lambda p: (DONE.index(p.done), p.subject == "", p.subject, p.file, p.what))
 
 
 def _copies(store: Store) -> list[Problem]:
@@ -131,7 +130,7 @@ def summary(store: Store, found: Sequence[Problem]) -> str:
     ordered = sum(g.order_known for g in geometries)
     every = problems(store, found)
     counts = Counter(p.done for p in every)
-    said = ", ".join(f"{counts[done]} {done}" for done in _DONE if counts[done]) or "none found"
+    said = ", ".join(f"{counts[done]} {done}" for done in DONE if counts[done]) or "none found"
     return "\n".join(
         (
             f"cines: {len(shapes)} subjects ({sets}; vendors: {vendors}), {frames} frames, {slices} slices",

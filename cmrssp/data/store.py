@@ -1,71 +1,52 @@
 """The slice store: one native-resolution file per cine, one per cine's labels, written once, below the cache
 folder.
 
-A file is one line of JSON (the record, padded to 64 bytes) and then the plain array, so that opening a store
-reads one line per subject, a slice is one read, and a volume is one memory map. Its name has a hash of what
-it was made from: of a changed source there is a new file, and who reads the old one is not disturbed.
+A file is one line of JSON (what is known of it, padded to 64 bytes) and then the plain array. So opening a
+store reads one line per subject, a slice is one read, and a volume is one memory map. The file's name has a
+hash of its sources: a changed source gets a new file, and a training that reads the old one is not disturbed.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from cmrssp.data.cine import read_cine
+from cmrssp.data.cine import CineFacts, read_cine
 from cmrssp.data.geometry import Geometry
-from cmrssp.data.labels import Heart, read_labels
+from cmrssp.data.labels import Heart, LabelFacts, read_labels
 from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import atomic, sweep
 from cmrssp.hardware import distributed
+from cmrssp.hardware.device import available_cores
 
-FORMAT = 5
-_OF_CINE = ("centre", "mean", "std", "max", "minimum", "scale", "time_step_s", "digest")
+FORMAT = 6
 
 
-@dataclass(frozen=True)
-class CineRecord:
-    """What training and prediction need to know of a stored cine without reading it."""
+@dataclass(frozen=True, kw_only=True)
+class CineRecord(CineFacts):
+    """A stored cine: what training and prediction need to know of it without reading it."""
 
     path: Path
     offset: int
     shape: tuple[int, int, int, int]  # T, Z, H, W
-    geometry: Geometry
-    centre: tuple[float, float]
-    mean: float
-    std: float
-    max: float
-    time_step_s: float | None
-    digest: str
-    problems: tuple[Problem, ...]
 
 
-@dataclass(frozen=True)
-class LabelRecord:
+@dataclass(frozen=True, kw_only=True)
+class LabelRecord(LabelFacts):
+    """The stored labels of a cine."""
+
     path: Path
     offset: int
     shape: tuple[int, int, int, int]  # F, Z, H, W
-    frames: tuple[int, ...]
-    ed: int | None
-    es: int | None
-    heart: Heart | None
-    digest: str
-    problems: tuple[Problem, ...]
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """{"ED": cine frame, "ES": cine frame}, without the one that has no labels."""
-        return {name: frame for name, frame in (("ED", self.ed), ("ES", self.es)) if frame is not None}
-
-    def frames_of(self, phases: str) -> tuple[int, ...]:
-        """The labelled frames that `ed`, `es` or `both` means; `both` is every one."""
-        return self.frames if phases == "both" else tuple({self.ed if phases == "ed" else self.es} - {None})
+    digest: str  # of frames and masks
 
 
 class Store:
@@ -100,6 +81,11 @@ class Store:
         record = self.labels[subject]
         return _map(record, "u1")[record.frames.index(frame)]
 
+    def digests(self, keys: Iterable[str] | None = None, *, labels: bool = False) -> dict[str, str]:
+        """{subject key: first 16 digits of the digest of its images or labels}, as checkpoints keep them."""
+        records = self.labels if labels else self.cines
+        return {key: records[self.index[key]].digest[:16] for key in (self.index if keys is None else keys)}
+
 
 def build(
     subjects: Sequence[Subject],
@@ -112,11 +98,15 @@ def build(
 ) -> Store:
     """Open the store of these subjects; what is missing or out of date in it is built first, on all cores.
 
-    With `labels` False no label file is opened. Raises BrokenSubject with every broken subject in it, unless
-    `skip_broken`: then they are left out, and printed if `name_broken`.
+    With `labels` False no label file is opened. Raises BrokenSubject that names every broken subject, unless
+    `skip_broken`: then they are left out, and printed if `name_broken`. Raises UserError for a cache that
+    cannot be written to.
     """
     folder = Path(cache) / "store"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_cache(folder, error) from None
     sweep(folder, older_than_s=86400)
     cines, label_records, broken = {}, {}, {}
 
@@ -133,22 +123,16 @@ def build(
     missing = [subject for subject in subjects if not prepare(subject, write=False)]
     if missing and progress:
         print(f"storing {len(missing)} subjects in {folder}", flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(
-            tqdm(
-                pool.map(lambda subject: prepare(subject, write=True), missing),
-                "building the store",
-                len(missing),
-                unit="subject",
-                disable=distributed.hide_bar() if progress and missing else True,
-            )
-        )
+    hidden = distributed.hide_bar() if progress and missing else True
+    with ThreadPoolExecutor(available_cores()) as pool:
+        done = pool.map(lambda subject: prepare(subject, write=True), missing)
+        list(tqdm(done, "building the store", len(missing), unit="subject", disable=hidden))
     if broken:
         names = "".join(f"\n  {key}: {why}" for key, why in sorted(broken.items()))
         verdict = f"{len(broken)} of {len(subjects)} subjects cannot be used"
         if not skip_broken:
             raise BrokenSubject(
-                f"{verdict}; mend or remove them, or leave them out with --skip-broken:{names}"
+                f"{verdict}; repair or remove them, or leave them out with --skip-broken:{names}"
             )
         if name_broken:
             print(f"{verdict}, left out:{names}")
@@ -161,79 +145,52 @@ def build(
     )
 
 
+def _no_cache(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: {error.strerror}; give a folder that can be written to as --cache")
+
+
 def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
-    """The record of the stored cine; where there is no valid file, write it or give None."""
+    """The record of the stored cine; without a valid file, write it or give None."""
     path = _path(folder, subject, _fingerprint([subject.cine]), ".cine")
-    header = _valid_header(path)
-    if header is None and not write:
-        return None
-    if header is None:
+
+    def read() -> tuple[np.ndarray, dict[str, Any]]:
         cine = read_cine(subject)
-        header = _write(
-            path,
-            cine.stored,
-            {
-                **{name: getattr(cine, name) for name in _OF_CINE},
-                "geometry": asdict(cine.geometry),
-                "problems": _plain(cine.problems),
-            },
-        )
-    geometry = Geometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["geometry"].items()})
-    return CineRecord(
-        path,
-        header["offset"],
-        tuple(header["shape"]),
-        geometry,
-        tuple(header["centre"]),
-        *(header[name] for name in ("mean", "std", "max", "time_step_s", "digest")),
-        _problems(subject, header),
-    )
+        return cine.stored, {field.name: getattr(cine, field.name) for field in fields(CineFacts)}
+
+    header = _stored_header(path, read if write else None)
+    if header is None:
+        return None
+    geometry = Geometry(**_tuples(header.pop("geometry")))
+    return CineRecord(path=path, geometry=geometry, **_facts(subject, header))
 
 
 def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> LabelRecord | None:
     files = [subject.cine, *(p for f in subject.labels for p in (f.path, f.image) if p)]
     # the cine binds the labels' shape and axes, the layout their ids and frames
     said = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
-    sources = [*_fingerprint(files), json.loads(json.dumps(said))]
-    path = _path(folder, subject, sources, ".labels")
-    header = _valid_header(path)
-    if header is None and not write:
-        return None
-    if header is None:
+    path = _path(folder, subject, [*_fingerprint(files), said], ".labels")
+
+    def read() -> tuple[np.ndarray, dict[str, Any]]:
         labels = read_labels(subject, _map(cine, "<i2"), cine.geometry)
+        facts = {field.name: getattr(labels, field.name) for field in fields(LabelFacts)}
         known = json.dumps([labels.frames, labels.ed, labels.es]).encode()
-        header = _write(
-            path,
-            labels.masks,
-            {
-                "digest": sha256(known + labels.masks.tobytes()).hexdigest(),
-                "frames": labels.frames,
-                "ed": labels.ed,
-                "es": labels.es,
-                "heart": asdict(labels.heart) if labels.heart else None,
-                "problems": _plain(labels.problems),
-            },
-        )
-    heart = header["heart"]
-    return LabelRecord(
-        path,
-        header["offset"],
-        tuple(header["shape"]),
-        tuple(header["frames"]),
-        header["ed"],
-        header["es"],
-        Heart(tuple(heart["centre"]), tuple(heart["box"])) if heart else None,
-        header["digest"],
-        _problems(subject, header),
-    )
+        return labels.masks, {**facts, "digest": sha256(known + labels.masks.tobytes()).hexdigest()}
+
+    header = _stored_header(path, read if write else None)
+    if header is None:
+        return None
+    heart = header.pop("heart")
+    return LabelRecord(path=path, heart=Heart(**_tuples(heart)) if heart else None, **_facts(subject, header))
 
 
-def _plain(problems: Sequence[Problem]) -> list[list[str]]:
-    return [[problem.file, problem.what, problem.done] for problem in problems]
+def _facts(subject: Subject, header: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record from the JSON of its file."""
+    problems = tuple(Problem(**{**problem, "subject": subject.key}) for problem in header.pop("problems"))
+    return {**_tuples(header), "problems": problems}
 
 
-def _problems(subject: Subject, header: dict) -> tuple[Problem, ...]:
-    return tuple(Problem(subject.key, *entry) for entry in header["problems"])
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _path(folder: Path, subject: Subject, sources: list, suffix: str) -> Path:
@@ -243,32 +200,42 @@ def _path(folder: Path, subject: Subject, sources: list, suffix: str) -> Path:
 
 
 def _fingerprint(paths: Sequence[Path]) -> list[list]:
-    """Name, size and time of change of each file: what tells that a source has changed. Opens nothing."""
+    """Name, size and time of change of each file, which tell whether a source has changed. Opens nothing."""
     try:
         return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
     except OSError as error:
         raise BrokenSubject(f"{error.filename}: {error.strerror}") from None
 
 
-def _write(path: Path, array: np.ndarray, header: dict) -> dict:
-    record = json.dumps({"shape": array.shape, "bytes": array.nbytes, **header})
-    line = record.encode() + b" " * (-(len(record.encode()) + 1) % 64) + b"\n"
-    with atomic(path) as file:
-        file.write(line)
-        file.write(np.ascontiguousarray(array).data)
-    return {**json.loads(record), "offset": len(line)}
-
-
-def _valid_header(path: Path) -> dict | None:
-    """The record of a complete file; None where there is none."""
+def _stored_header(
+    path: Path, read: Callable[[], tuple[np.ndarray, dict[str, Any]]] | None
+) -> dict[str, Any] | None:
+    """The JSON of a complete file, with shape and offset. Without one, write what `read` gives (array,
+    facts); None without `read`.
+    """
     try:
         with open(path, "rb") as file:
             line = file.readline()
             header = json.loads(line)
-            whole = os.fstat(file.fileno()).st_size == len(line) + header["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+            if os.fstat(file.fileno()).st_size == len(line) + header.pop("bytes"):
+                return {**header, "offset": len(line)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    if read is None:
         return None
-    return {**header, "offset": len(line)} if whole else None
+    array, facts = read()
+    header = {"shape": array.shape, **facts}
+    text = json.dumps({"bytes": array.nbytes, **header}, default=asdict).encode()
+    line = text + b" " * (-(len(text) + 1) % 64) + b"\n"
+    try:
+        with atomic(path) as file:
+            file.write(line)
+            file.write(np.ascontiguousarray(array).data)
+    except PermissionError as error:
+        raise _no_cache(path.parent, error) from None
+    return {name: value for name, value in json.loads(text).items() if name != "bytes"} | {
+        "offset": len(line)
+    }
 
 
 def _map(record: CineRecord | LabelRecord, dtype: str) -> np.ndarray:

@@ -8,7 +8,8 @@ from cmrssp.errors import UserError
 
 CLASSES = ("LV", "MYO", "RV")  # label ids 1, 2, 3 everywhere in this package, as in M&Ms
 PLAIN = "folder"  # the data set's name of a plain folder
-LEFT_OUT, CORRECTED, USED = "left out", "used with correction", "used"  # worst first
+# What is done about a problem, worst first. NOT_MEASURED: the images are used, volumes would be wrong.
+DONE = LEFT_OUT, NOT_MEASURED, CORRECTED, USED = "left out", "not measured", "used with correction", "used"
 
 _VENDORS = {
     "Siemens": r"siemens.*|a",
@@ -29,7 +30,7 @@ class Problem:
     subject: str
     file: str
     what: str
-    done: str  # LEFT_OUT, CORRECTED or USED
+    done: str  # one of DONE
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.done, self.subject, self.file, self.what)))

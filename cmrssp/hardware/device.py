@@ -1,8 +1,10 @@
 """Which device a run takes, and how torch is set up on it."""
 
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 
@@ -10,6 +12,18 @@ from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
 
 AMP_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def available_cores() -> int:
+    """The cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
+    cores = len(os.sched_getaffinity(0))
+    for limit in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):  # another version of cgroups; "max", which is no limit
+            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in limit).split()
+            quota, period = map(int, words)
+            if quota > 0:
+                return min(cores, math.ceil(quota / period))
+    return cores
 
 
 def resolve_device(name: str) -> torch.device:
@@ -26,6 +40,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: expected cpu, or one of {torch.cuda.device_count()} GPUs that torch sees"
         )
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     processes = distributed.world_size()
     if processes > 1 and device.type == "cuda":
         device = _own_gpu(name, device)

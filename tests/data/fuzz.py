@@ -50,7 +50,7 @@ def tree(root: Path) -> list[Path]:
         labels[11:, 2:9, :, frame] = 3
     axes = np.linalg.qr(np.array([[-2, 0, -1], [-1, -1, 1], [1, -1, -1]], float))[0] * (1, 1, -1)
     affine = np.eye(4)
-    affine[:3, :3] = axes * (1.3, 1.3, 8.0)
+    affine[:3, :3] = axes * (3.9, 3.9, 12.0)
 
     def beating() -> np.ndarray:
         return rng.integers(0, 500, labels.shape).astype(np.int16)

@@ -82,7 +82,7 @@ def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_
         r"used: mnms/C: C_sa_gt.nii.gz: ES has no labels",
         r"used: mnms/D: D_sa_gt.nii.gz: ED has no RV",
         r"used: mnms/D: D_sa_gt.nii.gz: ES has no RV",
-        r"used: mnms/E: E_sa_gt.nii.gz: the slice order is contradicted by the labels",
+        r"used: mnms/E: E_sa_gt.nii.gz: the labels contradict the slice order",
         r"used: mnms/H: H_sa_gt.nii.gz: holds no label",
         r"used: mnms/L: L_sa_gt.nii.gz: the myocardium lies around label 3 \(100% of its border\) rather "
         r"than around label 1 \(0%\): are LV and RV exchanged",

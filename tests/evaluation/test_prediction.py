@@ -8,7 +8,7 @@ import torch
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import collate
 from cmrssp.data.cine import read_cine
-from cmrssp.data.nifti import time_step, write_labels
+from cmrssp.data.nifti import write_labels
 from cmrssp.data.subject import Subject
 from cmrssp.evaluation import prediction, scoring
 from cmrssp.segmentation import Segmentation, keep_largest, predict_frames
@@ -76,18 +76,6 @@ def test_probabilities_are_averaged_over_networks_and_mirror_images(one):
     with_flips = methods[0].probabilities(batch, flips=True)[:, :, :32, :40]
     assert torch.allclose(with_flips, total, atol=1e-5)
     assert not torch.allclose(with_flips, methods[0].probabilities(batch)[:, :, :32, :40], atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("step", "unit", "seconds"),
-    [(34.5, "msec", 0.0345), (0.0345, "sec", 0.0345), (34.5, "sec", 0.0345), (34500, "usec", 0.0345),
-     (1.0, "sec", None), (0.0, "sec", None)],
-)  # fmt: skip
-def test_time_step(step, unit, seconds):
-    image = nibabel.Nifti1Image(np.zeros((2, 2, 2, 3), np.int16), np.eye(4))
-    image.header.set_zooms((1, 1, 8, step))
-    image.header.set_xyzt_units("mm", unit)
-    assert time_step(image) == (seconds and pytest.approx(seconds))
 
 
 @pytest.mark.parametrize("empty_affine", [False, True])
