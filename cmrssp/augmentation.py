@@ -11,7 +11,7 @@ A batch is a dict of tensors. Read here: image (B, 1, H, W), native and padded; 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class Draws:
     translation_mm: torch.Tensor  # (B, 2), before the field-of-view factor
     flip: torch.Tensor  # (B, 2), -1 or 1
     noise_std: torch.Tensor  # 0: none
-    noise_seed: int
+    noise_seed: torch.Tensor  # int64: one seed for all images that were drawn together
     blur_sigma_px: torch.Tensor  # (B, 2), 0: none
     brightness: torch.Tensor
     shift: torch.Tensor
@@ -77,7 +77,7 @@ def plain(count: int) -> Draws:
         translation_mm=pair,
         flip=torch.ones(count, 2),
         noise_std=zero,
-        noise_seed=0,
+        noise_seed=zero.long(),
         blur_sigma_px=pair,
         brightness=one,
         shift=zero,
@@ -104,7 +104,7 @@ def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
         translation_mm=translation if ranges.translation_scales else translation / fov_factor[:, None],
         flip=1 - 2 * chance(ranges.p_flip, 2).float(),
         noise_std=torch.where(chance(ranges.p_noise), uniform(*ranges.noise_std), none.noise_std),
-        noise_seed=int(torch.randint(2**62, (1,), generator=generator)),
+        noise_seed=torch.randint(2**62, (1,), generator=generator).expand(count),
         blur_sigma_px=torch.where(
             chance(ranges.p_blur, 1), uniform(*ranges.blur_sigma_px, 2), none.blur_sigma_px
         ),
@@ -126,8 +126,23 @@ def augment(
     """One augmented crop of each image, as `apply` gives it; the plain centred crop without ranges or without
     a generator.
     """
+    return augment_each(batch, [ranges], generator, image_size=image_size, spacing_mm=spacing_mm)
+
+
+def augment_each(
+    batch: Batch,
+    ranges: Sequence[Ranges | None],
+    generator: torch.Generator | None,
+    *,
+    image_size: int,
+    spacing_mm: float,
+) -> Batch:
+    """The crops of `augment` for each of the ranges, concatenated, but made in one pass: (ranges x B, ...)."""
     count = len(batch["image"])
-    draws = draw(count, ranges, generator) if ranges and generator else plain(count)
+    each = [draw(count, one, generator) if one and generator else plain(count) for one in ranges]
+    draws = Draws(*(torch.cat([getattr(d, field.name) for d in each]) for field in fields(Draws)))
+    if len(ranges) > 1:
+        batch = {key: torch.cat([value] * len(ranges)) for key, value in batch.items()}
     return apply(batch, draws, image_size=image_size, spacing_mm=spacing_mm)
 
 
@@ -213,14 +228,23 @@ def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> to
     brightness, shift, gamma = _to(device, draws.brightness, draws.shift, draws.gamma)
     noisy = draws.noise_std.nonzero()[:, 0]  # on the CPU, so that nothing waits for the device
     if len(noisy):
-        noise_generator = torch.Generator(device).manual_seed(draws.noise_seed)
-        noise = torch.randn((len(noisy), *image.shape[1:]), device=device, generator=noise_generator)
+        seeds, counts = draws.noise_seed[noisy].unique_consecutive(return_counts=True)
+        noise = torch.cat(
+            [
+                torch.randn(
+                    (n, *image.shape[1:]), device=device, generator=torch.Generator(device).manual_seed(seed)
+                )
+                for seed, n in zip(seeds.tolist(), counts.tolist(), strict=True)
+            ]
+        )
         rows, std = _to(device, noisy, draws.noise_std[noisy])
         image.index_add_(0, rows, noise.mul_(_column(std)))
-    blurred = draws.blur_sigma_px.sum(dim=1).nonzero()[:, 0]
-    if len(blurred):
-        rows, sigma = _to(device, blurred, draws.blur_sigma_px[blurred])
-        radius = int(4 * float(draws.blur_sigma_px.max()) + 0.5)
+    is_blurred = draws.blur_sigma_px.sum(dim=1) > 0
+    for seed in draws.noise_seed[is_blurred].unique_consecutive():
+        blurred = (is_blurred & (draws.noise_seed == seed)).nonzero()[:, 0]
+        sigma = draws.blur_sigma_px[blurred]
+        radius = int(4 * float(sigma.max()) + 0.5)
+        rows, sigma = _to(device, blurred, sigma)
         image.index_copy_(0, rows, gaussian_blur(image[rows], sigma, radius))
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     span = (high - low).clamp_min_(1e-7)

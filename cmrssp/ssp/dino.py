@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cmrssp.augmentation import Ranges
+from cmrssp.augmentation import Ranges, augment_each
 from cmrssp.data.batches import Batch
 from cmrssp.hardware import distributed
 from cmrssp.losses import dino_cross_entropy
@@ -133,11 +133,15 @@ class DINO(Method):
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """global (2B, 1, S, S): all first crops, then all second ones; local (crops x B, 1, L, L)."""
         first, second, local = self.crop_ranges()
-        crops = [self.crop(batch, generator, ranges)["image"] for ranges in (first, second)]
-        small = [
-            self.crop(batch, generator, local, self.local_size)["image"] for _ in range(self.local_crops)
-        ]
-        return {"global": torch.cat(crops), "local": torch.cat(small)}
+
+        def crops(ranges: Sequence[Ranges | None], size: int) -> torch.Tensor:
+            grid = {"image_size": size, "spacing_mm": self.spacing_mm}
+            return augment_each(batch, ranges, generator, **grid)["image"]
+
+        return {
+            "global": crops([first, second], self.image_size),
+            "local": crops([local] * self.local_crops, self.local_size),
+        }
 
     def view_sizes(self) -> list[tuple[int, int]]:
         return [(self.image_size, 2), (self.local_size, self.local_crops)]

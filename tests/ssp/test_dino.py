@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,6 +211,29 @@ def test_intensities_of_the_three_kinds_of_views():
     for draws, blurred, solarised in ((second, 0.1, 0.2), (local, 0.1, 0.0)):
         assert (draws.blur_sigma_px[:, 0] > 0).float().mean().item() == pytest.approx(blurred, abs=0.02)
         assert draws.solarise.float().mean().item() == pytest.approx(solarised, abs=0.03)
+
+
+def test_crops_of_one_pass_equal_those_made_one_by_one():
+    """To the bit, with noise in every crop and blurs of several radii."""
+    method, count = dino(local_crops=4), 6
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "image": torch.randint(0, 900, (count, 1, 64, 64), generator=generator).to(torch.int16),
+        "spacing_mm": torch.ones(count, 2),
+        "centre": torch.full((count, 2), 30.0),
+        "mean": torch.full((count,), 450.0),
+        "std": torch.full((count,), 260.0),
+        "max": torch.full((count,), 900.0),
+    }
+    first, second, local = (replace(ranges, p_noise=0.7, p_blur=0.5) for ranges in method.crop_ranges())
+    method.crop_ranges = lambda: (first, second, local)
+    found = method.views(batch, torch.Generator().manual_seed(3))
+    one_by_one = torch.Generator().manual_seed(3)
+    for crop, ranges in zip(
+        (*found["global"].chunk(2), *found["local"].chunk(4)), (first, second, *[local] * 4), strict=True
+    ):
+        size = {"image_size": crop.shape[-1], "spacing_mm": 1.5}
+        assert torch.equal(crop, augmentation.augment(batch, ranges, one_by_one, **size)["image"])
 
 
 def test_export_decides_whose_encoder_transfers():
