@@ -37,10 +37,12 @@ def sweep(folder: Path, older_than_s: float = 0.0) -> None:
                 path.unlink()
 
 
-def below(root: Path, suffixes: tuple[str, ...], skip: Path | None = None) -> list[Path]:
+def below(
+    root: Path, suffixes: tuple[str, ...], skip: Path | None = None, *, any_name: bool = False
+) -> list[Path]:
     """All files below `root` whose names end in one of `suffixes`, small or capital letters, and do not start
     with a dot, sorted; linked folders are entered, once each, and a folder `skip` in it is not. Raises
-    UserError for a name that is not UTF-8 (neither a report nor a table could say it), and for a folder that
+    UserError for a name that is not UTF-8 unless `any_name` (neither a report nor a table could say it), and for a folder that
     may not be read.
     """
     entered = {os.path.realpath(skip)} - {os.path.realpath(root)} if skip else set()
@@ -58,7 +60,7 @@ def below(root: Path, suffixes: tuple[str, ...], skip: Path | None = None) -> li
             continue
         entered.add(real)
         found += [Path(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
-    for path in found:
+    for path in () if any_name else found:
         try:
             str(path).encode()
         except UnicodeEncodeError:

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from cmrssp.data import plausibility
 from cmrssp.data.geometry import Geometry, from_header
-from cmrssp.data.nifti import grid, load, time_step, voxels
+from cmrssp.data.nifti import cine_image, grid, time_step, voxels
 from cmrssp.data.subject import CORRECTED, NOT_MEASURED, PLAIN, USED, BrokenSubject, Problem, Subject
 
 _MAX_STORED = 32767
@@ -53,7 +53,7 @@ class Cine(CineFacts):
 def read_cine(subject: Subject) -> Cine:
     """Read, make uniform, measure and judge one cine. Opens no label file. Raises BrokenSubject."""
     path = subject.cine
-    image = load(path)
+    image = cine_image(subject)
     slope, intercept = (float(v) for v in (image.dataobj.slope, image.dataobj.inter))
     unscaled = slope > 0 and math.isfinite(intercept)  # keeps whole numbers whole, and all proportions
     raw = voxels(path, image, scaled=not unscaled)
@@ -62,7 +62,7 @@ def read_cine(subject: Subject) -> Cine:
         geometry, found = from_header(affine, zooms, raw.shape)
     except ValueError as error:
         raise BrokenSubject(f"{path}: {error}") from None
-    odd += found
+    odd += [*found, *(subject.source.notes if subject.source else ())]
     if (unsigned := plausibility.unwrapped(raw)) is not None:
         raw = unsigned
         odd.append(
@@ -76,6 +76,7 @@ def read_cine(subject: Subject) -> Cine:
     if not std > 0:
         raise BrokenSubject(f"{path}: expected an image, got a constant inside its borders")
     step, found = time_step(image)
+    rate = subject.source.heart_rate_per_min if subject.source else None
     verdict = plausibility.judge(stored, geometry.spacing_mm, geometry.slice_pitch_mm, step)
     odd += [*found, *verdict.findings]
     if len(stored) == 1 and subject.dataset != PLAIN:
@@ -92,7 +93,7 @@ def read_cine(subject: Subject) -> Cine:
         std=std,
         max=float(stored.max()),
         time_step_s=step,
-        heart_rate_per_min=verdict.heart_rate_per_min,
+        heart_rate_per_min=rate or verdict.heart_rate_per_min,
         sound_frames=verdict.sound_frames,
         digest=hashlib.sha256(stored.data).hexdigest(),
         problems=tuple(Problem(subject.key, path.name, what, done) for what, done in odd),

@@ -4,10 +4,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from cmrssp.data.layouts import acdc, folder, mnms, mnms2
+from cmrssp.data.layouts import acdc, dicom, folder, mnms, mnms2
 from cmrssp.data.subject import LEFT_OUT, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import below
@@ -27,7 +26,8 @@ def find(
 ) -> tuple[list[Subject], list[Problem]]:
     """The subjects of all data sets, sorted by key, and what is odd about their files. `phantom` stands for
     the built-in synthetic set, which is written below the cache on first use; a folder without a known layout
-    is taken as a plain one. Opens no image.
+    is taken as a plain one. DICOM studies may lie beside any layout. Opens no NIfTI image, of DICOM files the
+    headers.
 
     Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
     """
@@ -64,10 +64,13 @@ def find(
                         f"{file}: would not be read, and may say who tests; expected "
                         f"{root / folder.TABLE}, and no file named as in M&Ms, M&Ms-2 or ACDC beside it"
                     )
+            rest = set(below(root, ("",), skip=cache, any_name=True)).difference(files)
+            layouts.append(dicom.find(sorted(rest, key=str), root, cache))
         if not any(found for found, _ in layouts):
-            hint = "; DICOM files must be converted first (dcm2niix)" if _has_dicom(root) else ""
+            seen = "".join(f"; {problem}" for problem in layouts[-1][1][:3])
             raise FileNotFoundError(
-                f"--data {path}: no cine found; expected .nii or .nii.gz files in this folder or below{hint}"
+                f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this folder "
+                f"or below{seen}"
             )
         for found, odd in layouts:
             subjects += found
@@ -95,19 +98,6 @@ def _strangers(files: Sequence[Path], datasets: set[str]) -> list[Problem]:
     more = f", ... ({len(rest)} in all)" if len(rest) > 8 else ""
     what = f"files that are not named as in the layouts found beside them: {', '.join(rest[:8])}{more}"
     return [Problem("", "", what, LEFT_OUT)]
-
-
-def _has_dicom(root: Path) -> bool:
-    """Whether a file below is called as DICOM files are, or one of the first has their magic word: exports of
-    a scanner often have no extension.
-    """
-    if below(root, (".dcm", ".ima")):
-        return True
-    for path in filter(Path.is_file, below(root, ("",))[:50]):
-        with suppress(OSError), open(path, "rb") as file:
-            if file.read(132)[128:] == b"DICM":
-                return True
-    return False
 
 
 def absolute(paths: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from skimage.measure import regionprops
 
 from cmrssp.data.geometry import Geometry
-from cmrssp.data.nifti import grid, load, voxels
+from cmrssp.data.nifti import cine_image, grid, load, voxels
 from cmrssp.data.subject import CLASSES, CORRECTED, LEFT_OUT, USED, BrokenSubject, LabelFile, Problem, Subject
 
 _SAME, _ALIKE = 0.9999, 0.9  # correlation of a labelled image with a frame of its cine
@@ -59,7 +59,7 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
     A frame is labelled when anything in it is. ED is the labelled frame with the larger LV blood pool, ES the
     one with the smaller; where the data set says otherwise a problem tells so.
     """
-    reference = load(subject.cine)
+    reference = cine_image(subject)
     masks: dict[int, np.ndarray] = {}
     named: dict[str, int] = {}  # {phase: frame} by the files' names
     problems: list[Problem] = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from cmrssp.data import plausibility
 from cmrssp.data.geometry import Geometry
-from cmrssp.data.subject import BrokenSubject
+from cmrssp.data.subject import BrokenSubject, Subject
 from cmrssp.files import atomic
 
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
@@ -24,6 +24,11 @@ _MM, _SECONDS = (
     {1: 1000.0, 3: 0.001},
     {16: 1e-3, 24: 1e-6},
 )  # of the codes in xyzt_units; the rest: mm, seconds
+
+
+def cine_image(subject: Subject) -> nibabel.Nifti1Image:
+    """The cine of a subject, whatever files it lies in. Raises BrokenSubject."""
+    return subject.source.image() if subject.source else load(subject.cine)
 
 
 @np.errstate(all="ignore")
@@ -97,11 +102,10 @@ def time_step(image: nibabel.Nifti1Image) -> tuple[float | None, list[plausibili
     return plausibility.time_step(float(zooms[3]), _SECONDS.get(int(image.header["xyzt_units"]) & 56, 1.0))
 
 
-def write_labels(path: Path, labels: np.ndarray, geometry: Geometry, source: Path) -> None:
+def write_labels(path: Path, labels: np.ndarray, geometry: Geometry, image: nibabel.Nifti1Image) -> None:
     """Write canonical label maps (T, Z, H, W) as a .nii.gz of uint8 without scaling, on the grid of the cine
-    `source`: its axes, shape, affine, voxel sizes and time step.
+    `image`: its axes, shape, affine, voxel sizes and time step.
     """
-    image = nibabel.load(source, mmap=False)
     header = image.header.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"], header["cal_max"] = 0, 0

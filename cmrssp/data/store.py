@@ -151,7 +151,7 @@ def _no_cache(folder: Path, error: OSError) -> UserError:
 
 def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
     """The record of the stored cine; without a valid file, write it or give None."""
-    path = _path(folder, subject, _fingerprint([subject.cine]), ".cine")
+    path = _path(folder, subject, _fingerprint(subject.files), ".cine")
 
     def read() -> tuple[np.ndarray, dict[str, Any]]:
         cine = read_cine(subject)
@@ -165,7 +165,7 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
 
 
 def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> LabelRecord | None:
-    files = [subject.cine, *(p for f in subject.labels for p in (f.path, f.image) if p)]
+    files = [*subject.files, *(p for f in subject.labels for p in (f.path, f.image) if p)]
     # the cine binds the labels' shape and axes, the layout their ids and frames
     said = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
     path = _path(folder, subject, [*_fingerprint(files), said], ".labels")

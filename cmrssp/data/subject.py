@@ -3,6 +3,9 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import nibabel
 
 from cmrssp.errors import UserError
 
@@ -48,6 +51,19 @@ class LabelFile:
     phase: str = ""
 
 
+class Source(Protocol):
+    """A cine that does not lie in one NIfTI file."""
+
+    files: tuple[Path, ...]
+    heart_rate_per_min: float | None
+    notes: tuple[tuple[str, str], ...]  # (what is odd, what was done)
+
+    def image(self) -> nibabel.Nifti1Image:
+        """As if it were read from a NIfTI file. Reads voxels when they are asked for; then raises
+        BrokenSubject.
+        """
+
+
 @dataclass(frozen=True)
 class Subject:
     """What a layout knows of a subject without opening an image. Nothing here is read from a label file."""
@@ -62,6 +78,14 @@ class Subject:
     ed: int | None = None  # 0-based frames according to the data set's table
     es: int | None = None
     part: str = ""  # train, validation or test where the data set itself says so
+    source: Source | None = None  # of the voxels, where `cine` is no NIfTI file but a folder
+    height_m: float | None = None
+    weight_kg: float | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the cine."""
+        return self.source.files if self.source else (self.cine,)
 
     @property
     def key(self) -> str:

@@ -13,7 +13,7 @@ from cmrssp import metrics
 from cmrssp.data import dataset, store
 from cmrssp.data.labels import borders
 from cmrssp.data.layouts.folder import stem_of
-from cmrssp.data.nifti import write_labels
+from cmrssp.data.nifti import cine_image, write_labels
 from cmrssp.data.store import CineRecord
 from cmrssp.data.subject import CLASSES, LEFT_OUT, PLAIN, Subject
 from cmrssp.errors import UserError
@@ -51,8 +51,7 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
             subjects.append(Subject(PLAIN, stem, path))
         else:
             raise UserError(
-                f"--predict {path}: expected .nii or .nii.gz files, or folders of them; convert DICOM first, "
-                "for example with dcm2niix"
+                f"--predict {path}: expected .nii or .nii.gz files, or folders of them or of DICOM files"
             )
     names = Counter(s.file_name for s in subjects)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -75,7 +74,7 @@ def predict(
         record = cines.cines[0]
         frames = list(range(record.shape[0]))
         labels = np.stack(list(predict_frames(methods, cines, 0, frames, device, **options)))
-        write_labels(out / f"{subject.file_name}_labels.nii.gz", labels, record.geometry, subject.cine)
+        write_labels(out / f"{subject.file_name}_labels.nii.gz", labels, record.geometry, cine_image(subject))
         spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
         volumes = [metrics.volumes_ml(frame, spacing) for frame in labels]
         lv = np.array([v["LV"] for v in volumes])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cmrssp import metrics
 from cmrssp.data import splits
-from cmrssp.data.nifti import write_labels
+from cmrssp.data.nifti import cine_image, write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.evaluation import plots, report, stats
@@ -99,7 +99,7 @@ def score(
             for phase, labels in predicted.items():
                 maps[wanted[i][phase]] = labels
             name = subject.file_name if names[subject.file_name] == 1 else subject.key.replace("/", "__")
-            write_labels(save / f"{name}.nii.gz", maps, record.geometry, subject.cine)
+            write_labels(save / f"{name}.nii.gz", maps, record.geometry, cine_image(subject))
         if sum(len(s.clinical) for s in mine) == 1 and len(share) > 1:
             seconds = (time.monotonic() - began) * len(share)
             print(f"estimated time: {progress.duration(seconds)}", flush=True)

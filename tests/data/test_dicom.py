@@ -1,0 +1,202 @@
+"""Folders of DICOM: which cine is found, and its voxels, affine and time. Expected values come from the arrays
+that were written, from dcm2niix (golden_dicom.json) or from hand.
+"""
+
+import json
+from pathlib import Path
+
+import golden_dicom
+import nibabel
+import numpy as np
+import pytest
+from dicom_files import RR, enhanced, expected_affine, images, stack, write
+
+from cmrssp.data import dataset as data
+from cmrssp.data.cine import read_cine
+from cmrssp.data.nifti import cine_image, write_labels
+
+GOLDEN = json.loads(Path(__file__).with_name("golden_dicom.json").read_text())
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "sunnybrook"
+sunnybrook = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
+
+
+def found(folder: Path, count: int = 1):
+    """(the only subject, notes on its assembly, {what was left out: why})."""
+    subjects, problems = data.find([str(folder)], folder.parent / "cache")
+    assert len(subjects) == count
+    left = {problem.file: problem.what for problem in problems if problem.done == "left out"}
+    return (subjects[0], [what for what, _ in subjects[0].source.notes], left) if count == 1 else subjects
+
+
+def voxels(subject) -> np.ndarray:
+    """(slices, frames, rows, columns), as they are written here."""
+    return np.asanyarray(cine_image(subject).dataobj)[:, ::-1].transpose(2, 3, 1, 0)
+
+
+def reading(tmp_path: Path, files: list):
+    write(tmp_path / "study", files)
+    return found(tmp_path / "study")
+
+
+@pytest.mark.parametrize("name", golden_dicom.NAMES)
+def test_the_axes_are_those_of_dcm2niix(tmp_path, name):
+    subject, notes, left = reading(tmp_path, golden_dicom.variant(name))
+    image = cine_image(subject)
+    assert list(image.shape) == GOLDEN[name]["shape"]
+    assert np.allclose(image.affine, GOLDEN[name]["affine"], atol=1e-3)
+    assert np.asanyarray(image.dataobj)[0, 0, :, 0].tolist() == GOLDEN[name]["first"]
+    assert not notes and not left
+
+
+@sunnybrook
+@pytest.mark.parametrize("name", ["SCD0000101", "SCD0000301"])
+def test_real_affines_are_those_of_dcm2niix(tmp_path, name):
+    (subject,), problems = data.find([str(SHARED / name)], tmp_path)
+    image = cine_image(subject)
+    assert not problems[1:]
+    assert subject.id == name and subject.vendor == "GE" and list(image.shape) == GOLDEN[name]["shape"]
+    assert np.allclose(image.affine, GOLDEN[name]["affine"], rtol=0, atol=1e-3)
+    assert np.asanyarray(image.dataobj)[0, 0, :, 0].tolist() == GOLDEN[name]["first"]
+
+
+@sunnybrook
+def test_real_time_comes_from_the_triggers_and_the_rr_interval(tmp_path):
+    """Medians over the slices, by hand: intervals of 731-800 ms in 12 slices, 923 ms in all 10."""
+    subjects, _ = data.find([str(SHARED)], tmp_path)
+    assert [s.source.step_s for s in subjects] == pytest.approx([0.0379747, 0.0461053], abs=1e-6)
+    assert [s.source.heart_rate_per_min for s in subjects] == pytest.approx([60000 / 759, 60000 / 923])
+    assert [read_cine(s).time_step_s for s in subjects] == pytest.approx([0.0379747, 0.0461053], abs=1e-6)
+
+
+@pytest.mark.parametrize("by", ["trigger", "temporal", "instance"])
+def test_frames_in_the_order_of_time(tmp_path, by):
+    """Each of the others says something else."""
+    cine, files = images(), stack(images())
+    for number, file in enumerate(files):
+        t, back = number % 10, 49 - number
+        file.InstanceNumber = number + 1 if by == "instance" else back + 1
+        if by != "trigger":
+            file.TriggerTime = None
+        if by != "instance":
+            file.TemporalPositionIdentifier = t + 1 if by == "temporal" else 10 - t
+    subject, notes, _ = reading(tmp_path, files)
+    assert (voxels(subject) == cine).all() and not notes
+
+
+def test_one_series_a_slice(tmp_path):
+    files = stack(images())
+    for number, file in enumerate(files):
+        file.SeriesInstanceUID, file.SeriesNumber = f"1.2.{number // 10}", 20 - number // 10
+        file.InstanceNumber = number % 10 + 1
+    subject, notes, left = reading(tmp_path, files)
+    assert (voxels(subject) == images()).all() and not notes and not left
+    assert np.allclose(cine_image(subject).affine, expected_affine(), atol=1e-3)
+
+
+def test_enhanced_multi_frame(tmp_path):
+    subject, notes, left = reading(tmp_path, [enhanced(images())])
+    assert (voxels(subject) == images()).all() and not notes and not left
+    assert np.allclose(cine_image(subject).affine, expected_affine(), atol=1e-3)
+    assert subject.source.step_s == pytest.approx(RR / 10 / 1000)
+    assert subject.source.heart_rate_per_min == pytest.approx(60000 / RR)
+
+
+def test_orientations_that_differ_in_the_last_digits_and_positions_too(tmp_path):
+    files = stack(images())
+    for number, file in enumerate(files):
+        nudge = 1e-6 * (number % 3)
+        file.ImageOrientationPatient = [f"{float(v) + nudge:.7f}" for v in file.ImageOrientationPatient]
+        file.ImagePositionPatient = [f"{float(v) + 100 * nudge:.6f}" for v in file.ImagePositionPatient]
+    subject, notes, _ = reading(tmp_path, files)
+    assert (voxels(subject) == images()).all() and not notes
+
+
+@pytest.mark.parametrize("same_series", [False, True])
+def test_the_later_scan_of_a_slice_counts(tmp_path, same_series):
+    """The second scan has another heart rate; in the same series the instance numbers go on."""
+    cine, again = images(), images()[2:3] + 1
+    later = stack(again, first=2, AcquisitionTime="110000.0", NominalInterval=int(RR) - 50)
+    for t, file in enumerate(later):
+        file.TriggerTime, file.InstanceNumber = (RR - 50) / 10 * t + 3, 51 + t
+        if not same_series:
+            file.SeriesInstanceUID, file.SeriesNumber = "1.2.9", 9
+    subject, (note,), _ = reading(tmp_path, stack(cine) + later)
+    cine[2] = again[0]
+    assert (voxels(subject) == cine).all() and "slice 2" in note
+
+
+def test_other_numbers_of_frames_are_brought_to_the_commonest_by_phase(tmp_path):
+    """Slice 1 has 20 frames: of them every second is used. Slice 3 lacks its frame 4, whose place the nearest
+    takes."""
+    cine, fine = images(), images(frames=20)
+    dense = [file for number, file in enumerate(stack(fine)) if number // 20 == 1]
+    files = [file for number, file in enumerate(stack(cine)) if number // 10 != 1 and number != 34]
+    subject, notes, _ = reading(tmp_path, files + dense)
+    expected = cine.copy()
+    expected[1] = fine[1, ::2]
+    expected[3, 4] = cine[3, 3]
+    assert (voxels(subject) == expected).all()
+    assert ["slice 1 has 20" in notes[0], "slice 3 has 9" in notes[1], "frame 4" in notes[1]] == [True] * 3
+    assert [done for _, done in subject.source.notes] == ["used with correction"] * 2
+
+
+def test_a_frame_or_a_slice_that_all_lack_is_said(tmp_path):
+    files = [f for number, f in enumerate(stack(images())) if number % 10 != 4 and number // 10 != 2]
+    subject, notes, _ = reading(tmp_path, files)
+    assert voxels(subject).shape[:2] == (4, 9)
+    assert sorted(note.split(":")[0] for note in notes) == [
+        "a frame seems to be missing", "a slice seems to be missing"
+    ]  # fmt: skip
+
+
+def test_a_slice_that_is_not_parallel_is_left_out(tmp_path):
+    files = stack(images())
+    angle = np.deg2rad(6)
+    for file in files[40:]:
+        row, column = np.array(file.ImageOrientationPatient, float).reshape(2, 3)
+        column = np.cos(angle) * column + np.sin(angle) * np.cross(row, column)
+        file.ImageOrientationPatient = [f"{v:.7f}" for v in (*row, *column)]
+        file.SeriesNumber, file.SeriesInstanceUID = 7, "1.2.7"
+    subject, _, left = reading(tmp_path, files)
+    assert (voxels(subject) == images()[:4]).all() and "6.0 degrees" in left["series 7"]
+
+
+def test_public_scaling_of_each_slice(tmp_path):
+    files = stack(images())
+    for number, file in enumerate(files):
+        file.RescaleSlope, file.RescaleIntercept = 1 + number // 10 / 4, -3
+    subject, _, _ = reading(tmp_path, files)
+    assert np.allclose(voxels(subject), images() * (1 + np.arange(5) / 4)[:, None, None, None] - 3)
+
+
+def test_philips_private_scaling_where_the_public_is_absent(tmp_path):
+    """Chenevert et al., Transl Oncol 7(1), 2014: (stored - intercept) / slope."""
+    files = stack(images(), Manufacturer="Philips")
+    for number, file in enumerate(files):
+        block = file.private_block(0x2005, "Philips MR Imaging DD 001", create=True)
+        block.add_new(0x0E, "FL", 0.5 + number // 10 / 4)
+        block.add_new(0x0D, "FL", 16.0)
+    subject, _, _ = reading(tmp_path, files)
+    assert subject.vendor == "Philips"
+    assert np.allclose(voxels(subject), (images() - 16) / (0.5 + np.arange(5) / 4)[:, None, None, None])
+
+
+def test_one_scaling_keeps_whole_numbers(tmp_path):
+    """As from a NIfTI file with a slope: grey levels are stored as they are."""
+    subject, _, _ = reading(tmp_path, stack(images(), RescaleSlope=2.5, RescaleIntercept=10))
+    cine = read_cine(subject)
+    assert np.allclose(voxels(subject), images() * 2.5 + 10)
+    assert cine.scale == pytest.approx(1 / 2.5) and np.unique(cine.stored).size == np.unique(images()).size
+
+
+def test_label_maps_lie_on_the_stack(tmp_path):
+    """A mark on one voxel comes back at the same place."""
+    subject, _, _ = reading(tmp_path, stack(images()))
+    cine = read_cine(subject)
+    labels = (cine.stored == cine.stored.max()).astype(np.uint8)
+    write_labels(tmp_path / "l.nii.gz", labels, cine.geometry, cine_image(subject))
+    read = nibabel.load(tmp_path / "l.nii.gz")
+    z, t, row, column = np.argwhere(images() == images().max())[0]
+    assert np.allclose(read.affine, expected_affine(), atol=1e-3) and read.get_data_dtype() == np.uint8
+    assert np.asanyarray(read.dataobj)[column, 23 - row, z, t] == 1
+    assert read.header.get_zooms()[3] == pytest.approx(RR / 10 / 1000)
