@@ -42,8 +42,8 @@ def below(
 ) -> list[Path]:
     """All files below `root` whose names end in one of `suffixes`, small or capital letters, and do not start
     with a dot, sorted; linked folders are entered, once each, and a folder `skip` in it is not. Raises
-    UserError for a name that is not UTF-8 unless `any_name` (neither a report nor a table could say it), and for a folder that
-    may not be read.
+    UserError for a folder that may not be read and, unless `any_name`, for a name that is not UTF-8 (neither
+    a report nor a table could say it).
     """
     entered = {os.path.realpath(skip)} - {os.path.realpath(root)} if skip else set()
     found: list[Path] = []

@@ -480,8 +480,8 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     for what, words in (
         ("flat.nii.gz", "flat.nii.gz: expected a 3D or 4D image, got shape (256, 208)"),
         ("lost.nii", "lost.nii: expected a spacing in the affine or in pixdim"),
-        ("dicom", "DICOM files must be converted first"),
-        ("IM2", "expected .nii or .nii.gz files, or folders of them; convert DICOM first"),
+        ("dicom", "no cine found"),
+        ("IM2", "expected .nii or .nii.gz files, or folders of them or of DICOM files"),
         ("absent.nii", "no such file or folder"),
     ):
         line = refused("evaluate.py", "--predict", tmp_path / what, *checkpoint, "--out", tmp_path / "none")

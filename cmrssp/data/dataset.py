@@ -69,8 +69,8 @@ def find(
         if not any(found for found, _ in layouts):
             seen = "".join(f"; {problem}" for problem in layouts[-1][1][:3])
             raise FileNotFoundError(
-                f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this folder "
-                f"or below{seen}"
+                f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this "
+                f"folder or below{seen}"
             )
         for found, odd in layouts:
             subjects += found

@@ -1,5 +1,5 @@
-"""Folders of DICOM: which cine is found, and its voxels, affine and time. Expected values come from the arrays
-that were written, from dcm2niix (golden_dicom.json) or from hand.
+"""Folders of DICOM: the cine that is found, its voxels, affine and time. Expected values come from the arrays
+that were written, from dcm2niix (golden_dicom.json) and by hand.
 """
 
 import json

@@ -299,24 +299,13 @@ def test_labels_of_one_frame_need_to_say_which(tmp_path, beating):
     )
 
 
-def test_the_same_subject_twice_and_dicom(tmp_path, beating):
+def test_the_same_subject_twice(tmp_path, beating):
     for folder in ("one", "two"):
         save(tmp_path / folder / "a.nii.gz", beating()[0])
     with pytest.raises(
         UserError, match=r"1 subjects are found more than once, the first is folder/a .*that holds"
     ):
         dataset.find([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path)
-    (tmp_path / "raw").mkdir()
-    image = tmp_path / "raw" / "IM1"
-    for name, content, dicom in (
-        ("IM1", b"0" * 200, False), ("IM1", bytes(128) + b"DICM", True), ("a.DCM", b"", True)
-    ):  # fmt: skip
-        image.unlink(missing_ok=True)
-        image = tmp_path / "raw" / name
-        image.write_bytes(content)
-        with pytest.raises(FileNotFoundError, match="no cine found") as error:
-            dataset.find([str(tmp_path / "raw")], tmp_path)
-        assert ("DICOM files must be converted first" in str(error.value)) == dicom
 
 
 def test_names_in_capitals(tmp_path, beating):

@@ -93,8 +93,9 @@ def test_a_label_map_lies_on_the_grid_of_its_cine(tmp_path, empty_affine):
         raw[:348] = header.binaryblock
     (tmp_path / "a.nii").write_bytes(raw)
     read = read_cine(Subject("folder", "a", tmp_path / "a.nii"))
-    write_labels(tmp_path / "l.nii.gz", (read.stored % 4).astype(np.uint8), read.geometry, tmp_path / "a.nii")
-    source, labels = nibabel.load(tmp_path / "a.nii"), nibabel.load(tmp_path / "l.nii.gz")
+    source = nibabel.load(tmp_path / "a.nii")
+    write_labels(tmp_path / "l.nii.gz", (read.stored % 4).astype(np.uint8), read.geometry, source)
+    labels = nibabel.load(tmp_path / "l.nii.gz")
     expected = (array - array.min()) % 4
     assert labels.get_data_dtype() == np.uint8 and (np.asanyarray(labels.dataobj) == expected).all()
     assert np.asanyarray(labels.dataobj).dtype == np.uint8  # no scaling

@@ -77,8 +77,7 @@ def _no_study(images: Sequence[Image]) -> list[Problem]:
 
 def _home(images: Sequence[Image]) -> tuple[str, ...]:
     """The folder that holds them all, as parts; the first is the name of the data folder."""
-    folders = [image.place.split("/")[:-1] for image in images]
-    return tuple(os.path.commonprefix([min(folders), max(folders)]))
+    return tuple(os.path.commonpath([image.place.rpartition("/")[0] for image in images]).split("/"))
 
 
 def _name(study: str, homes: dict[str, tuple[str, ...]]) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What the header of a DICOM file says of its images, as far as a cine needs it, without its patient's name."""
+"""What a cine needs of the header of a DICOM file, without the patient's name."""
 
 import math
 import os
@@ -19,12 +19,22 @@ from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 _SECONDARY_CAPTURE, _DIRECTORY = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.1.3.10"
+_MR_IMAGES = [f"1.2.840.10008.5.1.4.1.1.4{end}" for end in ("", ".1", ".4")]  # classic, enhanced, converted
 _NOT_MAGNITUDE = {"P", "R", "I", "PHASE", "PHASE MAP", "VELOCITY", "VELOCITY MAP", "REAL", "IMAGINARY"}
 _GE_COMPONENT, _PHILIPS_SLOPE, _PHILIPS_INTERCEPT = 0x0043102F, 0x2005100E, 0x2005100D
 _RR_MS = (250.0, 2500.0)
 _ANYBODY = {"anon", "anonymous", "anonymized", "anonymised", "patient", "subject", "unknown", "none"}
-_TAGS = ["SOPClassUID", "ImageType", "ComplexImageComponent", "Modality", "Manufacturer", "PatientName", "PatientID", "PatientBirthDate", "AccessionNumber", "PatientIdentityRemoved", "PatientSize", "PatientWeight", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "AcquisitionNumber", "InstanceNumber", "AcquisitionTime", "AcquisitionDateTime", "SeriesTime", "TriggerTime", "NominalCardiacTriggerDelayTime", "TemporalPositionIdentifier", "NominalInterval", "HeartRate", "InversionTime", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient", "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
-_TAGS = [Tag(tag) for tag in (*_TAGS, _GE_COMPONENT, _PHILIPS_SLOPE, _PHILIPS_INTERCEPT)]
+_TAGS = [Tag(tag) for tag in (
+    "SOPClassUID", "ImageType", "ComplexImageComponent", "Modality", "Manufacturer", "PatientName",
+    "PatientID", "PatientBirthDate", "AccessionNumber", "PatientIdentityRemoved", "PatientSize",
+    "PatientWeight", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "AcquisitionNumber",
+    "InstanceNumber", "AcquisitionTime", "AcquisitionDateTime", "SeriesTime", "TriggerTime",
+    "NominalCardiacTriggerDelayTime", "TemporalPositionIdentifier", "NominalInterval", "HeartRate",
+    "InversionTime", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
+    "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "RescaleSlope", "RescaleIntercept",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", _GE_COMPONENT, _PHILIPS_SLOPE,
+    _PHILIPS_INTERCEPT,
+)]  # fmt: skip
 _PLAIN = {ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian}
 # a warning of pydicom may cite a header's value
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -97,7 +107,7 @@ class _Elements(dict):
         super().__init__((int(tag), _decoded(element)) for tag, element in elements)
 
     def numbers(self, *names: str | int, count: int = 1) -> tuple[float, ...]:
-        """The first `count` values of the first of these elements that has as many finite numbers, else ()."""
+        """The first `count` values of the first of these elements with so many finite numbers, else ()."""
         for name in names:
             values = self.get(name if isinstance(name, int) else tag_for_keyword(name), ())[:count]
             try:
@@ -145,7 +155,7 @@ def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
     if kind == _DIRECTORY:
         return [Image(path, "", reason="a DICOMDIR: not needed")]
     rows, columns, count = (said.number(name) for name in ("Rows", "Columns", "NumberOfFrames"))
-    if not kind and not rows:
+    if not rows and kind in ("", *_MR_IMAGES):
         return []
     syntax = str(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
     study, patient = said.texts("StudyInstanceUID")[0], said.texts("PatientID", "PatientName")[0]

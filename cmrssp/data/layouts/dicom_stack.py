@@ -353,7 +353,7 @@ def _affine(grid: list[list[Image]]) -> tuple[np.ndarray, list[Note]]:
     """4x4 RAS+ of (column, reversed row, slice), and notes on slices that are not where it puts them."""
     notes: list[Note] = []
     at, numbers = np.array([line[0].position for line in grid]), np.arange(len(grid))[:, None]
-    # dcm2niix begins at the first image and takes the distance to the next slice; the last digits depend on it
+    # dcm2niix begins at the first image and takes the distance to the next slice: for the last digits
     one, two = sorted(range(len(grid)), key=lambda z: min(image.instance for image in grid[z]))[:2]
     image = grid[one][0]
     step = image.normal * np.linalg.norm(at[two] - at[one])

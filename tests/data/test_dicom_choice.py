@@ -1,0 +1,250 @@
+"""Folders of DICOM: which series is the short-axis cine, what is left out and why, subjects' names, the index,
+bad input, and that nothing that leaves the reader names a patient.
+"""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from dicom_files import COLUMN, CT, NORMAL, PATIENT, dataset, images, place, stack, write
+from pydicom.fileset import FileSet
+
+import evaluate
+from cmrssp.data import __main__ as report
+from cmrssp.data import dataset as data
+from cmrssp.data import store
+from cmrssp.data.nifti import cine_image
+from cmrssp.errors import UserError
+
+
+def find(folder: Path) -> tuple[list, list]:
+    return data.find([str(folder)], folder.parent / "cache")
+
+
+def voxels(subject) -> np.ndarray:
+    return np.asanyarray(cine_image(subject).dataobj)[:, ::-1].transpose(2, 3, 1, 0)
+
+
+def small(**elements) -> list:
+    return stack(images(3, 8), **elements)
+
+
+def series(number: int, **elements) -> dict:
+    return {"SeriesNumber": number, "SeriesInstanceUID": f"1.2.3.{number}", **elements}
+
+
+def long_axis() -> list:
+    return [dataset(frame, **place(0, NORMAL, COLUMN), TriggerTime=40 * t, InstanceNumber=t, **series(2))
+            for t, frame in enumerate(images(1, 8)[0])]  # fmt: skip
+
+
+def perfusion() -> list:
+    """Three slices, a frame a heartbeat, the trigger time always the same."""
+    return [dataset(images(3, 8)[z, t], **place(z), TriggerTime=120, InstanceNumber=8 * z + t,
+                    AcquisitionTime=f"1005{t:02}.{z}", **series(2)) for z in range(3) for t in range(8)]  # fmt: skip
+
+
+def mapping() -> list:
+    return [dataset(images(3, 8)[z, t], **place(z), InversionTime=100 + 200 * t, InstanceNumber=8 * z + t,
+                    **series(2)) for z in range(3) for t in range(8)]  # fmt: skip
+
+
+OTHERS = {
+    "long axis": (long_axis, "long-axis"),
+    "perfusion": (perfusion, "heartbeat"),
+    "mapping": (mapping, "inversion"),
+    "late enhancement": (lambda: stack(images(3, 1), **series(2)), "fewer than 8 frames"),
+    "phase": (lambda: small(**series(2, ImageType=["ORIGINAL", "PRIMARY", "P"])), "phase"),
+    "derived": (lambda: small(**series(2, ImageType=["DERIVED", "SECONDARY"])), "derived"),
+    "CT": (lambda: small(**series(2, kind=CT, Modality="CT")), "modality CT"),
+    "secondary capture": (lambda: small(**series(2, kind="1.2.840.10008.5.1.4.1.1.7")), "secondary capture"),
+    "fewer slices": (lambda: [*stack(images(3, 8, 30), **series(2))], "fewer slices"),
+    "no position": (lambda: small(**series(2, ImagePositionPatient=None)), "no valid position"),
+    "no orientation": (lambda: small(**series(2, ImageOrientationPatient=["0"] * 6)), "no valid position"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_series_are_left_out_with_the_reason(tmp_path, other):
+    make, reason = OTHERS[other]
+    write(tmp_path / "study", stack(images(4, 8)))
+    write(tmp_path / "study" / "b", make())
+    (subject,), problems = find(tmp_path / "study")
+    assert (voxels(subject) == images(4, 8)).all()
+    (left,) = problems
+    assert (left.subject, left.file, left.done) == ("dicom/study", "series 2", "left out")
+    assert reason in left.what
+
+
+def test_of_two_complete_stacks_the_later_is_used(tmp_path):
+    late = {"AcquisitionTime": "120000.0"}
+    for number, (shift, when) in enumerate([(1, late), (0, {})]):
+        write(tmp_path / "study", stack(images(4, 8) + shift, **series(number + 3, **when)))
+    (subject,), (left,) = find(tmp_path / "study")
+    assert (voxels(subject) == images(4, 8) + 1).all()
+    assert left.file == "series 4" and "later" in left.what
+
+
+def test_a_short_axis_goes_before_another_orientation(tmp_path):
+    """Although it is earlier and smaller."""
+    axial = stack(images(5, 8), **series(2, AcquisitionTime="120000.0"))
+    for number, file in enumerate(axial):
+        for key, value in place(number // 8, np.array([1.0, 0, 0]), np.array([0, 1.0, 0])).items():
+            setattr(file, key, value)
+    write(tmp_path / "study", small() + axial)
+    (subject,), (left,) = find(tmp_path / "study")
+    assert (voxels(subject) == images(3, 8)).all() and left.file == "series 2"
+
+
+def test_a_stack_in_two_halves(tmp_path):
+    cine = images(6, 8)
+    write(tmp_path / "study", stack(cine[:3], **series(1)) + stack(cine[3:], first=3, **series(2)))
+    (subject,), problems = find(tmp_path / "study")
+    assert (voxels(subject) == cine).all() and not problems
+
+
+def test_subjects_are_called_by_their_folders(tmp_path):
+    """As much of the path as is needed; two patients in one folder get a hash each."""
+    places = {"a/st/1": "1", "b/st/1": "2", "b/st/2": "3", "c": "4", "d": "5"}
+    for where, uid in places.items():
+        write(tmp_path / "all" / where, small(StudyInstanceUID=uid, PatientID=f"patient {uid}"))
+    write(tmp_path / "all" / "d", small(StudyInstanceUID="6", PatientID="patient 6"))
+    subjects, problems = find(tmp_path / "all")
+    ids = [s.id for s in subjects]
+    assert ids[:4] == ["a", "b/st/1", "b/st/2", "c"] and len({*ids}) == 6
+    assert all(id.startswith("d/subject-") for id in ids[4:])
+    assert sum("several patients" in problem.what for problem in problems) == 2
+
+
+@pytest.mark.parametrize("where", ["Sorgenfrei_M", "x HX-4471-09", "b1953-02-17", "acc770815"])
+def test_a_folder_that_names_the_patient_names_no_subject(tmp_path, where):
+    write(tmp_path / "all" / where / "st", small())
+    write(
+        tmp_path / "all" / "other", small(StudyInstanceUID="9", PatientName="Else^Nobody", PatientID="77-1")
+    )
+    subjects, _ = find(tmp_path / "all")
+    assert [s.id[:8] for s in subjects] == ["other", "subject-"] and len({s.id for s in subjects}) == 2
+    assert all(where not in str(s.cine) for s in subjects)
+
+
+def test_a_pseudonym_may_name_a_subject(tmp_path):
+    """Of a file that is marked as anonymous, and where name and id are one, without a birth date."""
+    said = {"PatientID": "P017", "StudyInstanceUID": "9"}
+    write(tmp_path / "all" / "P016", small(PatientID="P016", PatientIdentityRemoved="YES"))
+    write(
+        tmp_path / "all" / "P017", small(**said, PatientName="P017", PatientBirthDate="", AccessionNumber="")
+    )
+    assert [s.id for s in find(tmp_path / "all")[0]] == ["P016", "P017"]
+
+
+def test_a_second_start_reads_no_header_of_an_unchanged_folder(tmp_path):
+    """What is overwritten behind its back, with size and time kept, is found as before."""
+    paths = write(tmp_path / "study", stack(images(4, 8)))
+    first = find(tmp_path / "study")
+    for path in paths:
+        stat = path.stat()
+        path.write_bytes(b"x" * stat.st_size)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = find(tmp_path / "study")
+    assert [s.id for s in second[0]] == [s.id for s in first[0]] and second[1] == first[1]
+    assert second[0][0].source.grid == first[0][0].source.grid
+
+
+def test_a_changed_and_a_new_file_are_read_again(tmp_path):
+    paths = write(tmp_path / "study", stack(images(3, 9)))
+    find(tmp_path / "study")
+    shutil.copy(paths[0], tmp_path / "keep")
+    paths[0].write_bytes(paths[0].read_bytes()[:-100])
+    assert any("truncated" in p.what for p in find(tmp_path / "study")[1])
+    shutil.move(tmp_path / "keep", paths[0])
+    write(tmp_path / "study", stack(images(1, 9), first=3))
+    (subject,), problems = find(tmp_path / "study")
+    assert len(subject.source.grid) == 4 and not problems
+
+
+def dicomdir(folder: Path) -> None:
+    files = FileSet()
+    named = dict.fromkeys(("StudyDate", "StudyTime", "StudyID"), "1")
+    files.add(small(**named | {"StudyDate": "20200101", "StudyTime": "100000"})[0])
+    files.write(folder / "media", use_existing=False)
+    shutil.move(folder / "media" / "DICOMDIR", folder / "DICOMDIR")
+    shutil.rmtree(folder / "media")
+
+
+def unknown_syntax(folder: Path) -> None:
+    for path in write(folder / "b", small(**series(2))):
+        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.8\0"))
+
+
+def jpeg(folder: Path) -> None:
+    for path in write(folder / "b", small(**series(2))):
+        file = pydicom.dcmread(path)
+        file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+        file.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(60)])
+        file.save_as(path, enforce_file_format=False, overwrite=True)
+
+
+def short_header(folder: Path) -> None:
+    (folder / "broken.dcm").write_bytes((folder / "IM00003").read_bytes()[:200])
+
+
+BAD = {
+    "nothing but a name": (lambda folder: (folder / "empty.dcm").write_bytes(b""), "cannot be read as DICOM"),
+    "short header": (short_header, "cannot be read as DICOM"),
+    "DICOMDIR": (dicomdir, "DICOMDIR"),
+    "unknown compression": (unknown_syntax, "compression"),
+    "no plug-in": (jpeg, "pylibjpeg"),
+    "unrelated": (lambda folder: [(folder / f"{k}.txt").write_text("x") for k in range(500)], "500 files"),
+    "pipe": (lambda folder: (os.mkfifo(folder / "pipe"), (folder / "notes").write_text("x")), "1 files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_row(tmp_path, what):
+    make, words = BAD[what]
+    if what == "no plug-in" and pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless).is_available:
+        pytest.skip("a plug-in for JPEG-LS is installed")
+    write(tmp_path / "study", small())
+    make(tmp_path / "study")
+    (subject,), (problem,) = find(tmp_path / "study")
+    assert (voxels(subject) == images(3, 8)).all()
+    assert problem.done == "left out" and words in f"{problem}"
+
+
+def test_a_truncated_file_leaves_a_missing_frame(tmp_path):
+    files = stack(images(3, 9))
+    paths = write(tmp_path / "study", files)
+    paths[12].write_bytes(paths[12].read_bytes()[:-50])
+    (subject,), (problem,) = find(tmp_path / "study")
+    assert "truncated" in problem.what and "1 images" in problem.what
+    ((note, _),) = subject.source.notes
+    assert "slice 1 has 8 frames" in note and "frame 3 is missing" in note
+
+
+def test_pixels_that_are_damaged_are_one_line(tmp_path):
+    for path in write(tmp_path / "study", small()):
+        file = pydicom.dcmread(path)
+        file.file_meta.TransferSyntaxUID = pydicom.uid.RLELossless
+        file.PixelData = pydicom.encaps.encapsulate([bytes(200)])
+        file.save_as(path, enforce_file_format=False, overwrite=True)
+    subjects, _ = find(tmp_path / "study")
+    with pytest.raises(UserError, match="1 of 1 subjects") as error:
+        store.build(subjects, tmp_path / "cache", labels=False)
+    assert "series 1" in str(error.value)
+
+
+def test_a_folder_without_a_cine_tells_what_it_holds(tmp_path):
+    write(tmp_path / "study", stack(images(3, 1)))
+    with pytest.raises(FileNotFoundError, match="no cine found.*fewer than 8 frames"):
+        find(tmp_path / "study")
+
+
+def test_dicom_beside_nifti(tmp_path, beating):
+    write(tmp_path / "all" / "b", small())
+    nibabel.save(nibabel.Nifti1Image(beating()[0], np.eye(4)), tmp_path / "all" / "a.nii.gz")
+    assert [s.key for s in find(tmp_path / "all")[0]] == ["dicom/all", "folder/a"]
