@@ -1,8 +1,7 @@
-"""Folders of DICOM: which series is the short-axis cine, what is left out and why, subjects' names, the index,
-bad input, and that nothing that leaves the reader names a patient.
+"""Folders of DICOM: which series is the short-axis cine, what is left out and why, the names of subjects, the
+index, and bad input.
 """
 
-import csv
 import os
 import shutil
 from pathlib import Path
@@ -11,11 +10,9 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from dicom_files import COLUMN, CT, NORMAL, PATIENT, dataset, images, place, stack, write
+from dicom_files import COLUMN, CT, NORMAL, dataset, images, place, stack, write
 from pydicom.fileset import FileSet
 
-import evaluate
-from cmrssp.data import __main__ as report
 from cmrssp.data import dataset as data
 from cmrssp.data import store
 from cmrssp.data.nifti import cine_image
@@ -45,8 +42,9 @@ def long_axis() -> list:
 
 def perfusion() -> list:
     """Three slices, a frame a heartbeat, the trigger time always the same."""
+    times = [(z, t) for z in range(3) for t in range(8)]
     return [dataset(images(3, 8)[z, t], **place(z), TriggerTime=120, InstanceNumber=8 * z + t,
-                    AcquisitionTime=f"1005{t:02}.{z}", **series(2)) for z in range(3) for t in range(8)]  # fmt: skip
+                    AcquisitionTime=f"1005{t:02}.{z}", **series(2)) for z, t in times]  # fmt: skip
 
 
 def mapping() -> list:
@@ -240,7 +238,7 @@ def test_pixels_that_are_damaged_are_one_line(tmp_path):
 
 def test_a_folder_without_a_cine_tells_what_it_holds(tmp_path):
     write(tmp_path / "study", stack(images(3, 1)))
-    with pytest.raises(FileNotFoundError, match="no cine found.*fewer than 8 frames"):
+    with pytest.raises(FileNotFoundError, match=r"no cine found.*fewer than 8 frames"):
         find(tmp_path / "study")
 
 
