@@ -21,6 +21,8 @@ from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
 from cmrssp.runs import folder
 from cmrssp.weights import checkpoints
+from cmrssp.weights.provenance import Provenance
+from cmrssp.weights.transfer import refuse_seen
 
 # flags that only the scoring of a split uses, and flags that only a prediction uses
 _SCORING = ("--data", "--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases",
@@ -108,14 +110,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list[segmentation.Segmentation]) -> int:
     first = trained[0]
-    paths, label_suffix = dataset.source({**first.provenance, **vars(args)})
+    paths, label_suffix = dataset.source(
+        {"data": first.provenance.data, "label_suffix": first.provenance.label_suffix, **vars(args)}
+    )
     dataset.announce(paths)
     device = resolve_device(args.device)
     methods = [method.to(device) for method in methods]
 
     with distributed.main_first():
         subjects, problems = dataset.find(paths, args.cache, label_suffix)
-    inherited = None if flags.typed(argv, "--split-seed") else first.provenance["split"]
+    inherited = None if flags.typed(argv, "--split-seed") else first.provenance.split
     split = splits.choose(
         subjects,
         split_file=args.split_file,
@@ -125,7 +129,7 @@ def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list[segme
     )
     if args.split != "train":
         for checkpoint in trained:
-            checkpoints.refuse_seen(checkpoint, split, (args.split,))
+            refuse_seen(checkpoint, split, (args.split,))
     wanted = splits.named(subjects, split, (args.split,))
     if not wanted:
         counts = ", ".join(f"{part} {len(keys)}" for part, keys in split.items())
@@ -200,18 +204,18 @@ def default_folder(args, argv: Sequence[str] | None, checkpoints: Sequence) -> s
         *(["flips"] if args.flips else []),
         *(["largest"] if args.largest_component else []),
         *([f"ensemble{len(checkpoints)}"] if len(checkpoints) > 1 else []),
-        *([f"epoch{checkpoints[0].provenance['epochs']}"] if checkpoints[0].unfinished else []),
+        *([f"epoch{checkpoints[0].provenance.epochs}"] if checkpoints[0].provenance.unfinished() else []),
     ]
     return "-".join([f"evaluation-{args.split}", *changed])
 
 
-def predict(args, methods: list[segmentation.Segmentation], provenance: dict) -> int:
+def predict(args, methods: list[segmentation.Segmentation], provenance: Provenance) -> int:
     """0, or 2 where a cine could not be read; the others are predicted all the same."""
     device = resolve_device(args.device)
     methods = [method.to(device) for method in methods]
     out = Path(args.out or "predictions")
     check_writable("--out", out)
-    _, label_suffix = dataset.source({**provenance, **vars(args)})
+    _, label_suffix = dataset.source({"label_suffix": provenance.label_suffix, **vars(args)})
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict | str] = []

@@ -4,21 +4,23 @@ python finetune.py --init runs/mim-phantom --n-subjects 15"""
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from cmrssp import training
-from cmrssp.cli import entry, flags
+from cmrssp.cli import entry, flags, resuming
 from cmrssp.cli.argument_types import vendor_names
+from cmrssp.cli.launch import launch
 from cmrssp.data import dataset, quality, splits, store
 from cmrssp.data.batches import Batches, Slices
+from cmrssp.data.prepare import prepare
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
-from cmrssp.hardware import benchmark, distributed, memory
+from cmrssp.hardware import distributed
 from cmrssp.hardware.device import prepare_torch, resolve_device
 from cmrssp.metrics import dice
-from cmrssp.runs import figures, resume
+from cmrssp.runs import resume
 from cmrssp.segmentation import FINETUNING_LR, Segmentation, predict_frames
-from cmrssp.unet import recompute_activations
 from cmrssp.weights import checkpoints
+from cmrssp.weights.transfer import PARTS, transfer
 
 
 def parse(argv: Sequence[str] | None):
@@ -33,6 +35,12 @@ def parse(argv: Sequence[str] | None):
         metavar="PATH",
         help="unet.pt, last.pt or a run folder; without it from scratch, "
         f"with the baseline's --lr ({Segmentation.defaults['lr']}, else {FINETUNING_LR})",
+    )
+    group.add_argument(
+        "--transfer",
+        choices=("all", "encoder"),
+        default="all",
+        help="which parts of the --init checkpoint to take: all that it has, or the encoder alone",
     )
     group.add_argument(
         "--n-subjects",
@@ -67,11 +75,11 @@ def parse(argv: Sequence[str] | None):
     if checkpoint:
         parser.set_defaults(lr=FINETUNING_LR, **flags.from_checkpoint(checkpoint))
     if interrupted:
-        resume.set_defaults(parser, interrupted)
+        resuming.set_defaults(parser, interrupted)
     args = parser.parse_args(argv)
     args.vendors = flags.flat(args.vendors)
     if interrupted:
-        resume.refuse_changes(parser, args, argv, interrupted)
+        resuming.refuse_changes(parser, args, argv, interrupted)
     return args, checkpoint, interrupted
 
 
@@ -80,131 +88,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interrupted and interrupted.finished:
         print(f"already finished: {interrupted.folder / 'unet.pt'}")
         return 0
-    inherited = checkpoint.provenance if checkpoint else {}
-    paths, label_suffix = dataset.source({**inherited, **vars(args)})
-    dataset.announce(paths)
+    inherited = checkpoint.provenance if checkpoint else None
+    known = {"data": inherited.data, "label_suffix": inherited.label_suffix} if inherited else {}
+    args.data, args.label_suffix = dataset.source({**known, **vars(args)})
+    dataset.announce(args.data)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
     method = flags.build(Segmentation, args)
-    if args.grad_checkpoint:
-        recompute_activations(method)
     settings = flags.settings(args, device)
-    transferred = checkpoints.transfer(checkpoint, method.unet) if checkpoint else {}
-    for part, what in transferred.items():
-        print(f"{part}: {what}")
+    transferred = {}
+    if checkpoint:
+        parts = ("encoder",) if args.transfer == "encoder" else PARTS
+        transferred = transfer(checkpoint, method.unet, parts)
+        for part, what in transferred.items():
+            print(f"{part}: {what}")
     if args.freeze_encoder:
-        print(
-            f"encoder: frozen for the first {min(args.freeze_encoder, args.epochs):g} of {args.epochs} epochs"
-            + ("" if checkpoint else ", with random weights: there is no --init")
-        )
+        epochs = min(args.freeze_encoder, args.epochs)
+        note = "" if checkpoint else ", with random weights: there is no --init"
+        print(f"encoder: frozen for the first {epochs:g} of {args.epochs} epochs{note}")
 
-    with distributed.main_first():
-        subjects, problems = dataset.find(paths, args.cache, label_suffix)
-    anew = flags.typed(argv, "--split-seed")
-    split_seed = args.split_seed if anew else inherited.get("split_seed", args.split_seed)
-    inherited_split = None if anew else inherited.get("split")
-    split = splits.choose(
-        subjects,
+    own_split = inherited and not flags.typed(argv, "--split-seed")
+    if own_split:
+        args.split_seed = inherited.split_seed
+    prepared = prepare(
+        args.data,
+        args.cache,
+        needed="train",
+        label_suffix=args.label_suffix,
+        labelled=("train", "validation"),
         split_file=None if interrupted else args.split_file,
-        split_seed=split_seed,
-        inherited=interrupted.split if interrupted else inherited_split,
+        split_seed=args.split_seed,
+        inherited=interrupted.split if interrupted else inherited.split if own_split else None,
         keep_overlap=args.keep_overlap,
+        skip_broken=args.skip_broken,
+        checkpoints=[checkpoint] if checkpoint else [],
+        held_out=("validation", "test"),
     )
-    if checkpoint:
-        checkpoints.refuse_seen(checkpoint, split, ("validation", "test"))
-    with distributed.main_first():
-        every = store.build(
-            splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
-        )
-    if checkpoint:
-        held = (*split["validation"], *split["test"])
-        quality.refuse_other_images(every, checkpoint.digests, checkpoint.seen(), held)
-    split = quality.without_copies(every, split)
-    known = splits.named(every.subjects, split, ("train", "validation"))
-    with distributed.main_first():
-        cines = store.build(known, args.cache, labels=True, skip_broken=args.skip_broken)
-    print(quality.summary(cines, problems))
-    split = splits.keep(split, cines.index, parts=("train", "validation"))
+    cines, split = prepared.cines, prepared.split
     labelled = candidates(cines, split["train"], args)
-    number = len(labelled) if args.n_subjects is None else args.n_subjects
-    chosen = splits.subset(labelled, number, args.seed)
+    chosen = splits.subset(labelled, len(labelled) if args.n_subjects is None else args.n_subjects, args.seed)
     slices = Slices(cines, chosen, phases=args.phases)
-    print(
-        splits.describe(split)
-        + f"; {len(chosen)} labelled subjects to train on, {len(slices)} labelled slices"
-    )
-    print(
-        "labelled slices: "
-        + ", ".join(f"{n} in {subset}" for subset, n in sizes(cines, labelled, args).items())
-    )
-    loader = Batches(cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=True, device=device)
-    memory.check(method, loader, amp=settings.amp, device=device, device_cache=args.device_cache)
-    if args.benchmark:
-        benchmark.run(method, loader, settings, args.benchmark)
-        return 0
+    print(f"{splits.describe(split)}; {len(chosen)} labelled subjects to train on")
+    counted = (f"{n} in {subset}" for subset, n in sizes(cines, labelled, args).items())
+    print(f"labelled slices: {len(slices)} to train on; {', '.join(counted)}")
+    batches = Batches(cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=True, device=device)
 
-    start = checkpoint.provenance["method"] if checkpoint else "scratch"
-    name = f"finetune-{start}-{dataset.name(paths)}-n{len(chosen)}-seed{args.seed}"
-    images = quality.digests(every, every.index)
-    held_out = [cines.index[key] for key in split["validation"] if cines.labels[cines.index[key]].frames]
-    used = [*chosen, *(cines.subjects[i].key for i in held_out)]
-    labels = quality.digests(cines, used, labels=True)
-    run, state = resume.open_run(interrupted, args, name, images, labels)
-    if not state:
-        described = {
-            "kind": "fine-tuning",
-            **vars(args),
-            "split_seed": split_seed,
-            "data": dataset.absolute(paths),
-            "label_suffix": label_suffix,
-            "device": str(device),
-            "transfer": transferred,
-            "subjects": chosen,
-        }
-        run.start(described, split)
-        if transferred:
-            run.log({"epoch": 0, "transfer": transferred})
-    provenance = {
-        "method": method.name,
-        "data": dataset.absolute(paths),
-        "label_suffix": label_suffix,
-        "split": split,
-        "split_seed": split_seed,
-        "seed": args.seed,
-        "subjects": chosen,
-        "digests": images,
-        "labels": labels,
-        "slices": len(slices),
-        "all_subjects": len(chosen) == len(labelled) and not splits.published_subset(split),
-        "phases": args.phases,
-        "vendors": args.vendors,
-        "augmentation": "on" if args.augment else "off",
-        "recipe": flags.recipe(args, Segmentation, settings, loader.batch_size),
-        "init": checkpoint.provenance if checkpoint else None,
-    }
+    held_out = [key for key in split["validation"] if cines.labels[cines.index[key]].frames]
     if not held_out:
         print("no validation subject has labels: there will be no validation Dice")
-    elif unlabelled := [key for key in split["validation"] if cines.index[key] not in held_out]:
+    elif unlabelled := sorted(set(split["validation"]) - set(held_out)):
         print(f"validation subjects without labels, left out of the Dice: {', '.join(unlabelled)}")
 
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
         return mean_dice(method, cines, held_out, device) if held_out else {}
 
-    if not state and distributed.is_main():
-        figures.views(method.to(device), loader, run.folder / "views.png")
-    training.train(
+    start = inherited.method if inherited else "scratch"
+    run = launch(
+        args,
         method,
-        loader,
+        batches,
         settings,
-        run,
-        config=method.config(),
-        provenance=provenance,
-        validate=validate,
-        draw=lambda: figures.curves(run.records(), run.folder / "curves.png"),
-        hint=flags.quick_hint(args, device),
-        state=state,
+        prepared,
+        validate,
+        kind="fine-tuning",
+        name=f"finetune-{start}-{dataset.name(args.data)}-n{len(chosen)}-seed{args.seed}",
+        interrupted=interrupted,
+        transferred=transferred,
+        provenance={
+            "subjects": chosen,
+            "labels": quality.digests(cines, [*chosen, *held_out], labels=True),
+            "all_subjects": len(chosen) == len(labelled) and not splits.published_subset(split),
+            "phases": args.phases,
+            "vendors": args.vendors,
+            "init": inherited,
+        },
     )
-    print(f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}")
+    if run:
+        print(
+            f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}"
+        )
     return 0
 
 
@@ -233,16 +195,18 @@ def sizes(cines: store.Store, labelled: Sequence[str], args) -> dict[str, int]:
     return {name: len(Slices(cines, keys, phases=args.phases)) for name, keys in subsets.items()}
 
 
-def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int], device) -> dict[str, float]:
-    """3D Dice on the original grid, over the ED and ES frames of the subjects: the mean, and that of each
-    class. Each rank takes its share of the subjects.
+def mean_dice(
+    method: Segmentation, cines: store.Store, keys: Sequence[str], device: torch.device
+) -> dict[str, float]:
+    """3D Dice on the original grid over the ED and ES frames of the subjects: of each class, and their mean.
+    The ranks divide the subjects among themselves.
     """
     mine: list[list[dict[str, float]]] = []
-    for subject in distributed.own_items(subjects):
+    for subject in (cines.index[key] for key in distributed.own_items(keys)):
         frames = sorted(set(cines.labels[subject].phases.values()))
         predicted = predict_frames([method], cines, subject, frames, device)
-        truth = (cines.label_volume(subject, frame) for frame in frames)
-        mine.append([dice(*pair) for pair in zip(predicted, truth, strict=True)])
+        reference = (cines.label_volume(subject, frame) for frame in frames)
+        mine.append([dice(*pair) for pair in zip(predicted, reference, strict=True)])
     scores = [score for of_subject in distributed.merge(mine) for score in of_subject]
     means = {f"dice_{name}": float(np.mean([s[name] for s in scores])) for name in CLASSES}
     return {"dice": float(np.mean(list(means.values()))), **means}

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 
-from cmrssp import training
-from cmrssp.cli import entry, flags
-from cmrssp.data import dataset, quality, splits, store
+from cmrssp.cli import entry, flags, resuming
+from cmrssp.cli.launch import launch
+from cmrssp.data import dataset, splits
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.errors import UserError
-from cmrssp.hardware import benchmark, distributed, memory
+from cmrssp.data.prepare import prepare
 from cmrssp.hardware.device import prepare_torch, resolve_device
-from cmrssp.runs import figures, resume
+from cmrssp.runs import resume
 from cmrssp.ssp import METHODS, health
 from cmrssp.ssp.method import Method
-from cmrssp.unet import recompute_activations
 
 
 def parse(argv: Sequence[str] | None):
@@ -41,14 +39,14 @@ def parse(argv: Sequence[str] | None):
         method.add_flags(full.add_argument_group(known.method))
         flags.set_defaults(full, argv, method)
     if interrupted:
-        resume.set_defaults(full, interrupted)
+        resuming.set_defaults(full, interrupted)
     args, unknown = full.parse_known_args(argv)
     if args.method is None:
         full.error(f"--method is required; {flags.purposes(METHODS)}")
     if unknown:
         full.error(explain_unknown(unknown, args.method, METHODS))
     if interrupted:
-        resume.refuse_changes(full, args, argv, interrupted)
+        resuming.refuse_changes(full, args, argv, interrupted)
     return args, interrupted
 
 
@@ -68,99 +66,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interrupted and interrupted.finished:
         print(f"already finished: {interrupted.folder / 'unet.pt'}")
         return 0
-    method_class = METHODS[args.method]
-    paths, label_suffix = dataset.source(vars(args))
-    dataset.announce(paths)
+    args.data, args.label_suffix = dataset.source(vars(args))
+    dataset.announce(args.data)
     device = resolve_device(args.device)
     prepare_torch(args.seed, args.deterministic)
-    method = flags.build(method_class, args)
-    if args.grad_checkpoint:
-        recompute_activations(method)
+    method = flags.build(METHODS[args.method], args)
     settings = flags.settings(args, device)
-
-    with distributed.main_first():
-        subjects, problems = dataset.find(paths, args.cache, label_suffix)
-    split = splits.choose(
-        subjects,
+    prepared = prepare(
+        args.data,
+        args.cache,
+        needed="train",
+        label_suffix=args.label_suffix,
         split_file=None if interrupted else args.split_file,
         split_seed=args.split_seed,
         inherited=interrupted.split if interrupted else None,
         keep_overlap=args.keep_overlap,
+        skip_broken=args.skip_broken,
     )
-    with distributed.main_first():
-        cines = store.build(
-            splits.named(subjects, split), args.cache, labels=False, skip_broken=args.skip_broken
-        )
-    print(quality.summary(cines, problems))
-    split = quality.without_copies(cines, splits.keep(split, cines.index))
+    cines, split = prepared.cines, prepared.split
     slices = {part: Slices(cines, split[part]) for part in ("train", "validation")}
     print(splits.describe(split) + f"; {len(slices['train'])} slices to train on, no label is read")
-    if not len(slices["train"]):
-        raise UserError(
-            "there is no training subject; give more cines, or a --split-file with training subjects"
-        )
     if not len(slices["validation"]):
         print("no validation subject: there will be no validation loss")
-    loaders = {
-        part: Batches(cines, s, batch_size=args.batch_size, seed=args.seed, labelled=False, device=device)
-        for part, s in slices.items()
-        if len(s)
-    }
-
-    memory.check(method, loaders["train"], amp=settings.amp, device=device, device_cache=args.device_cache)
-    if args.benchmark:
-        benchmark.run(method, loaders["train"], settings, args.benchmark)
-        return 0
-
-    images = quality.digests(cines, cines.index)
-    run, state = resume.open_run(interrupted, args, f"{args.method}-{dataset.name(paths)}", images, {})
-    if not state:
-        run.start(
-            {
-                "kind": "pretraining",
-                **vars(args),
-                "data": dataset.absolute(paths),
-                "label_suffix": label_suffix,
-                "device": str(device),
-            },
-            split,
-        )
-    provenance = {
-        "method": args.method,
-        "data": dataset.absolute(paths),
-        "label_suffix": label_suffix,
-        "split": split,
-        "split_seed": args.split_seed,
-        "seed": args.seed,
-        "subjects": split["train"],
-        "digests": images,
-        "slices": len(slices["train"]),
-        "recipe": flags.recipe(args, method_class, settings, loaders["train"].batch_size),
-        "init": None,
-    }
+    options = {"batch_size": args.batch_size, "seed": args.seed, "labelled": False, "device": device}
+    batches = {part: Batches(cines, each, **options) for part, each in slices.items() if len(each)}
 
     def validate(method: Method, epoch: int) -> dict[str, float]:
-        return health.check(method, loaders["validation"], epoch) if "validation" in loaders else {}
+        return health.check(method, batches["validation"], epoch) if "validation" in batches else {}
 
-    def draw() -> None:
-        figures.views(method, loaders["train"], run.folder / "views.png")
-        figures.curves(run.records(), run.folder / "curves.png")
-
-    if not state and distributed.is_main():
-        figures.views(method.to(device), loaders["train"], run.folder / "views.png")
-    training.train(
+    run = launch(
+        args,
         method,
-        loaders["train"],
+        batches["train"],
         settings,
-        run,
-        config=method.config(),
-        provenance=provenance,
-        validate=validate,
-        draw=draw,
-        hint=flags.quick_hint(args, device),
-        state=state,
+        prepared,
+        validate,
+        kind="pretraining",
+        name=f"{args.method}-{dataset.name(args.data)}",
+        interrupted=interrupted,
+        provenance={"subjects": split["train"]},
     )
-    print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
+    if run:
+        print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
     return 0
 
 

@@ -17,7 +17,8 @@ from cmrssp.losses import deep_supervision, dice_cross_entropy
 from cmrssp.ssp.flag_types import at_least_0, positive
 from cmrssp.ssp.method import Method, Views
 from cmrssp.unet import Encoder, UNet
-from cmrssp.weights import checkpoints
+from cmrssp.weights.checkpoints import Checkpoint
+from cmrssp.weights.transfer import transfer
 
 NUM_OUTPUTS = len(CLASSES) + 1
 FINETUNING_LR = 0.005  # in place of the baseline's (supplement A)
@@ -125,13 +126,13 @@ class Segmentation(Method):
         return F.grid_sample(total / len(mirrored), grid, mode="bilinear", align_corners=True)
 
 
-def restore(checkpoint: checkpoints.Checkpoint) -> Segmentation:
+def restore(checkpoint: Checkpoint) -> Segmentation:
     """The network of a fine-tuned checkpoint, ready to predict. Raises UserError for any other checkpoint."""
     config = checkpoint.config
     if config.get("classes") != list(CLASSES):
         raise UserError(
             f"{checkpoint.path}: expected a fine-tuned segmentation network, got one pretrained by "
-            f"{checkpoint.provenance['method']}; run finetune.py --init {checkpoint.path} first"
+            f"{checkpoint.provenance.method}; run finetune.py --init {checkpoint.path} first"
         )
     method = Segmentation(
         channels=config["channels"],
@@ -142,7 +143,7 @@ def restore(checkpoint: checkpoints.Checkpoint) -> Segmentation:
         freeze_encoder=0.0,
         encoder_lr_factor=1.0,
     )
-    checkpoints.transfer(checkpoint, method.unet)
+    transfer(checkpoint, method.unet)
     return method.eval()
 
 

@@ -1,17 +1,17 @@
-"""A command: its parser, and how it ends."""
+"""How a script parses its flags, and how it ends."""
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
-from cmrssp.runs.resume import Stopped
+from cmrssp.runs.signals import Stopped, interrupting
 
 _NO_MEMORY = (
     "out of memory",
@@ -39,30 +39,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the block as Ctrl-C does, so that nothing stays half-written; a second one ends
-    the process. torchrun's processes are left alone: it must be able to end them.
-    """
-
-    def interrupt(number: int, frame) -> NoReturn:
-        signal.signal(number, signal.SIG_DFL)
-        raise KeyboardInterrupt(number)
-
-    own = (signal.SIGTERM, signal.SIGUSR1) if distributed.world_size() == 1 else ()
-    before = {number: signal.signal(number, interrupt) for number in own}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) -> NoReturn:
-    """Run a script's main and exit as it says, or with 2 and one line for what the user can mend."""
+    """Run a script's main and exit with its status. An error that a user can fix is one line and status 2."""
     prog, status = prog or Path(sys.argv[0]).name, 1
     try:
-        with _signals():
+        # torchrun must be able to end its processes itself
+        with interrupting() if distributed.world_size() == 1 else nullcontext():
             distributed.start()
             status = main(None)
             sys.stdout.flush()

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +18,10 @@ from cmrssp.cli.entry import Parser
 from cmrssp.data.dataset import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
 from cmrssp.hardware.device import resolve_amp, resolve_compile
+from cmrssp.runs.settings import Settings
 from cmrssp.ssp.flag_types import at_least_0, fraction, positive
 from cmrssp.ssp.method import Method
-from cmrssp.training import Settings
-from cmrssp.unet import NORMS
+from cmrssp.unet import NORMS, recompute_activations
 from cmrssp.weights.checkpoints import Checkpoint
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing_mm": 1.25}
@@ -31,7 +32,10 @@ _OPTIMISATION = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs", "momen
 
 def build(method: type[Method], args: argparse.Namespace) -> Method:
     """The method, each argument of its constructor taken from the flag of that name."""
-    return method(**{name: getattr(args, name) for name in parameters(method)})
+    built = method(**{name: getattr(args, name) for name in parameters(method)})
+    if args.grad_checkpoint:
+        recompute_activations(built)
+    return built
 
 
 def parameters(method: type[Method]) -> list[str]:
@@ -63,7 +67,9 @@ def from_checkpoint(checkpoint: Checkpoint) -> dict:
     return {**{name: checkpoint.config[name] for name in names}, "norm": checkpoint.norm}
 
 
-def recipe(args: argparse.Namespace, method: type[Method], settings: Settings, batch_size: int) -> dict:
+def hyperparameters(
+    args: argparse.Namespace, method: type[Method], settings: Settings, batch_size: int
+) -> dict[str, Any]:
     """How a network was trained, for its checkpoint: optimisation, augmentation, the method's own flags.
     Mixed precision and batch size are those in use, which can be less than was asked for.
     """
@@ -267,9 +273,5 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
         max_skipped=args.max_skipped,
         compile=resolve_compile(args.compile, device, args.norm),
         validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
+        hint="" if args.quick or device.type != "cpu" else "add --quick to finish in minutes on this CPU",
     )
-
-
-def quick_hint(args: argparse.Namespace, device: torch.device) -> str:
-    """Advice for a run that takes long."""
-    return "" if args.quick or device.type != "cpu" else "add --quick to finish in minutes on this CPU"

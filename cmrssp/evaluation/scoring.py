@@ -201,21 +201,21 @@ def arm(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where a fine-tuned network belongs in the tables of a study: how it was trained, and its seed."""
     link = checkpoint.provenance
     return {
-        "pretraining": checkpoint.history[-1]["method"] if link.get("init") else "scratch",
-        "n_subjects": len(link["subjects"]),
-        "all_subjects": bool(link.get("all_subjects")),
-        "slices": link.get("slices"),
-        "phases": link.get("phases", "both"),
-        "vendors": link.get("vendors"),
-        "augmentation": link.get("augmentation", "on"),
-        "seed": link["seed"],
+        "pretraining": list(link.history())[-1].method if link.init else "scratch",
+        "n_subjects": len(link.subjects),
+        "all_subjects": link.all_subjects,
+        "slices": link.slices,
+        "phases": link.phases,
+        "vendors": link.vendors,
+        "augmentation": link.augmentation,
+        "seed": link.seed,
     }
 
 
 def settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Network and length, which all runs of a study should share."""
     names, link = ("channels", "image_size", "spacing_mm"), checkpoint.provenance
-    return {**{n: checkpoint.config[n] for n in names}, "norm": checkpoint.norm, "epochs": link.get("epochs")}
+    return {**{n: checkpoint.config[n] for n in names}, "norm": checkpoint.norm, "epochs": link.epochs}
 
 
 def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -223,10 +223,10 @@ def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     remembers: what seeds of one experiment share.
     """
     found = {}
-    for when, link in zip(("", "pretraining "), checkpoint.history, strict=False):
-        pool = hashlib.sha256(json.dumps(sorted(link["split"]["train"])).encode()).hexdigest()[:16]
-        own_list = splits.published_subset(link["split"])  # each seed has another
-        every = {**link.get("recipe", {}), "training subjects": None if own_list else pool}
+    for when, link in zip(("", "pretraining "), checkpoint.provenance.history(), strict=False):
+        pool = hashlib.sha256(json.dumps(sorted(link.split["train"])).encode()).hexdigest()[:16]
+        own_list = splits.published_subset(link.split)  # each seed has another
+        every = {**link.hyperparameters, "training subjects": None if own_list else pool}
         found |= {when + name: value for name, value in every.items()}
     return found
 

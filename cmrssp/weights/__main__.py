@@ -11,6 +11,7 @@ from cmrssp.cli import entry
 from cmrssp.errors import UserError
 from cmrssp.weights import checkpoints, nnunet
 from cmrssp.weights.checkpoints import Checkpoint
+from cmrssp.weights.transfer import check_keys, transfer
 
 PROG = "python -m cmrssp.weights"
 _LANDS = {
@@ -50,18 +51,19 @@ def show(file: str | Path) -> str:
         parts = dict(content["transfer"])
     else:
         checkpoint = checkpoints.load(path)
-        checkpoints.check_keys(checkpoint)
+        check_keys(checkpoint)
         parts = {part: _part(checkpoint, part, where) for part, where in _LANDS.items()}
-    config, history, state = checkpoint.config, checkpoint.history, checkpoint.state_dict
+    config, state = checkpoint.config, checkpoint.state_dict
+    history = list(checkpoint.provenance.history())
     kind = "weights and training state" if "optimizer" in content else "weights"
     what = f"{kind} for nnU-Net v2 (nnUNetv2_train -pretrained_weights)" if exported else kind
     lines = {
         "file": f"{path}, {path.stat().st_size / 1e6:.1f} MB",
         "sha256": _sha256(path),
         "what": f"{what} of a 2D U-Net, {_origin(checkpoint)}",
-        "method": " after ".join(link["method"] for link in history),
-        "epochs": " after ".join(str(link.get("epochs", "unknown")) for link in history),
-        "data": "; ".join(dict.fromkeys(" ".join(map(str, link["data"])) for link in history)),
+        "method": " after ".join(link.method for link in history),
+        "epochs": " after ".join("unknown" if link.epochs is None else str(link.epochs) for link in history),
+        "data": "; ".join(dict.fromkeys(" ".join(link.data) for link in history)),
         "subjects seen": f"{len(checkpoint.seen())}",
         "channels": " ".join(map(str, config["channels"])),
         "norm": checkpoint.norm,
@@ -81,7 +83,7 @@ def _part(checkpoint: Checkpoint, part: str, where: str) -> str:
 
 def _origin(checkpoint: Checkpoint) -> str:
     """pretrained by mim; fine-tuned (LV, MYO, RV) after mim"""
-    methods = [link["method"] for link in checkpoint.history]
+    methods = [link.method for link in checkpoint.provenance.history()]
     classes = checkpoint.config["classes"]
     if not classes:
         return f"pretrained by {' after '.join(methods)}"
@@ -99,13 +101,13 @@ def to_nnunet(file: str | Path, out: Path) -> str:
     checkpoint = checkpoints.load(file)
     config, norm = checkpoint.config, checkpoint.norm
     unet = nnunet.fresh(config["channels"], norm)
-    report = {**checkpoints.transfer(checkpoint, unet), "heads": _NO_HEADS}
+    report = {**transfer(checkpoint, unet), "heads": _NO_HEADS}
     if report["decoder"].startswith("fresh"):
         report["decoder"] += ", initialised as nnU-Net does"
     content = {
         "network_weights": nnunet.network_weights(unet.state_dict()),
         "config": config,
-        "provenance": checkpoint.provenance,
+        "provenance": checkpoint.provenance.to_dict(),
         "transfer": report,
     }
     out = out.expanduser()

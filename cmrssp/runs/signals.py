@@ -1,0 +1,72 @@
+"""SIGTERM, SIGINT and SIGUSR1: they end a script at once, and a training after the step under way."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cmrssp.hardware import distributed
+
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ECHO_S = 1.0  # torchrun forwards a signal that a process may have received already: it counts once
+
+
+class Stopped(Exception):
+    """A signal has ended the training, and everything is saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class Inbox:
+    """Holds the first signal that arrives; `number` is None before."""
+
+    number: int | None = None
+    arrived: float = 0.0
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Within, a signal raises KeyboardInterrupt(number), so that temporary files are removed on the way out.
+    A second signal ends the process.
+    """
+
+    def interrupt(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(number)
+
+    with _handling(interrupt):
+        yield
+
+
+@contextmanager
+def holding() -> Iterator[Inbox]:
+    """Within, the first signal goes to the inbox, so that the step can end. A second one ends the process."""
+    inbox = Inbox()
+
+    def hold(number: int, frame) -> None:
+        if inbox.number is None:
+            inbox.number, inbox.arrived = number, time.monotonic()
+        elif distributed.world_size() == 1 or time.monotonic() - inbox.arrived > _ECHO_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    with _handling(hold):
+        yield inbox
+
+
+@contextmanager
+def _handling(handler) -> Iterator[None]:
+    before = {}
+    try:
+        for number in WATCHED:
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # outside the main thread Python delivers no signals
+        pass
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,69 @@
+"""Where weights come from: what was trained, on whom, how."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from cmrssp.data.dataset import LABEL_SUFFIX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """One training, and through `init` the training that it started from. Stored in every checkpoint.
+
+    Subjects are named by their keys, `dataset/id`. A digest identifies the content of images or label maps.
+    """
+
+    method: str
+    data: list[str]  # as --data names it, absolute
+    split: dict[str, list[str]]
+    split_seed: int
+    seed: int
+    subjects: list[str]  # that were trained on
+    label_suffix: str = LABEL_SUFFIX
+    digests: dict[str, str] = field(default_factory=dict)  # of the images of every subject of the split
+    slices: int | None = None  # that were trained on
+    epochs: int | None = None  # done so far
+    hyperparameters: dict[str, Any] = field(default_factory=dict)  # by flag
+    labels: dict[str, str] = field(default_factory=dict)  # fine-tuning: digests of the label maps in use
+    all_subjects: bool = False  # fine-tuning: no labelled training subject was left out
+    phases: str = "both"  # fine-tuning: labelled frames, ed, es or both
+    vendors: list[str] | None = None  # fine-tuning: None means all
+    augmentation: str = "on"
+    init: "Provenance | None" = None
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Provenance":
+        """Raises TypeError if a field without a default is missing; ignores fields of other versions."""
+        known = {name: content[name] for name in cls.names() if name in content}
+        init = known.get("init")
+        return cls(**{**known, "init": cls.from_dict(init) if init else None})
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [each.name for each in fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def history(self) -> Iterator["Provenance"]:
+        """This training, then the one it started from, and so on."""
+        link: Provenance | None = self
+        while link:
+            yield link
+            link = link.init
+
+    def seen(self) -> dict[str, str]:
+        """{subject key: method that trained on it}, over the whole history."""
+        return {key: link.method for link in self.history() for key in link.subjects}
+
+    def image_digests(self) -> dict[str, str]:
+        """{subject key: digest of its images} of all subjects in the history."""
+        return {key: digest for link in self.history() for key, digest in link.digests.items()}
+
+    def unfinished(self) -> str:
+        """How far the training has come, such as "16 of 500 epochs"; "" if it has ended or does not say."""
+        planned = self.hyperparameters.get("epochs")
+        if planned is None or self.epochs is None or self.epochs >= planned:
+            return ""
+        return f"{self.epochs} of {planned} epochs"

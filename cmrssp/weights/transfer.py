@@ -1,0 +1,82 @@
+"""What of a checkpoint goes into a network, and who may no longer be held out."""
+
+from collections.abc import Iterable
+from itertools import count, takewhile
+
+from cmrssp.errors import UserError
+from cmrssp.unet import UNet
+from cmrssp.weights.checkpoints import Checkpoint
+
+PARTS = ("encoder", "decoder", "heads")
+
+
+def transfer(checkpoint: Checkpoint, unet: UNet, parts: Iterable[str] = PARTS) -> dict[str, str]:
+    """Copy the weights of these parts into `unet`, and report {part: what happened to it}.
+
+    Encoder and decoder transfer whole or not at all; the heads only from a network with the same classes.
+    Raises UserError for weights that do not fit.
+    """
+    if checkpoint.norm != unet.encoder.norm:
+        raise UserError(
+            f"{checkpoint.path}: was trained with --norm {checkpoint.norm}, this network has --norm "
+            f"{unet.encoder.norm}; leave --norm out, or pretrain with --norm {unet.encoder.norm}"
+        )
+    check_keys(checkpoint)
+    target, source = unet.state_dict(), checkpoint.state_dict
+    report, chosen = {}, {}
+    for part in PARTS:
+        ours = {key: target[key].shape for key in target if key.startswith(part + ".")}
+        theirs = {key: source[key].shape for key in source if key.startswith(part + ".")}
+        if not theirs:
+            report[part] = f"fresh (the checkpoint has none), {len(ours)} tensors"
+        elif part not in parts:
+            report[part] = f"fresh (left out by --transfer), {len(ours)} tensors"
+        elif part == "heads" and ours != theirs:
+            report[part] = f"fresh (other classes in the checkpoint), {len(ours)} tensors"
+        elif ours != theirs:
+            odd = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+            raise UserError(
+                f"{checkpoint.path}: its {part} does not fit this network ({len(odd)} tensors differ, first "
+                f"{odd[0]}); the checkpoint has --channels {_words(checkpoint.config['channels'])}, the "
+                f"network {_words(unet.encoder.channels)}"
+            )
+        else:
+            chosen.update({key: source[key] for key in theirs})
+            report[part] = f"transferred, {len(theirs)} tensors"
+    unet.load_state_dict({**target, **chosen})
+    return report
+
+
+def check_keys(checkpoint: Checkpoint) -> None:
+    """Raise UserError if the weights are not a U-Net's, or have other channels than the configuration."""
+    state, expected = checkpoint.state_dict, list(checkpoint.config["channels"])
+    unknown = sorted(key for key in state if key.partition(".")[0] not in PARTS)
+    if unknown or not state:
+        raise UserError(
+            f"{checkpoint.path}: expected keys from {', '.join(PARTS)}, got "
+            f"{unknown[:3] or 'an empty state dict'}"
+        )
+    names = (f"encoder.stages.{n}.conv1.weight" for n in count())
+    found = [len(state[name]) for name in takewhile(state.__contains__, names)]
+    if found and found != expected:
+        raise UserError(
+            f"{checkpoint.path}: its configuration says --channels {_words(expected)}, its weights have "
+            f"{_words(found)}"
+        )
+
+
+def refuse_seen(checkpoint: Checkpoint, split: dict[str, list[str]], parts: Iterable[str]) -> None:
+    """Raise UserError if the checkpoint was trained on a subject of these parts of the split."""
+    seen = checkpoint.provenance.seen()
+    for part in parts:
+        leaked = [key for key in split[part] if key in seen]
+        if leaked:
+            raise UserError(
+                f"{checkpoint.path}: was trained on {len(leaked)} of the {len(split[part])} {part} subjects "
+                f"({seen[leaked[0]]}, the first is {leaked[0]}); use the split that it was trained with "
+                "(leave out --split-seed and --split-file), or pretrain again"
+            )
+
+
+def _words(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers))
