@@ -77,9 +77,8 @@ class Step:
         what the method logs. The host never waits for the device here.
         """
         now = epoch + number / self.steps_per_epoch
-        self.learning_rate = learning_rate(self.settings, now)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group.get("lr_factor", 1.0)
+            group["lr"] = learning_rate(self.settings, now) * group.get("lr_factor", 1.0)
         generator = step_generator(self.settings.seed, epoch, number, distributed.rank())
         views = self.method.views(batch, generator)
         with self.autocast():
@@ -131,7 +130,8 @@ def train(
                     run.save(_state(method, step, progress, provenance, epoch, number + 1))
                     requests.saved(request, run.folder, epoch, number + 1)
             first_step, last = 0, epoch + 1 == settings.epochs
-            record = {"epoch": epoch + 1, "lr": step.learning_rate, **progress.end_epoch()}
+            rate = learning_rate(settings, epoch + (len(batches) - 1) / len(batches))
+            record = {"epoch": epoch + 1, "lr": rate, **progress.end_epoch()}
             if last or (epoch + 1) % settings.validate_every == 0:
                 figures = _timed(validate, method, epoch + 1, settings)
                 record |= figures

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from loop import run_training
 
 import evaluate
 import finetune
@@ -19,26 +20,9 @@ from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.losses import deep_supervision, dice_cross_entropy
-from cmrssp.runs.folder import Run
 from cmrssp.segmentation import Segmentation
-from cmrssp.training import Settings
 
 SMALL = {"channels": (4, 8, 8), "image_size": 32, "spacing_mm": 1.5, "augment": True, "norm": "batch"}
-SETTINGS = dict(
-    epochs=3,
-    lr=0.05,
-    schedule="poly",
-    final_lr=0.0,
-    warmup_epochs=0.0,
-    momentum=0.9,
-    nesterov=True,
-    weight_decay=0.01,
-    amp="off",
-    seed=4,
-    validate_every=1,
-    save_every="1min",
-    max_skipped=25,
-)
 
 
 @pytest.fixture
@@ -63,15 +47,7 @@ def train(method, loader, folder, **changes):
         states.append({k: v.clone() for k, v in method.state_dict().items()})
         return {}
 
-    training.train(
-        method,
-        loader,
-        Settings(**{**SETTINGS, **changes}),
-        Run.create(str(folder), ""),
-        config={},
-        provenance={},
-        validate=keep,
-    )
+    run_training(method, loader, folder, validate=keep, **changes)
     return states
 
 
@@ -106,10 +82,7 @@ def test_freezing_equals_training_the_rest_alone(loader, tmp_path):
         method.train()
         return {}
 
-    training.train(
-        method, loader, Settings(**SETTINGS), Run.create(str(tmp_path / "run"), ""), config={}, provenance={},
-        validate=validate,
-    )  # fmt: skip
+    run_training(method, loader, tmp_path / "run", validate=validate)
     rest = [p for part in (slow.unet.decoder, slow.unet.heads) for p in part.parameters()]
     velocity = [torch.zeros_like(p) for p in rest]
     slow.encoder.requires_grad_(False).eval()
@@ -232,8 +205,8 @@ def test_the_transfer_is_in_the_log_and_in_args_json(pretrained, tmp_path, capsy
     content = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
     theirs = torch.load(run / "unet.pt", weights_only=True)["state_dict"]
     assert len(theirs) == 24 and all(torch.equal(content["state_dict"][k], v) for k, v in theirs.items())
-    assert content["provenance"]["recipe"]["freeze_encoder"] == 5
-    assert content["provenance"]["recipe"]["augment"] is True
+    assert content["provenance"]["hyperparameters"]["freeze_encoder"] == 5
+    assert content["provenance"]["hyperparameters"]["augment"] is True
 
 
 def test_another_norm_ends_in_one_line(pretrained, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import loop
 import pytest
 import torch
 import two_processes
@@ -16,14 +17,12 @@ from cmrssp.data import phantom
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.hardware import memory
 from cmrssp.runs.resume import Stopped
-from cmrssp.training import Settings, Step, step_generator
+from cmrssp.training import Step, step_generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 GPU = torch.device("cuda")
 KINK = 0.05  # of a gradient: one value that rounding moves across the bend of a leaky ReLU changed 0.016
-SETTINGS = dict(epochs=2, lr=0.01, schedule="cosine", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
-                nesterov=True, weight_decay=0.01, seed=4, validate_every=1,
-                save_every="1min", max_skipped=25)  # fmt: skip
+SETTINGS = {"epochs": 2, "lr": 0.01, "schedule": "cosine"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_the_same_views_as_on_a_cpu(hearts):
 @pytest.mark.parametrize("amp", ["off", "fp16", "bf16"])
 @pytest.mark.parametrize("name", two_processes.NAMES)
 def test_a_step_never_waits_for_the_device(hearts, name, amp):
-    step = Step(two_processes.make_method(name), batches(hearts, GPU), Settings(**SETTINGS, amp=amp))
+    step = Step(two_processes.make_method(name), batches(hearts, GPU), loop.settings(**SETTINGS, amp=amp))
     batch = next(step_batches := batches(hearts, GPU).epochs(0, 1))
     for number in range(2):
         step(batch, 0, number)

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from loop import run_training, settings
 
 from cmrssp import training
 from cmrssp.data import dataset, store
@@ -10,31 +11,12 @@ from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.runs.folder import Run
 from cmrssp.runs.progress import duration
+from cmrssp.runs.settings import learning_rate
 from cmrssp.segmentation import Segmentation
 from cmrssp.ssp.mim import MIM
-from cmrssp.training import Settings, learning_rate
 
-BASE = dict(
-    epochs=3,
-    lr=0.05,
-    schedule="poly",
-    final_lr=0.0,
-    warmup_epochs=0.0,
-    momentum=0.9,
-    nesterov=True,
-    weight_decay=0.01,
-    amp="off",
-    seed=4,
-    validate_every=1,
-    save_every="1min",
-    max_skipped=25,
-)
 SMALL = {"channels": (4, 8, 8), "norm": "batch", "image_size": 32, "spacing_mm": 1.5}
 UNCHANGED = {"freeze_encoder": 0.0, "encoder_lr_factor": 1.0}
-
-
-def settings(**changes):
-    return Settings(**{**BASE, **changes})
 
 
 @pytest.fixture
@@ -56,18 +38,8 @@ def loaders(write_mnms, beating, tmp_path):
     return make
 
 
-def run_training(method, loader, folder, **changes):
-    run = Run.create(str(folder), "")
-    training.train(
-        method,
-        loader,
-        settings(**changes),
-        run,
-        config={"channels": [4, 8, 8]},
-        provenance={"subjects": []},
-        validate=lambda method, epoch: {"checked": epoch},
-    )
-    return run
+def checked(method, epoch):
+    return {"checked": epoch}
 
 
 def test_schedules_by_hand():
@@ -94,7 +66,7 @@ def test_the_loop_equals_plain_steps(loaders, tmp_path):
     torch.manual_seed(0)
     slow = Segmentation(**SMALL, **UNCHANGED, augment=True).to(memory_format=torch.channels_last)
     loader = loaders(labelled=True)
-    run = run_training(method, loader, tmp_path / "run")
+    run = run_training(method, loader, tmp_path / "run", validate=checked)
     velocity = {name: torch.zeros_like(p) for name, p in slow.named_parameters()}
     losses = []
     for epoch in range(3):
@@ -119,7 +91,8 @@ def test_the_loop_equals_plain_steps(loaders, tmp_path):
 
 def test_what_a_run_leaves(loaders, tmp_path, capsys):
     method = MIM(**SMALL, augment=True, patch_size=8, mask_ratio=0.75)
-    run = run_training(method, loaders(labelled=False), tmp_path / "run", epochs=5, validate_every=2)
+    changes = {"validate": checked, "epochs": 5, "validate_every": 2}
+    run = run_training(method, loaders(labelled=False), tmp_path / "run", **changes)
     assert [("checked" in r, r["epoch"]) for r in run.records()] == [
         (False, 1),
         (True, 2),

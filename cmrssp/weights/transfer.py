@@ -54,7 +54,7 @@ def check_keys(checkpoint: Checkpoint) -> None:
     if unknown or not state:
         raise UserError(
             f"{checkpoint.path}: expected keys from {', '.join(PARTS)}, got "
-            f"{unknown[:3] or 'an empty state dict'}"
+            f"{unknown[:3] or 'no weights at all (an empty state dict)'}"
         )
     names = (f"encoder.stages.{n}.conv1.weight" for n in count())
     found = [len(state[name]) for name in takewhile(state.__contains__, names)]

@@ -13,6 +13,7 @@ from cmrssp.data.subject import Subject
 from cmrssp.evaluation import prediction, scoring
 from cmrssp.segmentation import Segmentation, keep_largest, predict_frames
 from cmrssp.weights import checkpoints
+from cmrssp.weights.provenance import Provenance
 
 
 def network(seed: int, size: int = 32, spacing: float = 3.0) -> Segmentation:
@@ -202,16 +203,16 @@ def test_seeds_of_one_experiment_share_their_training_subjects(tmp_path):
         return {**link, "split": split}
 
     def recipe(link):
-        return scoring.recipe(checkpoints.Checkpoint(tmp_path, {}, {}, link))
+        return scoring.recipe(checkpoints.Checkpoint(tmp_path, {}, {}, Provenance.from_dict(link)))
 
-    one = recipe(made(["x/a", "x/b"], ["x/c"], recipe={"lr": 1}))
-    assert one == recipe(made(["x/b", "x/a"], ["x/c"], recipe={"lr": 1}, seed=1, subjects=["x/b"]))
+    one = recipe(made(["x/a", "x/b"], ["x/c"], hyperparameters={"lr": 1}))
+    assert one == recipe(made(["x/b", "x/a"], ["x/c"], hyperparameters={"lr": 1}, seed=1, subjects=["x/b"]))
     assert one["lr"] == 1 and len(one) == 2
-    assert one != recipe(made(["x/a", "x/d"], ["x/c"], recipe={"lr": 1}))
+    assert one != recipe(made(["x/a", "x/d"], ["x/c"], hyperparameters={"lr": 1}))
     # the lists of a published subset are of its seed
     assert recipe(made(["x/a"], ["x/c", "x/d"])) == recipe(made(["x/b"], ["x/c", "x/d"]))
     # the pretraining's, too
-    first = made(["x/a", "x/b"], [], recipe={"epochs": 5})
+    first = made(["x/a", "x/b"], [], hyperparameters={"epochs": 5})
     started = made(["x/a", "x/b"], ["x/c"], init=first)
     assert recipe(started)["pretraining epochs"] == 5
-    assert recipe(started) != recipe({**started, "init": made(["x/a"], [], recipe={"epochs": 5})})
+    assert recipe(started) != recipe({**started, "init": made(["x/a"], [], hyperparameters={"epochs": 5})})

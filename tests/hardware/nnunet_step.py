@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import loop
+
 from cmrssp.cli.flags import PAPER_NETWORK, QUICK_NETWORK
 from cmrssp.hardware import benchmark
 from cmrssp.hardware.device import AMP_TYPES
 from cmrssp.segmentation import Segmentation
-from cmrssp.training import Settings, Step
+from cmrssp.training import Step
 
 
 class FixedBatch:
@@ -115,7 +118,7 @@ def main() -> None:
             channels=network["channels"], image_size=network["image_size"], spacing_mm=network["spacing_mm"],
             augment=augment, norm="batch", freeze_encoder=0.0, encoder_lr_factor=1.0,
         )  # fmt: skip
-        return Step(method, FixedBatch(device), Settings(**settings, compile=compile))
+        return Step(method, FixedBatch(device), loop.settings(**settings, compile=compile))
 
     plain = ours(False, False)
     views = plain.method.views(batch, None)

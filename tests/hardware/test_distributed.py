@@ -189,7 +189,7 @@ def deaths(both, phantom_folder):
 
 @pytest.mark.parametrize(
     ("how", "says"), [("kill", "another of the processes has ended"), ("fail", "error: the disk is gone"),
-                      ("save", "next.pt")]
+                      ("save", "last.pt")]
 )  # fmt: skip
 def test_a_rank_that_dies_ends_the_others(both, deaths, how, says):
     """Killed, or by an error in a step, or while the others wait for what it saves."""

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 
+import loop
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.hardware import benchmark, memory
 from cmrssp.hardware.device import resolve_compile
-from cmrssp.training import Settings, Step, step_generator
+from cmrssp.training import Step, step_generator
 from cmrssp.unet import UNet, recompute_activations
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_a_step_reads_nothing_back_from_the_device(hearts, name, monkeypatch):
     loader = batches(hearts)
     batch = {key: value.to("meta") for key, value in next(loader.in_order()).items()}
     loader.device = torch.device("meta")
-    settings = Settings(**two_processes.SETTINGS)
+    settings = loop.settings(**two_processes.SETTINGS)
     step = Step(two_processes.make_method(name), loader, settings)
     for group in step.optimizer.param_groups:
         group["fused"] = False
@@ -166,9 +167,7 @@ def test_recomputing_keeps_the_inputs_of_the_convolutions_alone(hearts):
 
 def test_fp16_leaves_out_a_first_step_and_begins_from_zero_momentum(hearts):
     """The second step is the first one that counts: p - lr (g + momentum g) of Nesterov, without decay."""
-    settings = Settings(epochs=2, lr=0.05, schedule="poly", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
-                        nesterov=True, weight_decay=0.0, amp="fp16", seed=4, validate_every=1,
-                        save_every="1min", max_skipped=25)  # fmt: skip
+    settings = loop.settings(epochs=2, weight_decay=0.0, amp="fp16")
     method = two_processes.make_method("segmentation")
     loader = batches(hearts)
     step, batch = Step(method, loader, settings), next(loader.in_order())
@@ -189,9 +188,7 @@ def test_fp16_leaves_out_a_first_step_and_begins_from_zero_momentum(hearts):
 
 def test_a_checkpoint_of_an_optimiser_that_was_not_fused_goes_on(hearts):
     """Its momentum, and 0 for a parameter that had none; under fp16 the next step is taken as any other."""
-    settings = Settings(epochs=2, lr=0.05, schedule="poly", final_lr=0.0, warmup_epochs=0.0, momentum=0.9,
-                        nesterov=True, weight_decay=0.0, amp="fp16", seed=4, validate_every=1,
-                        save_every="1min", max_skipped=25)  # fmt: skip
+    settings = loop.settings(epochs=2, weight_decay=0.0, amp="fp16")
     method, loader = two_processes.make_method("segmentation"), batches(hearts)
     plain = torch.optim.SGD(method.param_groups(0.0), lr=0.05, momentum=0.9, nesterov=True)
     late, *others = method.parameters()

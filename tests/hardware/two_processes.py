@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from loop import ORIGIN, settings
+
 from cmrssp import training
 from cmrssp.cli import entry
 from cmrssp.data import dataset, store
@@ -24,8 +27,8 @@ from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
-from cmrssp.runs import resume
 from cmrssp.runs.folder import Run
+from cmrssp.runs.signals import Stopped
 from cmrssp.segmentation import Segmentation
 from cmrssp.ssp import health
 from cmrssp.ssp.dino import DINO
@@ -37,9 +40,7 @@ from cmrssp.weights import checkpoints
 
 NAMES = ("simclr", "pcl", "dino", "mim", "segmentation")
 BATCH, SIZE = 8, 32
-SETTINGS = dict(epochs=2, lr=0.05, schedule="cosine", final_lr=0.0, warmup_epochs=0.5, momentum=0.9,
-                nesterov=True, weight_decay=0.01, amp="off", seed=4, validate_every=1,
-                save_every="1min", max_skipped=25)  # fmt: skip
+SETTINGS = {"epochs": 2, "schedule": "cosine", "warmup_epochs": 0.5}
 
 
 def make_method(name: str, seed: int = 0) -> Method:
@@ -127,7 +128,8 @@ def make_store(hearts: Path, cache: Path) -> store.Store:
 def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int]) -> dict[str, float]:
     import finetune  # here, because it takes seconds, and the processes that die can do without
 
-    return finetune.mean_dice(method, cines, subjects, torch.device("cpu"))
+    keys = [cines.subjects[i].key for i in subjects]
+    return finetune.mean_dice(method, cines, keys, torch.device("cpu"))
 
 
 def figures(name: str, cines: store.Store) -> dict[str, float]:
@@ -168,18 +170,16 @@ def train(name: str, cines: store.Store, folder: Path, state: dict | None = None
         method.drawn += [generator.initial_seed()] if generator else []
         return views(batch, generator)
 
+    def validate(method: Method, epoch: int) -> dict[str, float]:
+        if name == "segmentation":
+            return mean_dice(method, cines, [0, 1, 2])
+        return health.check(method, loader, epoch)
+
     method.views = watched
     if distributed.is_main():
         folder.mkdir(exist_ok=True)
     try:
-        training.train(
-            method, loader, training.Settings(**SETTINGS), Run(folder), config={}, provenance={}, state=state,
-            validate=lambda method, epoch: (
-                mean_dice(method, cines, [0, 1, 2])
-                if name == "segmentation"
-                else health.check(method, loader, epoch)
-            ),
-        )  # fmt: skip
+        training.train(method, loader, settings(**SETTINGS), Run(folder), ORIGIN, validate, state)
     finally:
         method.seen = loader.seen
     return method
@@ -208,7 +208,7 @@ def everything(cines: store.Store, out: Path) -> dict:
 
     try:
         train("dino", cines, out / "stopped", at=(1, 1, 2), does=stop)
-    except resume.Stopped as stopped:
+    except Stopped as stopped:
         result["stopped"] = str(stopped)
     distributed.barrier()
     again = train("dino", cines, out / "stopped", state=checkpoints.read(out / "stopped" / "last.pt"))
@@ -250,7 +250,7 @@ def die(how: str, cines: store.Store, out: Path) -> None:
 
     if how == "save":
         if distributed.is_main():
-            (out / "save" / "next.pt").mkdir(parents=True)
+            (out / "save" / "last.pt").mkdir(parents=True)
         train("mim", cines, out / "save")
     else:
         train("mim", cines, out / how, at=(1, 0, 2), does={"kill": kill, "fail": fail}[how])

@@ -1,6 +1,5 @@
 """A run that was interrupted, wherever and however, ends as one that was not."""
 
-import argparse
 import io
 import json
 import os
@@ -19,27 +18,25 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from loop import run_training, settings
 
 import finetune
 import train_ssp
-from cmrssp import training
 from cmrssp.cli import flags
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.runs import resume
 from cmrssp.runs.folder import Run
-from cmrssp.runs.progress import Meter
-from cmrssp.runs.resume import Stopped
+from cmrssp.runs.progress import Progress
+from cmrssp.runs.signals import Stopped
 from cmrssp.segmentation import Segmentation
 from cmrssp.ssp import METHODS
 from cmrssp.weights import checkpoints
 
 ROOT = Path(__file__).parents[2]
 CLOCKS = ("slices_per_s", "seconds", "validation_s")
-SETTINGS = dict(epochs=3, lr=0.05, schedule="cosine", final_lr=0.0, warmup_epochs=0.5, momentum=0.9,
-                nesterov=True, weight_decay=0.01, amp="off", seed=4, validate_every=2,
-                save_every="1min", max_skipped=25)  # fmt: skip
+SETTINGS = {"schedule": "cosine", "warmup_epochs": 0.5, "validate_every": 2}
 TINY = ["--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6", "--patch-size", "8"]
 
 
@@ -130,20 +127,12 @@ def test_a_resumed_training_equals_an_unbroken_one(name, at, write_mnms, beating
             cines, slices, batch_size=size, seed=4, labelled=labelled, device=torch.device("cpu"), at=at
         )
         assert len(loader) == 4
-        training.train(
-            make(name),
-            loader,
-            training.Settings(**SETTINGS),
-            Run(tmp_path / out),
-            config={"channels": [4, 8, 8]},
-            provenance={"subjects": []},
-            validate=lambda method, epoch: {"checked": epoch},
-            state=state,
-        )
+        run_training(make(name), loader, tmp_path / out, validate=checked, state=state, **SETTINGS)
         return tmp_path / out
 
-    for out in ("whole", "broken"):
-        (tmp_path / out).mkdir()
+    def checked(method, epoch):
+        return {"checked": epoch}
+
     whole = train("whole")
     with pytest.raises(
         Stopped, match=rf"SIGUSR1 and saved after epoch {at[0]}, step {at[1] + 1}; go on with"
@@ -152,7 +141,6 @@ def test_a_resumed_training_equals_an_unbroken_one(name, at, write_mnms, beating
     state = checkpoints.read(tmp_path / "broken" / "last.pt")
     assert (state["epochs_done"], state["steps_done"]) == (at[0], at[1] + 1)
     assert_same(whole, train("broken", state=state))
-    assert not (whole / "previous.pt").exists()
 
 
 @pytest.fixture(scope="module")
@@ -211,16 +199,15 @@ def test_killed_runs_go_on_to_the_same_end(undisturbed, tmp_path, kills):
         process = start(words, tmp_path)
         saving = number % 2 == 0
         if saving:
-            found = wait_for(lambda: any(out.glob(".next.pt.*.tmp")) or (out / "next.pt").exists(), process)
+            found = wait_for(lambda: any(out.glob(".last.pt.*.tmp")), process)
         else:
             found = wait_for(lambda: (out / "log.jsonl").exists(), process)
             time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         survived += found
-        for path in (out / "last.pt", out / "previous.pt"):
-            if path.exists():
-                checkpoints.read(path)  # whole, or not there
+        if (out / "last.pt").exists():
+            checkpoints.read(out / "last.pt")  # whole, or not there
     process = start(words, tmp_path)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -234,7 +221,7 @@ def interrupted(undisturbed):
     cwd, words = undisturbed
     out = cwd / "interrupted"
     process = start([*words, "--out", out], cwd)
-    assert wait_for(lambda: (out / "previous.pt").exists(), process)
+    assert wait_for(lambda: len(logged(out)) > 2, process)
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 128 + signal.SIGINT
@@ -262,7 +249,7 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
         (["--resume", out, "--method", "pcl", "--threshold", "0.1"], "--method: .* with mim, got pcl"),
         (["--resume", tmp_path / "nowhere"], "expected the folder of a run, with args.json"),
         (["--resume", torn], "torn: its args.json or split.json is damaged"),
-        (["--resume", out, "--out", tmp_path / "other"], "a run that goes on stays in its folder"),
+        (["--resume", out, "--out", tmp_path / "other"], "a resumed run stays in its folder"),
         (["--resume", unsaved], "unsaved: nothing to go on from, it was never saved; start it again"),
         (["--method", "mim", "--resume", "auto"], "--resume auto: needs --out"),
         ([*words, "--out", out], "already holds a run; .* or add --resume auto"),
@@ -311,33 +298,28 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     assert curves.is_file() and views.read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, capsys):
-    cwd, _, out = stopped
+def test_a_damaged_checkpoint_is_named(stopped):
+    _, _, out = stopped
     last = out / "last.pt"
     last.write_bytes(last.read_bytes()[:-500])
-    assert train_ssp.main(["--resume", str(out)]) == 0
-    assert f"{last}: damaged; going on from {out / 'previous.pt'}" in capsys.readouterr().out
-    assert_same(cwd / "whole", out)
+    with pytest.raises(UserError, match=r"nothing to go on from, last\.pt is damaged"):
+        train_ssp.main(["--resume", str(out)])
 
 
-def test_a_run_that_was_killed_between_two_renames_goes_on(stopped, capsys):
-    """What is newest stands as next.pt, what was last.pt as previous.pt, and that one is damaged."""
+def test_temporary_files_of_a_killed_run_are_removed(stopped):
     cwd, _, out = stopped
-    (out / "last.pt").replace(out / "next.pt")
-    (out / "previous.pt").write_bytes((out / "previous.pt").read_bytes()[:-500])
-    (out / ".next.pt.1.tmp").write_bytes(b"half")
+    (out / ".last.pt.1.tmp").write_bytes(b"half")
     assert train_ssp.main(["--resume", str(out)]) == 0
     assert_same(cwd / "whole", out)
-    assert not list(out.glob(".*.tmp")) and not (out / "next.pt").exists()
+    assert not list(out.glob(".*.tmp"))
 
 
 def test_a_run_that_another_process_has_made_meanwhile_is_left_alone(stopped):
     """Two of the same command, of which one has seen the folder while it was empty."""
     _, _, out = stopped
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    args = argparse.Namespace(out=str(out), resume="auto")
     with pytest.raises(UserError, match="another process has trained in it meanwhile"):
-        resume.open_run(None, args, "name", {}, {})
+        resume.open_run(None, str(out), "name", {}, {}, again=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -431,7 +413,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch, phantom_
 
 
 class FewSteps:
-    """What a Meter asks of its batches."""
+    """What Progress asks of its batches."""
 
     batch_size = 2
 
@@ -443,14 +425,14 @@ class FewSteps:
 
 
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
-    settings = training.Settings(**{**SETTINGS, "amp": "fp16", "max_skipped": 2})
-    meter = Meter(FewSteps(), settings, "")
+    fp16 = settings(amp="fp16", max_skipped=2)
+    meter = Progress(FewSteps(), fp16)
     meter.start_epoch(0)
     fine, bad = torch.tensor(2.0), torch.tensor(float("inf"))
     for norm in (bad, fine, bad, bad, fine):
         meter.update({"loss": fine, "gradient_norm": norm}, torch.tensor([0, 1]))
     record = meter.end_epoch()
-    assert (record["loss"], record["non_finite_steps"]) == (2.0, 3) and "gradient_norm" not in record
+    assert (record["loss"], record["gradient_norm"], record["non_finite_steps"]) == (2.0, 2.0, 3)
     meter.start_epoch(1)
     for norm in (fine, bad, bad, bad):
         meter.update({"loss": fine, "gradient_norm": norm}, torch.tensor([1, 1]))
@@ -462,14 +444,14 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
 
 
 def test_skipped_steps_in_a_row_are_counted_across_a_resume_between_epochs():
-    settings = training.Settings(**{**SETTINGS, "amp": "fp16", "max_skipped": 2})
+    fp16 = settings(amp="fp16", max_skipped=2)
     bad, subjects = torch.tensor(float("inf")), torch.tensor([0, 1])
-    meter = Meter(FewSteps(), settings, "")
+    meter = Progress(FewSteps(), fp16)
     meter.start_epoch(0)
     for loss in (torch.tensor(1.0), bad, bad):
         meter.update({"loss": loss, "gradient_norm": loss}, subjects)
     meter.end_epoch()
-    again = Meter(FewSteps(), settings, "")
+    again = Progress(FewSteps(), fp16)
     again.load_state_dict(meter.state_dict(), 10)
     for either in (meter, again):
         either.start_epoch(1)
@@ -479,7 +461,7 @@ def test_skipped_steps_in_a_row_are_counted_across_a_resume_between_epochs():
 
 
 def test_a_gradient_that_is_not_finite_is_not_saved():
-    meter = Meter(FewSteps(), training.Settings(**SETTINGS), "")
+    meter = Progress(FewSteps(), settings())
     meter.start_epoch(0)
     meter.update(
         {"loss": torch.tensor(1.0), "gradient_norm": torch.tensor(float("nan"))}, torch.tensor([0, 1])

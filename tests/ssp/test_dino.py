@@ -4,12 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from loop import settings
 
 from cmrssp import augmentation
 from cmrssp.augmentation import sampling_grid
 from cmrssp.losses import dino_cross_entropy
+from cmrssp.runs.settings import learning_rate
 from cmrssp.ssp.dino import DINO
-from cmrssp.training import Settings, learning_rate
 
 FLAGS = dict(
     norm="batch",
@@ -145,13 +146,7 @@ def test_schedules_by_hand():
             1.0,
         ]
     )
-    paper = Settings(
-        **{k: v for k, v in DINO.defaults.items() if k != "batch_size"},
-        seed=0,
-        validate_every=1,
-        save_every="1min",
-        max_skipped=25,
-    )
+    paper = settings(**{k: v for k, v in DINO.defaults.items() if k != "batch_size"})
     assert [learning_rate(paper, e) for e in (0, 1, 10, 55, 100)] == pytest.approx(
         [0, 0.00075, 0.0075, (0.0075 + 1e-6) / 2, 1e-6]
     )

@@ -7,6 +7,7 @@ import torch
 from cmrssp.errors import UserError
 from cmrssp.unet import UNet
 from cmrssp.weights import checkpoints
+from cmrssp.weights.transfer import refuse_seen, transfer
 
 CHANNELS = (4, 8, 8)
 
@@ -48,7 +49,7 @@ def saved(tmp_path, *args, **kwargs):
 def test_what_transfers_and_what_stays(tmp_path, parts, fresh):
     source, target = unet(), unet()
     before = {k: v.clone() for k, v in target.state_dict().items()}
-    report = checkpoints.transfer(saved(tmp_path, source, parts), target)
+    report = transfer(saved(tmp_path, source, parts), target)
     assert {part for part, what in report.items() if what.startswith("fresh")} == fresh
     assert {part for part, what in report.items() if what.startswith("transferred")} == set(parts)
     for key, value in target.state_dict().items():
@@ -62,7 +63,7 @@ def test_a_bit_that_has_changed_is_noticed(tmp_path):
     first = whole.index(some.numpy().tobytes())
     for place in range(first, first + some.nbytes, some.nbytes // 5):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(UserError, match="got another or a damaged file"):
+        with pytest.raises(UserError, match="got a damaged file"):
             checkpoints.read(path)
     path.write_bytes(whole)
     checkpoints.read(path)
@@ -77,7 +78,7 @@ def test_a_pickle_that_is_cut_off_anywhere_is_refused(tmp_path):
 
 
 def test_heads_of_other_classes_stay_behind(tmp_path):
-    report = checkpoints.transfer(saved(tmp_path, unet(num_outputs=1, num_heads=1)), unet())
+    report = transfer(saved(tmp_path, unet(num_outputs=1, num_heads=1)), unet())
     assert report["heads"].startswith("fresh (other classes")
 
 
@@ -86,7 +87,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, channels):
     target = unet(channels=channels, num_heads=1)
     before = {k: v.clone() for k, v in target.state_dict().items()}
     with pytest.raises(UserError, match=r"encoder does not fit this network .*has --channels 4 8 8"):
-        checkpoints.transfer(saved(tmp_path, unet()), target)
+        transfer(saved(tmp_path, unet()), target)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
@@ -97,9 +98,9 @@ def test_another_norm_is_refused(tmp_path, theirs, ours):
     target = unet(norm=ours)
     before = {k: v.clone() for k, v in target.state_dict().items()}
     with pytest.raises(UserError, match=f"was trained with --norm {theirs}, this network has --norm {ours}"):
-        checkpoints.transfer(checkpoints.load(tmp_path), target)
+        transfer(checkpoints.load(tmp_path), target)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
-    report = checkpoints.transfer(checkpoints.load(tmp_path), unet(norm=theirs))
+    report = transfer(checkpoints.load(tmp_path), unet(norm=theirs))
     # two convolutions a stage with two tensors each and as many of the norm, batch norm with three more
     per_convolution = {"batch": 7, "instance": 4}[theirs]
     assert report["encoder"] == f"transferred, {3 * 2 * per_convolution} tensors"
@@ -109,7 +110,7 @@ def test_another_norm_is_refused(tmp_path, theirs, ours):
 def test_a_file_that_names_no_norm_has_batch_norm(tmp_path):
     checkpoint = saved(tmp_path, unet())
     assert "norm" not in checkpoint.config and checkpoint.norm == "batch"
-    assert checkpoints.transfer(checkpoint, unet())["encoder"] == "transferred, 42 tensors"
+    assert transfer(checkpoint, unet())["encoder"] == "transferred, 42 tensors"
 
 
 def test_unknown_and_missing_keys_are_refused(tmp_path):
@@ -117,7 +118,7 @@ def test_unknown_and_missing_keys_are_refused(tmp_path):
     for state in ({}, {"resnet.conv.weight": torch.ones(1)}):
         checkpoints.save(tmp_path / "unet.pt", {**made, "state_dict": state})
         with pytest.raises(UserError, match="expected keys from encoder, decoder, heads, got"):
-            checkpoints.transfer(checkpoints.load(tmp_path), unet())
+            transfer(checkpoints.load(tmp_path), unet())
 
 
 class Hostile:
@@ -156,21 +157,22 @@ def test_subjects_seen_anywhere_in_the_history_are_refused(tmp_path):
     first = {"method": "pcl", "data": [], "split": {}, "split_seed": 0, "seed": 0, "subjects": ["x/b"]}
     checkpoint = saved(tmp_path, unet(), subjects=["x/a"], init=first)
     assert checkpoint.seen() == {"x/a": "mim", "x/b": "pcl"}
-    checkpoints.refuse_seen(
+    refuse_seen(
         checkpoint, {"train": ["x/a", "x/b"], "validation": ["x/c"], "test": []}, ("validation", "test")
     )
     with pytest.raises(UserError, match=r"trained on 1 of the 2 test subjects \(pcl, the first is x/b\)"):
-        checkpoints.refuse_seen(
+        refuse_seen(
             checkpoint, {"train": [], "validation": [], "test": ["x/b", "x/d"]}, ("validation", "test")
         )
 
 
 def test_a_training_that_has_not_ended_says_so(tmp_path, capsys):
     of = {"subjects": [], "epochs": 16}
-    assert saved(tmp_path, unet(), **of, recipe={"epochs": 500}).unfinished == "16 of 500 epochs"
-    assert "of a training that has not ended, 16 of 500 epochs" in capsys.readouterr().out
-    assert saved(tmp_path, unet(), **of, recipe={"epochs": 16}).unfinished == ""
-    assert saved(tmp_path, unet(), **of).unfinished == ""
+    half = saved(tmp_path, unet(), **of, hyperparameters={"epochs": 500})
+    assert half.provenance.unfinished() == "16 of 500 epochs"
+    assert "its training has not ended (16 of 500 epochs)" in capsys.readouterr().out
+    assert saved(tmp_path, unet(), **of, hyperparameters={"epochs": 16}).provenance.unfinished() == ""
+    assert saved(tmp_path, unet(), **of).provenance.unfinished() == ""
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):
