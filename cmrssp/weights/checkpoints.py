@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import sys
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def read(path: Path) -> dict[str, Any]:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except _DAMAGED:
         raise _not_ours(
-            path, "a damaged file, or one that holds more than weights (nothing was run)"
+            path, "a damaged file, or one that holds more than weights (no code was run)"
         ) from None
     except OSError as error:
         if error.filename is None:  # torch raises this one for a truncated file
@@ -109,10 +110,19 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Write the file whole or not at all. Equal content gives equal bytes. Raises OSError on a full disk."""
     with atomic(path) as file:
         try:
-            torch.save(content, file)
+            torch.save(_one_object_per_string(content), file)
         except RuntimeError as error:  # torch's translation of an OSError
             reason = str(error).splitlines()[0]
             raise OSError(f"{path}: cannot be written, the disk may be full ({reason})") from None
+
+
+def _one_object_per_string(value: Any) -> Any:
+    """Pickle writes a string again if it is another object, so equal content could give other bytes."""
+    if type(value) is str:
+        return sys.intern(value)
+    if type(value) is dict:
+        return {_one_object_per_string(key): _one_object_per_string(each) for key, each in value.items()}
+    return [_one_object_per_string(each) for each in value] if type(value) is list else value
 
 
 def _not_ours(path: Path, what: str) -> UserError:

@@ -1,6 +1,5 @@
 """Where weights come from: what was trained, on whom, how."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -45,8 +44,7 @@ class Provenance:
         return [each.name for each in fields(cls)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; equal strings are one object, so that equal content gives equal bytes in a file."""
-        return _interned(asdict(self))
+        return asdict(self)
 
     def history(self) -> Iterator["Provenance"]:
         """This training, then the one it started from, and so on."""
@@ -69,11 +67,3 @@ class Provenance:
         if planned is None or self.epochs is None or self.epochs >= planned:
             return ""
         return f"{self.epochs} of {planned} epochs"
-
-
-def _interned(value: Any) -> Any:
-    if isinstance(value, str):
-        return sys.intern(value)
-    if isinstance(value, dict):
-        return {_interned(key): _interned(each) for key, each in value.items()}
-    return [_interned(each) for each in value] if isinstance(value, list | tuple) else value

@@ -230,7 +230,7 @@ def bad_files(folder):
         "text.pt": "got a damaged file",
         "nothing.pt": "got a damaged file",
         "pickle.pt": "got a damaged file",
-        "code.pt": "or one with more than weights (no code was run)",
+        "code.pt": "or one that holds more than weights (no code was run)",
         "half.pt": "a damaged file",
         "absent.pt": "no such checkpoint",
     }
