@@ -137,7 +137,7 @@ def augment_each(
     image_size: int,
     spacing_mm: float,
 ) -> Batch:
-    """The crops of `augment` for each of the ranges, concatenated, but made in one pass: (ranges x B, ...)."""
+    """The crops of `augment` for each of the ranges, made in one pass and concatenated: (ranges x B, ...)."""
     count = len(batch["image"])
     each = [draw(count, one, generator) if one and generator else plain(count) for one in ranges]
     draws = Draws(*(torch.cat([getattr(d, field.name) for d in each]) for field in fields(Draws)))

@@ -18,18 +18,18 @@ _NO_MEMORY = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "unable to find an engine",  # what cuDNN says where its work space does not fit
+    "unable to find an engine",  # cuDNN, if its work space does not fit
 )
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        """The default behind the help, where there is one to tell."""
+        """The help with its default, unless the flag has none."""
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line; flags only as they are spelled; defaults in the help."""
+    """Prints errors in one line and defaults in the help; takes no abbreviated flags."""
 
     def __init__(self, **options) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
@@ -48,7 +48,7 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
             distributed.start()
             status = main(None)
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, as `| head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
@@ -64,12 +64,12 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
     except RuntimeError as error:
         if any(text in str(error) for text in _NO_MEMORY):
             distributed.print_error(
-                f"{prog}: error: the memory is too small for these settings, or others fill it; try a "
-                f"smaller --batch-size, fewer --channels or --amp fp16 ({str(error).splitlines()[0]})"
+                f"{prog}: error: out of memory; try a smaller --batch-size, fewer --channels or --amp fp16 "
+                f"({str(error).splitlines()[0]})"
             )
             status = 2
         elif distributed.is_process_lost(error):
-            distributed.print_error(f"{prog}: error: stopped, because another of the processes has ended")
+            distributed.print_error(f"{prog}: error: stopped, because another process has ended")
         else:
             raise
     finally:

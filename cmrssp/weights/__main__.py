@@ -1,4 +1,4 @@
-"""Look into a checkpoint, or take it to nnU-Net v2:
+"""Describe a checkpoint, or export it to nnU-Net v2:
 python -m cmrssp.weights show runs/mim
 python -m cmrssp.weights export --to nnunet runs/mim/unet.pt mim.pth
 """
@@ -26,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Raises UserError, and OSError for what cannot be read."""
     parser = entry.Parser(prog=PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|export")
-    shown = commands.add_parser("show", help="what a checkpoint is, who was seen, what of it transfers where")
+    shown = commands.add_parser(
+        "show", help="what a checkpoint is, which subjects it has seen, what transfers where"
+    )
     shown.add_argument(
         "file", metavar="FILE", help="unet.pt, last.pt, a run folder, or a file exported from one"
     )
-    export = commands.add_parser("export", help="write the weights as another program takes them")
+    export = commands.add_parser("export", help="write the weights for another program")
     export.add_argument(
         "--to", choices=("nnunet",), required=True, help="nnunet: for nnUNetv2_train -pretrained_weights"
     )
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(file: str | Path) -> str:
-    """What a checkpoint of this package, or an export of one, is and holds; a line each. Raises UserError."""
+    """Describe a checkpoint of this package, or an export of one, in lines. Raises UserError."""
     path = checkpoints.locate(file)
     content = checkpoints.read(path)
     exported = {"network_weights", "config", "provenance", "transfer"} <= content.keys()
@@ -77,7 +79,7 @@ def show(file: str | Path) -> str:
 def _part(checkpoint: Checkpoint, part: str, where: str) -> str:
     found = [value for key, value in checkpoint.state_dict.items() if key.startswith(part + ".")]
     if not found:
-        return "none in the file, starts fresh everywhere"
+        return "not in the file, starts from random weights everywhere"
     return f"{len(found)} tensors, {sum(v.numel() for v in found) / 1e6:.2f} M values -> {where}"
 
 
@@ -93,10 +95,10 @@ def _origin(checkpoint: Checkpoint) -> str:
 
 
 def to_nnunet(file: str | Path, out: Path) -> str:
-    """Write `out` for nnU-Net's -pretrained_weights; what was transferred and what nnU-Net needs, as text.
+    """Write `out` for nnU-Net's -pretrained_weights. Returns the transfer report and what nnU-Net needs.
 
-    `network_weights` has every key of PlainConvUNet but the segmentation layers'; what the checkpoint lacks
-    has nnU-Net's own initial weights. Raises UserError, also where `out` cannot be written.
+    `network_weights` has every key of PlainConvUNet except for the segmentation layers. What the checkpoint
+    lacks gets nnU-Net's initial weights. Raises UserError, also if `out` cannot be written.
     """
     checkpoint = checkpoints.load(file)
     config, norm = checkpoint.config, checkpoint.norm

@@ -24,7 +24,7 @@ _SLOPE = 1e-2  # of the LeakyReLU behind every convolution
 
 
 def fresh(channels: Sequence[int], norm: str) -> UNet:
-    """A UNet with nnU-Net's initial weights (He et al., arXiv 1502.01852), always the same ones."""
+    """A UNet with nnU-Net's initialisation (He et al., arXiv 1502.01852) from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet(channels=channels, num_outputs=1, num_heads=1, norm=norm)
@@ -36,9 +36,9 @@ def fresh(channels: Sequence[int], norm: str) -> UNet:
 
 
 def network_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """UNet.state_dict() -> PlainConvUNet.state_dict() without the segmentation layers (`heads.` stay behind).
+    """UNet.state_dict() -> PlainConvUNet.state_dict() without the segmentation layers (`heads.` are dropped).
 
-    Names of the same tensor share its memory.
+    Several names of one tensor share its memory.
     """
     found = {}
     for key, value in state.items():
@@ -68,8 +68,8 @@ def _transposed_name(rest: str) -> str:
 
 
 def plan(channels: Sequence[int], norm: str, image_size: int, spacing_mm: float) -> dict[str, Any]:
-    """An entry for `configurations` in nnUNetPlans.json (checked with nnU-Net 2.8.1): what the planner chose
-    for 2d, but the network, the patch and the spacing (mm) of the pretraining.
+    """An entry for `configurations` in nnUNetPlans.json (checked with nnU-Net 2.8.1): the planner's choice
+    for 2d with network, patch and spacing (mm) of the pretraining.
     """
     stages = len(channels)
     return {
@@ -101,7 +101,7 @@ def plan(channels: Sequence[int], norm: str, image_size: int, spacing_mm: float)
 
 
 def as_text(entry: dict[str, Any], name: str = CONFIGURATION, indent: int = 0) -> str:
-    """`"name": {...}` in JSON, a line for every value."""
+    """`"name": {...}` in JSON, one line for each value."""
     pad = " " * indent
     lines = [
         as_text(value, key, indent + 2)
