@@ -1,8 +1,7 @@
 """From indices to batches: native slices of any size padded to one tensor, read ahead in the background, or
-taken from the device's own memory where they all lie there.
+gathered from the device's own memory where they all lie there.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +9,24 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from cmrssp.data.device_cache import Resident
+from cmrssp.data.device_cache import DeviceCache
 from cmrssp.data.store import Store
 from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
+from cmrssp.hardware.device import available_cores
 
+# What a batch of B slices holds before augmentation (H, W: the largest slice, rounded up to multiples of 64):
+#
+#   image       (B, 1, H, W) int16  native slices, raw minus the cine's minimum; zeros at the bottom and right
+#   label       (B, 1, H, W) uint8  in labelled batches alone: 0 background, 1 LV, 2 MYO, 3 RV
+#   size        (B, 2) int64        true rows and columns of each slice
+#   spacing_mm  (B, 2) float32      between rows, between columns
+#   centre      (B, 2) float32      (row, column) of the subject's crop centre in native pixels
+#   mean, std   (B,) float32        of the subject's whole cine without borders of zeros
+#   max         (B,) float32        of the subject's whole cine
+#   position    (B,) float32        k / n of slice k of n from the base; NaN in a stack of one slice
+#   subject     (B,) int64          number of the subject in the store
+#   frame       (B,) int64          frame of the cine
 Batch = dict[str, torch.Tensor]
 _PAD_TO = 64  # so that shapes repeat
 _AHEAD = 3  # batches that are being read, or wait
@@ -22,14 +34,10 @@ _READERS = 4  # threads that feed a GPU; a CPU that trains has no core to spare 
 
 
 class Slices:
-    """The slices that take part, numbered 0 .. len - 1; holds a few numbers per subject, whatever the number
-    of slices.
-    """
+    """The slices that take part, numbered from 0. Holds a few numbers per subject, not per slice."""
 
     def __init__(self, store: Store, keys: Sequence[str], *, phases: str | None = None) -> None:
-        """All slices of all frames of the subjects `keys`; with `phases` (ed, es, both) of labelled frames
-        only.
-        """
+        """All slices of the subjects `keys`: of all frames, or of the labelled `phases` (ed, es, both)."""
         self.subjects = np.array([store.index[key] for key in keys], np.int64)
         frames = [
             store.labels[i].frames_of(phases) if phases else range(store.cines[i].shape[0])
@@ -57,7 +65,7 @@ class Slices:
 class Batches:
     """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice is visited twice.
 
-    Under torchrun `batch_size` is that of all ranks together: each reads its `share` of the same batches.
+    Under torchrun `batch_size` counts the slices of all ranks together, `share` those of each rank.
     """
 
     def __init__(
@@ -86,20 +94,20 @@ class Batches:
             raise UserError(f"{ranks} processes cannot share {len(slices)} slices; start fewer of them")
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
         self.share = self.batch_size // ranks
-        self.resident: Resident | None = None
+        self.resident: DeviceCache | None = None
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
         return len(self.slices) // self.batch_size
 
     def keep_on_device(self) -> None:
-        """From here on no slice is read from a file: all are copied into the device's memory now."""
-        self.resident = Resident(self.store, self.slices, labelled=self.labelled, device=self.device)
+        """Copy all slices into the device's memory now; from here on none is read from a file."""
+        self.resident = DeviceCache(self.store, self.slices, labelled=self.labelled, device=self.device)
 
     def epochs(self, first: int, end: int, step: int = 0) -> Iterator[Batch]:
-        """The shuffled batches of the epochs `first` to `end` - 1 on the device, without a pause between; of
-        the first one from number `step` on. Of each batch this rank's share; the last incomplete one of an
-        epoch is dropped.
+        """The shuffled batches of the epochs `first` to `end` - 1 on the device, without a pause between
+        them; those of epoch `first` start at number `step`. Each rank gets its share of a batch. The last
+        incomplete batch of an epoch is dropped.
         """
 
         def parts() -> Iterator[np.ndarray]:
@@ -111,9 +119,9 @@ class Batches:
         return self._read(parts(), shared=True)
 
     def in_order(self, limit: int | None = None, *, shared: bool = False) -> Iterator[Batch]:
-        """All slices once, unshuffled, the last batch as large as it is; with `limit` that many, drawn once
-        and for all: a regular step could meet the same slice of every stack. `shared`: as many as divide by
-        the ranks, of each batch this rank's share.
+        """All slices once, unshuffled, the last batch as large as it is. With `limit` that many, always the
+        same ones, drawn at random: a regular step could meet the same slice of every stack. With `shared`
+        each rank gets its share of a batch, of as many slices as divide by the ranks.
         """
         count = min(limit or len(self.slices), len(self.slices))
         if shared:
@@ -139,7 +147,7 @@ class Batches:
                 batch = to_device({key: value.pin_memory() for key, value in batch.items()}, self.device)
                 return batch, shape, copies.record_event()
 
-        readers = max(1, min(_READERS, (os.cpu_count() or 1) // distributed.local_world_size() - 1))
+        readers = max(1, min(_READERS, available_cores() // distributed.local_world_size() - 1))
         for batch, shape, copied in _ahead(read, parts, readers if copies else 1, self.device):
             if copied:
                 now = torch.cuda.current_stream(self.device)
@@ -156,41 +164,26 @@ def padded(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def describe(store: Store, places: Sequence[tuple[int, int, int]]) -> Batch:
-    """What a batch says of its slices (subject, frame, slice), on the CPU. B = len(places).
-
-    size, spacing_mm, centre (B, 2) as (row, column); mean, std, max (B,) of the subject's whole cine;
-    position (B,), k / n from the base, NaN for a single-slice stack; subject, frame (B,).
-    """
+    """A batch of slices (subject, frame, slice) without image and label, on the CPU."""
     cines = [store.cines[subject] for subject, _, _ in places]
 
-    def column(values: list, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype)
-
+    depths = [c.shape[1] for c in cines]
+    positions = [z / n if n > 1 else float("nan") for (_, _, z), n in zip(places, depths, strict=True)]
     return {
-        "size": column([c.shape[2:] for c in cines], torch.int64),
-        "spacing_mm": column([c.geometry.spacing_mm for c in cines]),
-        "centre": column([c.centre for c in cines]),
-        "mean": column([c.mean for c in cines]),
-        "std": column([c.std for c in cines]),
-        "max": column([c.max for c in cines]),
-        "position": column(
-            [
-                z / c.shape[1] if c.shape[1] > 1 else float("nan")
-                for (_, _, z), c in zip(places, cines, strict=True)
-            ]
-        ),
-        "subject": column([subject for subject, _, _ in places], torch.int64),
-        "frame": column([frame for _, frame, _ in places], torch.int64),
+        "size": torch.tensor([c.shape[2:] for c in cines]),
+        "spacing_mm": torch.tensor([c.geometry.spacing_mm for c in cines]),
+        "centre": torch.tensor([c.centre for c in cines]),
+        "mean": torch.tensor([c.mean for c in cines]),
+        "std": torch.tensor([c.std for c in cines]),
+        "max": torch.tensor([c.max for c in cines]),
+        "position": torch.tensor(positions),
+        "subject": torch.tensor([subject for subject, _, _ in places]),
+        "frame": torch.tensor([frame for _, frame, _ in places]),
     }
 
 
 def collate(store: Store, places: Sequence[tuple[int, int, int]], *, labelled: bool) -> Batch:
-    """Slices (subject, frame, slice) as one batch before augmentation, on the CPU: what `describe` says of
-    them, and
-
-    image (B, 1, Hmax, Wmax) int16, zero-padded at the bottom and the right to multiples of 64; label (same)
-    uint8 with `labelled`.
-    """
+    """Slices (subject, frame, slice) as one batch before augmentation, on the CPU."""
     sizes = [store.cines[subject].shape[2:] for subject, _, _ in places]
     image = np.zeros((len(places), 1, *padded(sizes)), np.int16)
     label = np.zeros(image.shape if labelled else 0, np.uint8)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,96 +14,118 @@ from cmrssp.files import below
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
-# part of the folder's name: a phantom of an older version is not taken for the present one
-_PHANTOM_VERSION = 1
+_PHANTOM_VERSION = 1  # in the folder's name: the phantom of another version is written beside it
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmrssp"
+    """The user's cache folder; a folder for temporary files where the user has no home, as in some
+    containers.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmrssp"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"cmrssp-{os.getuid()}"
 
 
 def find(
-    paths: Sequence[str], cache: Path, label_suffix: str = LABEL_SUFFIX
+    paths: Sequence[str], cache: Path, label_suffix: str = LABEL_SUFFIX, *, ignore_split: bool = False
 ) -> tuple[list[Subject], list[Problem]]:
     """The subjects of all data sets, sorted by key, and what is odd about their files. `phantom` stands for
     the built-in synthetic set, which is written below the cache on first use; a folder without a known layout
-    is taken as a plain one. DICOM studies may lie beside any layout. Opens no NIfTI image, of DICOM files the
-    headers.
+    is a plain one; DICOM studies may lie beside any layout. Opens no NIfTI image, of DICOM files the headers.
+    `ignore_split` passes over what a subjects.csv says of the split.
 
     Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
     """
     subjects: list[Subject] = []
     problems: list[Problem] = []
     for path in paths:
-        root = _phantom_folder(cache) if path == PHANTOM else Path(path).expanduser()
-        if not root.is_dir():
-            what = "not a folder" if root.exists() else "no such folder"
-            raise FileNotFoundError(
-                f"--data {path}: {what}; give the folder that holds the cines, or '{PHANTOM}' for the "
-                "synthetic set"
-            )
-        files = below(root, (".nii.gz", ".nii", ".csv"), skip=cache)
-        read = None  # the subjects.csv that counts
-        if path == PHANTOM:
-            layouts = [mnms.find(files, PHANTOM)]
-        else:
-            layouts = [layout.find(files) for layout in (mnms, mnms2, acdc)]
-            if not any(found for found, _ in layouts):
-                for layout, what in ((mnms2, "_SA_CINE.nii.gz"), (acdc, "_4d.nii.gz")):
-                    parts = [f.name for f in files if layout.NAMES.fullmatch(f.name)]
-                    if parts:
-                        raise UserError(
-                            f"--data {path}: {parts[0]} and {len(parts) - 1} more files are named as in "
-                            f"{layout.DATASET}, but there is no cine *{what}; as a plain folder every frame "
-                            "would be a subject of its own"
-                        )
-                layouts = [folder.find(files, root, label_suffix)]
-                read = root / folder.TABLE
-            for file in files:
-                if file.name.lower() == folder.TABLE and file != read:
-                    raise UserError(
-                        f"{file}: would not be read, and may say who tests; expected "
-                        f"{root / folder.TABLE}, and no file named as in M&Ms, M&Ms-2 or ACDC beside it"
-                    )
-            rest = set(below(root, ("",), skip=cache, any_name=True)).difference(files)
-            layouts.append(dicom.find(sorted(rest, key=str), root, cache))
-        if not any(found for found, _ in layouts):
-            seen = "".join(f"; {problem}" for problem in layouts[-1][1][:3])
-            raise FileNotFoundError(
-                f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this "
-                f"folder or below{seen}"
-            )
-        for found, odd in layouts:
-            subjects += found
-            problems += odd
-        problems += _strangers(files, {s.dataset for found, _ in layouts for s in found})
+        found, odd = _in_folder(path, cache, label_suffix, ignore_split)
+        subjects += found
+        problems += odd
     counts = Counter(s.key for s in subjects)
-    twice = sorted(key for key, count in counts.items() if count > 1)
-    if twice:
+    if twice := sorted(key for key, count in counts.items() if count > 1):
         files = ", ".join(str(s.cine) for s in subjects if s.key == twice[0])
         raise UserError(
-            f"--data: {len(twice)} subjects are found more than once, the first is {twice[0]} ({files}); "
-            "remove the copies or give a smaller folder (several plain folders: give the folder that holds "
-            "them)"
+            f"--data: subjects found more than once: {len(twice)}, the first is {twice[0]} ({files}); remove "
+            "the copies or give a smaller folder (of several plain folders: the folder that holds them)"
         )
     return sorted(subjects, key=lambda s: s.key), problems
 
 
-def _strangers(files: Sequence[Path], datasets: set[str]) -> list[Problem]:
-    """One line on NIfTI files that are not named as in the layouts which were found beside them."""
-    patterns = [layout.NAMES for layout in (mnms, mnms2, acdc) if layout.DATASET in datasets]
+def _in_folder(
+    path: str, cache: Path, label_suffix: str, ignore_split: bool
+) -> tuple[list[Subject], list[Problem]]:
+    root = _phantom_folder(cache) if path == PHANTOM else _expanded(path)
+    if not root.is_dir():
+        what = "not a folder" if root.exists() else "no such folder"
+        raise FileNotFoundError(
+            f"--data {path}: {what}; give the folder that holds the cines, or '{PHANTOM}' for the synthetic "
+            "set"
+        )
+    files = below(root, (".nii.gz", ".nii", ".csv"), skip=cache)
+    if path == PHANTOM:
+        return mnms.subjects_among(files, PHANTOM)
+    found = [layout.subjects_among(files) for layout in (mnms, mnms2, acdc)]
+    known = [layout for layout, (s, _) in zip((mnms, mnms2, acdc), found, strict=True) if s]
+    if not known:
+        _refuse_frames_without_cines(path, files)
+        found = [folder.subjects_among(files, root, label_suffix, ignore_split=ignore_split)]
+    for file in files:
+        used = not known and file == root / folder.TABLE
+        if file.name.lower() == folder.TABLE and not used and not ignore_split:
+            raise UserError(
+                f"{file}: would not be read, and may say who tests; expected {root / folder.TABLE}, and no "
+                "file "
+                "named as in M&Ms, M&Ms-2 or ACDC beside it"
+            )
+    others = set(below(root, ("",), skip=cache, any_name=True)).difference(files)
+    found.append(dicom.find(sorted(others, key=str), root, cache))
+    subjects = [s for subjects, _ in found for s in subjects]
+    problems = [p for _, problems in found for p in problems]
+    if not subjects:
+        seen = "".join(f"; {problem}" for problem in found[-1][1][:3])
+        raise FileNotFoundError(
+            f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this folder or "
+            f"below{seen}"
+        )
+    return subjects, problems + _strangers(files, known)
+
+
+def _refuse_frames_without_cines(path: str, files: Sequence[Path]) -> None:
+    """Raise UserError for the frames of M&Ms-2 or ACDC without their cines: as a plain folder each frame
+    would be a subject of its own, and a patient's two could train and test.
+    """
+    for layout, cine in ((mnms2, "_SA_CINE.nii.gz"), (acdc, "_4d.nii.gz")):
+        if parts := [f.name for f in files if layout.NAMES.fullmatch(f.name)]:
+            raise UserError(
+                f"--data {path}: {parts[0]} and {len(parts) - 1} more files are named as in "
+                f"{layout.DATASET}, but "
+                f"there is no cine *{cine}; as a plain folder every frame would be a subject of its own"
+            )
+
+
+def _strangers(files: Sequence[Path], layouts: Sequence) -> list[Problem]:
+    """One problem for the NIfTI files that are not named as in the layouts found beside them."""
     names = [f.name for f in files if ".nii" in f.name.lower()]
-    rest = [name for name in names if not any(pattern.fullmatch(name) for pattern in patterns)]
-    if not rest or not patterns:
+    rest = [name for name in names if not any(layout.NAMES.fullmatch(name) for layout in layouts)]
+    if not rest or not layouts:
         return []
     more = f", ... ({len(rest)} in all)" if len(rest) > 8 else ""
     what = f"files that are not named as in the layouts found beside them: {', '.join(rest[:8])}{more}"
     return [Problem("", "", what, LEFT_OUT)]
 
 
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--data {path}: {error}") from None
+
+
 def absolute(paths: Sequence[str]) -> list[str]:
     """As a checkpoint remembers them, so that a later script finds them from any folder."""
-    return [path if path == PHANTOM else str(Path(path).expanduser().resolve()) for path in paths]
+    return [path if path == PHANTOM else str(_expanded(path).resolve()) for path in paths]
 
 
 def source(given: dict) -> tuple[list[str], str]:
@@ -111,6 +134,7 @@ def source(given: dict) -> tuple[list[str], str]:
 
 
 def announce(paths: Sequence[str]) -> None:
+    """Print which data are used."""
     note = ""
     if PHANTOM in paths:
         note = " (synthetic: good for a first try, not for results; point --data at a folder of real cines)"
@@ -124,11 +148,16 @@ def name(paths: Sequence[str]) -> str:
 
 
 def _phantom_folder(cache: Path) -> Path:
-    folder = Path(cache) / f"phantom-{_PHANTOM_VERSION}"
-    if not folder.is_dir():
+    root = Path(cache) / f"phantom-{_PHANTOM_VERSION}"
+    if not root.is_dir():
         from cmrssp.data import phantom
 
-        print(f"writing the phantom to {folder} (once, under a minute)", flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        phantom.write(folder)
-    return folder
+        print(f"writing the phantom to {root} (once, under a minute)", flush=True)
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            phantom.write(root)
+        except OSError as error:
+            raise UserError(
+                f"{root}: {error.strerror}; give a folder that can be written to as --cache"
+            ) from None
+    return root

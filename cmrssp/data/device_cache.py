@@ -1,4 +1,4 @@
-"""Slices in the memory of the device that trains on them: where they fit, no step waits for a file."""
+"""Slices kept in the memory of the device that trains on them, so that no step waits for a file."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from cmrssp.data.store import Store
 from cmrssp.hardware import distributed
 
 
-class Resident:
+class DeviceCache:
     """All pixels of some slices, one slice after the other, native and unpadded; a batch is one gather."""
 
     def __init__(self, store: Store, slices, *, labelled: bool, device: torch.device) -> None:

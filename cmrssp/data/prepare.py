@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cmrssp.data import dataset, quality, splits, store
+from cmrssp.data import copies, dataset, quality, splits, store
 from cmrssp.data.store import Store
 from cmrssp.data.subject import Subject
 from cmrssp.errors import UserError
@@ -77,9 +77,9 @@ def prepare(
         )
     held = [key for part in held_out for key in split[part]]
     for checkpoint in checkpoints:
-        quality.refuse_other_images(cines, checkpoint.digests, checkpoint.seen() if held else (), held)
-    digests = quality.digests(cines, cines.index)
-    split = quality.without_copies(cines, splits.keep(split, cines.index, parts))
+        copies.refuse_other_images(cines, checkpoint.digests, checkpoint.seen() if held else (), held)
+    digests = cines.digests()
+    split = copies.without_copies(cines, splits.keep(split, cines.index, parts))
     if labelled:
         with distributed.main_first():
             cines = store.build(

@@ -1,7 +1,7 @@
 """Who trains, who validates, who tests: by subject, from ids, vendors and pathologies alone.
 
-The order within a stratum is that of a hash of (seed, subject key), so that neither the order of files nor
-the place of the data matters, and the same subjects are drawn on every machine.
+Within a stratum subjects are ordered by a hash of (seed, subject key): every machine draws the same ones,
+whatever the order of the files and the place of the data.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cmrssp.data.layouts import mnms, mnms2
+from cmrssp.data.layouts.csv_table import read_text
 from cmrssp.data.subject import Subject
 from cmrssp.errors import UserError
 
@@ -21,65 +22,57 @@ _MNMS_TEST_PER_VENDOR = 15
 
 
 def assign(subjects: Sequence[Subject], seed: int, *, keep_overlap: bool = False) -> dict[str, list[str]]:
-    """{part: sorted subject keys}. Parts that a data set itself assigns are kept (ACDC 101-150, M&Ms-2
-    201-360); the full M&Ms gives 15 test subjects of each of its four vendors (the paper's rule); any other
-    data set without a test list of its own gives 25 %, stratified by vendor and pathology. 20 % of the rest
-    validates.
+    """{part: sorted subject keys}. A data set's own parts are kept (ACDC 101-150, M&Ms-2 201-360); the whole
+    M&Ms gives 15 test subjects of each of its four vendors (the paper's rule); any other data set without a
+    test list of its own gives 25 %, stratified by vendor and pathology. 20 % of the rest validates.
 
     With M&Ms and M&Ms-2 together, the M&Ms-2 subjects that may repeat M&Ms subjects get no part, unless
     `keep_overlap`.
     """
     if not keep_overlap:
         subjects = _without_overlap(subjects)
-    test: list[Subject] = []
-    rest: list[Subject] = []  # from here the validation subjects are drawn
+    test: set[str] = set()
+    candidates: list[Subject] = []  # the validation subjects are drawn from them
     for dataset in sorted({s.dataset for s in subjects}):
         members = [s for s in subjects if s.dataset == dataset]
-        official = [s for s in members if s.part == "test"]
         free = [s for s in members if not s.part]
         vendors = Counter(s.vendor for s in free if s.vendor)  # a cell of the table can be empty
-        if official:
-            drawn = []
-        elif (
-            dataset == mnms.DATASET
-            and len(vendors) == 4
-            and min(vendors.values()) > 2 * _MNMS_TEST_PER_VENDOR
-        ):
-            drawn = [
-                s
-                for vendor in vendors
-                for s in _ranked((s for s in free if s.vendor == vendor), seed)[:_MNMS_TEST_PER_VENDOR]
-            ]
-        else:
+        whole_mnms = len(vendors) == 4 and min(vendors.values()) > 2 * _MNMS_TEST_PER_VENDOR
+        drawn = [s for s in members if s.part == "test"]
+        if not drawn and dataset == mnms.DATASET and whole_mnms:
+            for vendor in vendors:
+                ranked = sorted((s for s in free if s.vendor == vendor), key=lambda s: _hash(seed, s.key))
+                drawn += ranked[:_MNMS_TEST_PER_VENDOR]
+        elif not drawn:
             drawn = _stratified(free, TEST_FRACTION, seed)
-        test += official + drawn
+        test |= {s.key for s in drawn}
         if not any(s.part == "validation" for s in members):
-            rest += free
-    taken = {s.key for s in test}
-    rest = [s for s in rest if s.key not in taken]
-    validation = {s.key for s in _stratified(rest, VALIDATION_FRACTION, seed)}
+            candidates += free
+    candidates = [s for s in candidates if s.key not in test]
+    validation = {s.key for s in _stratified(candidates, VALIDATION_FRACTION, seed)}
     validation |= {s.key for s in subjects if s.part == "validation"}
-    train = {s.key for s in subjects} - taken - validation
-    return {"train": sorted(train), "validation": sorted(validation), "test": sorted(taken)}
+    train = {s.key for s in subjects} - test - validation
+    return {"train": sorted(train), "validation": sorted(validation), "test": sorted(test)}
 
 
 def _without_overlap(subjects: Sequence[Subject]) -> list[Subject]:
+    """Without the M&Ms-2 subjects that may repeat M&Ms subjects, where both are there. Raises UserError where
+    their diseases are unknown.
+    """
     if not {mnms.DATASET, mnms2.DATASET} <= {s.dataset for s in subjects}:
         return list(subjects)
     kept = [
         s for s in subjects if s.dataset != mnms2.DATASET or s.pathology.upper() not in mnms2.MAY_REPEAT_MNMS
     ]
-    unknown = sum(s.dataset == mnms2.DATASET and not s.pathology for s in kept)
-    if unknown:
+    if unknown := sum(s.dataset == mnms2.DATASET and not s.pathology for s in kept):
         raise UserError(
             f"{unknown} M&Ms-2 subjects have no DISEASE in a table, and may repeat M&Ms subjects; put "
             "dataset_information.csv beside them, or say --keep-overlap"
         )
     if len(kept) < len(subjects):
-        print(
-            f"not used: {len(subjects) - len(kept)} M&Ms-2 subjects with {', '.join(mnms2.MAY_REPEAT_MNMS)}, "
-            "which may repeat M&Ms subjects (--keep-overlap keeps them)"
-        )
+        diseases = ", ".join(mnms2.MAY_REPEAT_MNMS)
+        print(f"not used: {len(subjects) - len(kept)} M&Ms-2 subjects with {diseases}, which may repeat M&Ms "
+              "subjects (--keep-overlap keeps them)")  # fmt: skip
     return kept
 
 
@@ -94,11 +87,11 @@ def subset(keys: Iterable[str], num_subjects: int, seed: int) -> list[str]:
 
 
 def read(path: Path) -> dict[str, list[str]]:
-    """A split.json as this package writes it, or the YAML that the paper's authors publish. Raises UserError
-    with what is wrong.
+    """{part: subject keys} of a split.json as this package writes it, or of the YAML that the paper's authors
+    publish. Raises UserError with what is wrong.
     """
     try:
-        text = Path(path).read_text(errors="replace")
+        text = read_text(Path(path))
     except OSError as error:
         raise UserError(f"--split-file {path}: {error.strerror}") from None
     if Path(path).suffix.lower() in (".yaml", ".yml"):
@@ -113,8 +106,8 @@ def read(path: Path) -> dict[str, list[str]]:
             raise UserError(
                 f"{path}: expected JSON with the lists {', '.join(PARTS)} of subject keys ({error!r})"
             ) from None
-    twice = [key for key, count in Counter(k for keys in lists.values() for k in keys).items() if count > 1]
-    if twice:
+    counts = Counter(key for keys in lists.values() for key in keys)
+    if twice := [key for key, count in counts.items() if count > 1]:
         raise UserError(f"{path}: expected every subject once, got {', '.join(twice[:5])} more than once")
     return lists
 
@@ -124,9 +117,7 @@ _YAML_DATASETS = {"mm1": mnms.DATASET, "mm2": mnms2.DATASET}
 
 
 def _published(path: Path, text: str) -> dict[str, list[str]]:
-    """`test:`, below it `mm1:` and `mm2:`, below these `- id` lines or one list in brackets; quotes do not
-    matter.
-    """
+    """`test:`, below it `mm1:` and `mm2:`, below these `- id` lines or a list in brackets, quoted or not."""
     lists: dict[str, list[str]] = {part: [] for part in PARTS}
     part = dataset = None
     for number, line in enumerate(text.splitlines(), 1):
@@ -152,10 +143,6 @@ def _hash(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}/{key}".encode()).hexdigest()
 
 
-def _ranked(subjects: Iterable[Subject], seed: int) -> list[Subject]:
-    return sorted(subjects, key=lambda s: _hash(seed, s.key))
-
-
 def _stratified(subjects: Sequence[Subject], fraction: float, seed: int) -> list[Subject]:
     """round(fraction * n) subjects (at least 1 of 2 or more), evenly spread over the strata."""
     n = len(subjects)
@@ -179,10 +166,7 @@ def choose(
     keep_overlap: bool = False,
 ) -> dict[str, list[str]]:
     """The split of these subjects: that of the file, else the inherited one if it names any of them, else
-    drawn.
-
-    Keys that are in the split and not among the subjects are dropped; subjects that a file or an inherited
-    split does not name are not used, and that is said.
+    drawn. Prints how many subjects the split names that are not there, and the other way round.
     """
     keys = {s.key for s in subjects}
     split = read(split_file) if split_file is not None else inherited
@@ -194,10 +178,7 @@ def choose(
                 f"such as {min(keys)}"
             )
         if split:
-            print(
-                "the run's split names none of these subjects: a new one is drawn (--split-seed "
-                f"{split_seed})"
-            )
+            print(f"the run's split names none of these subjects: drawn anew (--split-seed {split_seed})")
         return assign(subjects, split_seed, keep_overlap=keep_overlap)
     if listed - keys:
         print(f"not found: {len(listed - keys)} of the {len(listed)} subjects that the split names")

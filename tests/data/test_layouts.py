@@ -4,6 +4,9 @@ odd.
 
 import csv
 import gzip
+import os
+import tempfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -303,7 +306,7 @@ def test_the_same_subject_twice(tmp_path, beating):
     for folder in ("one", "two"):
         save(tmp_path / folder / "a.nii.gz", beating()[0])
     with pytest.raises(
-        UserError, match=r"1 subjects are found more than once, the first is folder/a .*that holds"
+        UserError, match=r"more than once: 1, the first is folder/a .*one/a.nii.gz.*two/a.nii.gz"
     ):
         dataset.find([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path)
 
@@ -530,3 +533,86 @@ def test_labels_beside_the_grid_of_their_cine_are_said(tmp_path, beating):
     ((what, done),) = problems["mnms/A"]
     assert "its first voxel is at 20.0, 0.0, 0.0 there" in what
     assert done == "used"
+
+
+def test_labels_follow_the_qform_where_their_cine_does(tmp_path, beating):
+    """An identity sform beside a true qform, and labels stored mirrored along x, as their qform says."""
+    cine, labels = beating()
+    mirror = np.diag([-1.0, 1, 1, 1])
+    mirror[0, 3] = cine.shape[0] - 1
+
+    def save_with_forms(name: str, array: np.ndarray, qform: np.ndarray) -> None:
+        image = nibabel.Nifti1Image(array, None)
+        image.header.set_zooms((1.5, 1.5, 10.0, 1.0))
+        image.set_qform(qform, 1)
+        image.set_sform(np.eye(4), 1)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        nibabel.save(image, tmp_path / "in" / name)
+
+    save_with_forms("a.nii.gz", cine, AFFINE)
+    save_with_forms("a_gt.nii.gz", labels[::-1], AFFINE @ mirror)
+    cines, _ = stored(tmp_path, tmp_path / "in")
+    assert cines.cines[0].geometry.spacing_mm == (1.5, 1.5)
+    back = cines.cines[0].geometry.from_canonical(cines.label_volume(0, 2)[None])[..., 0]
+    assert (back == labels[..., 2]).all()
+
+
+def test_names_from_a_mac_beside_a_table_from_elsewhere(tmp_path, beating):
+    """The file's name is decomposed (u and a combining diaeresis), the table's composed."""
+    cine, labels = beating()
+    decomposed = unicodedata.normalize("NFD", "Müller")
+    assert len(decomposed) == 7
+    save(tmp_path / "in" / f"{decomposed}.nii.gz", cine)
+    save(tmp_path / "in" / f"{decomposed}_gt.nii.gz", labels)
+    (tmp_path / "in" / "subjects.csv").write_text("subject,vendor,split\nMüller,GE,test\n", encoding="utf-8")
+    ((subject,), problems) = dataset.find([str(tmp_path / "in")], tmp_path)
+    assert (subject.id, subject.vendor, subject.part, len(subject.labels)) == ("Müller", "GE", "test", 1)
+    assert problems == []
+
+
+def test_mnms_names_from_a_mac(tmp_path, beating):
+    cine, labels = beating()
+    decomposed = unicodedata.normalize("NFD", "Müller")
+    save(tmp_path / "in" / f"{decomposed}_sa.nii.gz", cine)
+    save(tmp_path / "in" / f"{decomposed}_sa_gt.nii.gz", labels)
+    (tmp_path / "in" / "t.csv").write_text("External code,VendorName\nMüller,GE\n", encoding="utf-8")
+    ((subject,), problems) = dataset.find([str(tmp_path / "in")], tmp_path)
+    assert (subject.id, subject.vendor, len(subject.labels)) == ("Müller", "GE", 1) and problems == []
+
+
+def test_a_table_in_cp1252(tmp_path, beating):
+    save(tmp_path / "in" / "Müller.nii.gz", beating()[0])
+    (tmp_path / "in" / "subjects.csv").write_bytes("subject,vendor\nMüller,GE\n".encode("cp1252"))
+    ((subject,), problems) = dataset.find([str(tmp_path / "in")], tmp_path)
+    assert subject.vendor == "GE" and problems == []
+
+
+@pytest.mark.parametrize("place", ["", "below/"])
+def test_a_prediction_needs_no_split(tmp_path, beating, place):
+    """A word that is no part, or a table that is not on top."""
+    save(tmp_path / "in" / "below" / "a.nii.gz", beating()[0])
+    table(tmp_path / "in" / f"{place}subjects.csv", "subject,vendor,split", "a,GE,holdout")
+    with pytest.raises(UserError):
+        dataset.find([str(tmp_path / "in")], tmp_path)
+    ((subject,), _) = dataset.find([str(tmp_path / "in")], tmp_path, ignore_split=True)
+    assert subject.part == ""
+
+
+def test_a_user_without_a_home_folder_has_a_cache(monkeypatch):
+    """As in a container that runs under a bare user id."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert dataset.default_cache().is_relative_to(tempfile.gettempdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, beating):
+    save(tmp_path / "in" / "a.nii.gz", beating()[0])
+    (tmp_path / "file").write_bytes(b"")
+    subjects, _ = dataset.find([str(tmp_path / "in")], tmp_path / "file")
+    for use in (
+        lambda: store.build(subjects, tmp_path / "file", labels=False, progress=False),
+        lambda: dataset.find(["phantom"], tmp_path / "file"),
+    ):
+        with pytest.raises(UserError, match="--cache"):
+            use()

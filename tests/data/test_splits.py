@@ -99,6 +99,14 @@ def test_a_split_file_decides(tmp_path):
             splits.choose(members, split_file=file, split_seed=0)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["split.json", "split.yaml"])
+def test_split_files_as_windows_writes_them(tmp_path, encoding, name):
+    text = '{"train": ["mnms/A"], "validation": [], "test": []}' if name == "split.json" else PUBLISHED
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert splits.read(tmp_path / name)["train"][0] in ("mnms/A", "mnms/B0")
+
+
 def test_an_inherited_split_holds_for_the_subjects_that_it_names(capsys):
     inherited = splits.assign(subjects(40), 7)
     assert splits.choose(subjects(40), split_file=None, split_seed=0, inherited=inherited) == inherited

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmrssp.data.layouts.csv_table import read_text
 from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, frame_number
 
 DATASET = "acdc"
@@ -13,8 +14,8 @@ NAMES = re.compile(r"(patient\d+)_(4d|frame\d+(?:_gt)?)\.nii(?:\.gz)?")  # of al
 _OFFICIAL_TEST = range(101, 151)
 
 
-def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
-    """The patients among the files of a folder. Opens Info.cfg only."""
+def subjects_among(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
+    """The patients among the files of a folder, and what is odd about them. Opens Info.cfg only."""
     parts: dict[tuple[Path, str], dict[str, Path]] = {}
     problems: list[Problem] = []
     for path in files:
@@ -35,14 +36,13 @@ def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
         if not info:
             what = "missing or empty: ED and ES are found by the labels alone"
             problems.append(Problem(key, "Info.cfg", what, USED))
-        drawn = {part[5:-3]: path for part, path in sorted(found.items()) if part.endswith("_gt")}
-        labels = [LabelFile(path, int(number) - 1) for number, path in drawn.items()]
+        labels = {part[5:-3]: path for part, path in sorted(found.items()) if part.endswith("_gt")}
         subjects.append(
             Subject(
                 dataset=DATASET,
                 id=patient,
                 cine=found["4d"],
-                labels=tuple(labels),
+                labels=tuple(LabelFile(path, int(number) - 1) for number, path in labels.items()),
                 label_ids=(0, 3, 2, 1),
                 pathology=info.get("Group", ""),
                 ed=frame_number(info.get("ED", ""), first=1),
@@ -54,8 +54,6 @@ def find(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]:
 
 
 def _info(path: Path) -> dict[str, str]:
-    """`key: value` lines; {} where the file is missing."""
-    if not path.is_file():
-        return {}
-    pairs = (line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
+    """`key: value` lines; {} without a file."""
+    lines = read_text(path).splitlines() if path.is_file() else ()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines) if value}

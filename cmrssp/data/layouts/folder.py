@@ -17,9 +17,12 @@ _PARTS = {"": "", "train": "train", "validation": "validation", "valid": "valida
           "test": "test"}  # fmt: skip
 
 
-def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Subject], list[Problem]]:
-    """The cines among the files below `root`; those whose name ends in `label_suffix` are labels. Opens the
-    CSV only. A subject is called as its file; where two folders hold the same name, by the path below `root`.
+def subjects_among(
+    files: Sequence[Path], root: Path, label_suffix: str, *, ignore_split: bool = False
+) -> tuple[list[Subject], list[Problem]]:
+    """The cines among the files below `root`, and what is odd about them; files whose name ends in
+    `label_suffix` are labels. Opens the CSV only. A subject is called as its file; where two folders hold the
+    same name, by the path below `root`. `ignore_split` passes over the table's column `split`.
 
     Raises UserError for files that look like labels under another suffix: pretraining must not learn from
     them.
@@ -35,11 +38,13 @@ def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Sub
                     f"{label_suffix}, else say --label-suffix {stem[-len(end) :]}"
                 )
     same = Counter(cines.values())
-    rows = _rows(root)
+    rows = _rows(root, ignore_split)
     missing = set(rows)
     subjects, problems = [], []
     for path, stem in cines.items():
-        id = stem if same[stem] == 1 else path.relative_to(root).with_name(stem).as_posix()
+        id = (
+            stem if same[stem] == 1 else csv_table.composed(path.relative_to(root).with_name(stem).as_posix())
+        )
         row = rows.get(id) or rows.get(stem, {})
         labels = at.get((path.parent, stem + label_suffix))
         subjects.append(
@@ -59,24 +64,23 @@ def find(files: Sequence[Path], root: Path, label_suffix: str) -> tuple[list[Sub
         if rows and not row:
             problems.append(Problem(f"{PLAIN}/{id}", path.name, f"no row in {TABLE}: vendor unknown", USED))
     for path, stem in stems.items():
-        if path not in cines and (path.parent, stem.removesuffix(label_suffix)) not in at:
-            name = stem.removesuffix(label_suffix)
-            problems.append(
-                Problem(f"{PLAIN}/{name}", path.name, f"no cine {name}.nii.gz beside it", LEFT_OUT)
-            )
-    lost = sorted(name for name in missing if rows[name].get("split"))
+        name = stem.removesuffix(label_suffix)
+        if path not in cines and (path.parent, name) not in at:
+            what = f"no cine {name}.nii.gz beside it"
+            problems.append(Problem(f"{PLAIN}/{name}", path.name, what, LEFT_OUT))
+    lost = sorted(name for name in missing if rows[name]["split"])
     if lost and any(s.id not in rows and stem_of(s.cine.name) not in rows for s in subjects):
         raise UserError(
             f"{root / TABLE}: gives a split to subjects that have no cine ({', '.join(lost[:8])}), and there "
             "are cines without a row; expected the files' names without .nii.gz (mind leading zeros)"
         )
     if missing:
-        problems.append(Problem("", TABLE, csv_table.unmatched(missing, ()), LEFT_OUT))
+        problems.append(Problem("", TABLE, csv_table.without_cine(missing, ()), LEFT_OUT))
     return subjects, problems
 
 
-def _rows(root: Path) -> dict[str, dict[str, str]]:
-    """{subject: its row of the table}; {} without a table."""
+def _rows(root: Path, ignore_split: bool) -> dict[str, dict[str, str]]:
+    """{subject: its row of the table}; {} without a table. Raises UserError for a wrong one."""
     path = root / TABLE
     if not path.is_file():
         return {}
@@ -88,7 +92,7 @@ def _rows(root: Path) -> dict[str, dict[str, str]]:
     if twice := sorted(subject for subject, count in counts.items() if count > 1):
         raise UserError(f"{path}: expected one row a subject, got {counts[twice[0]]} of {twice[0]}")
     for row in rows:
-        part = row.get("split", "").lower()
+        part = "" if ignore_split else row.get("split", "").lower()
         if part not in _PARTS:
             raise UserError(f"{path}: expected train, validation, test or nothing as split of "
                             f"{row['subject']}, got {row['split']}")  # fmt: skip
@@ -97,8 +101,10 @@ def _rows(root: Path) -> dict[str, dict[str, str]]:
 
 
 def stem_of(name: str) -> str | None:
-    """The name of a NIfTI file without .nii or .nii.gz, also in capitals; None for any other file."""
+    """The name of a NIfTI file, its letters composed, without .nii or .nii.gz, also in capitals; None for any
+    other file.
+    """
     for end in (".nii.gz", ".nii"):
         if name.lower().endswith(end) and len(name) > len(end):
-            return name[: -len(end)]
+            return csv_table.composed(name[: -len(end)])
     return None

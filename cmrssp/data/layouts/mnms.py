@@ -1,7 +1,7 @@
 """The M&Ms layout: <ID>_sa.nii.gz and <ID>_sa_gt.nii.gz (both 4D) anywhere below a folder, and one CSV.
 
-As distributed (Training/Labeled, Training/Unlabeled, Validation, Testing) or flat: where a subject lies says
-nothing here, its label file does.
+Whether a subject is labelled depends on its label file alone, not on its folder (Training/Labeled, Testing
+...).
 """
 
 import re
@@ -12,27 +12,34 @@ from cmrssp.data.layouts import csv_table
 from cmrssp.data.subject import LEFT_OUT, USED, LabelFile, Problem, Subject, frame_number, vendor_name
 
 DATASET = "mnms"
-NAMES = re.compile(r".+_sa(_gt)?\.nii(\.gz)?")  # of all NIfTI files that belong to the layout
+NAMES = re.compile(r"(.+)_sa(_gt)?\.nii(\.gz)?")  # of all NIfTI files that belong to the layout
+_KEY = "External code"
 
 
-def find(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[Subject], list[Problem]]:
-    """The subjects among the files of a folder. Opens the CSV only."""
-    cines = {path: id for path in files if (id := _id(path, "_sa")) is not None}
+def subjects_among(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[Subject], list[Problem]]:
+    """The subjects among the files of a folder, and what is odd about them. Opens the CSV only."""
+    cines: dict[Path, str] = {}
+    labels: dict[tuple[Path, str], Path] = {}
+    for path in files:
+        if name := NAMES.fullmatch(path.name):
+            id = csv_table.composed(name[1])
+            if name[2]:
+                labels[path.parent, id] = path
+            else:
+                cines[path] = id
     if not cines:
         return [], []
-    present = set(files)
-    table_rows = csv_table.find(files, "External code")
-    rows = {row["External code"]: row for row in table_rows or ()}
+    table = csv_table.first_with(files, _KEY)
+    rows = {row[_KEY]: row for row in table or ()}
     subjects, problems = [], []
     for cine, id in cines.items():
-        row = rows.get(id, {})
-        gt = [p for end in (".nii.gz", ".nii") if (p := cine.with_name(f"{id}_sa_gt{end}")) in present][:1]
+        row, label = rows.get(id, {}), labels.get((cine.parent, id))
         subjects.append(
             Subject(
                 dataset=dataset,
                 id=id,
                 cine=cine,
-                labels=tuple(map(LabelFile, gt)),
+                labels=(LabelFile(label),) if label else (),
                 vendor=vendor_name(row.get("VendorName") or row.get("Vendor") or ""),
                 pathology=row.get("Pathology", ""),
                 ed=frame_number(row.get("ED", "")),
@@ -40,24 +47,11 @@ def find(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[Subject], 
             )
         )
         if rows and not row:
-            problems.append(
-                Problem(f"{dataset}/{id}", cine.name, "no row in the table: vendor unknown", USED)
-            )
-    for path in files:
-        id = _id(path, "_sa_gt")
-        if id is not None and not {path.with_name(f"{id}_sa{end}") for end in (".nii", ".nii.gz")} & present:
+            what = "no row in the table: vendor unknown"
+            problems.append(Problem(f"{dataset}/{id}", cine.name, what, USED))
+    with_cine = {(path.parent, id) for path, id in cines.items()}
+    for (folder, id), path in labels.items():
+        if (folder, id) not in with_cine:
             problems.append(Problem(f"{dataset}/{id}", path.name, f"no {id}_sa.nii.gz beside it", LEFT_OUT))
-    if table_rows is None:
-        problems.append(Problem("", "", f"{dataset}: no CSV with a column 'External code' was found, so "
-                                "vendors and pathologies are unknown", USED))  # fmt: skip
-    elif missing := csv_table.unmatched(rows, cines.values()):
-        problems.append(Problem("", "", f"{dataset}: {missing}", LEFT_OUT))
-    return subjects, problems
-
-
-def _id(path: Path, end: str) -> str | None:
-    """What stands before `end` and .nii or .nii.gz in a file's name."""
-    for suffix in (f"{end}.nii.gz", f"{end}.nii"):
-        if path.name.endswith(suffix) and len(path.name) > len(suffix):
-            return path.name.removesuffix(suffix)
-    return None
+    known = None if table is None else rows
+    return subjects, problems + csv_table.against_cines(known, cines.values(), dataset, _KEY)

@@ -1,0 +1,63 @@
+"""The same images under two names, and other images under one name: found by the digests of the images."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from cmrssp.data.store import Store
+from cmrssp.data.subject import USED, Problem
+from cmrssp.errors import UserError
+
+
+def problems(store: Store) -> list[Problem]:
+    """One for each subject that has the images of an earlier one."""
+    same = defaultdict(list)
+    for subject, record in zip(store.subjects, store.cines, strict=True):
+        same[record.digest, record.shape].append(subject)
+    what = "the same images as {}: one of them may test what the other trained"
+    return [
+        Problem(copy.key, copy.cine.name, what.format(first.key), USED)
+        for first, *copies in same.values()
+        for copy in copies
+    ]
+
+
+def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The split without training subjects that have the images of a validation or test subject, and without
+    validation subjects that have those of a test subject; prints their names.
+    """
+    images = store.digests()
+    held_out: dict[str, str] = {}  # {digest: the subject of a later part that has these images}
+    kept: dict[str, list[str]] = {}
+    for part in ("test", "validation", "train"):
+        copies = {key: held_out[images[key]] for key in split[part] if images.get(key) in held_out}
+        for key, other in copies.items():
+            print(f"not used: {key} ({part}), the same images as {other}")
+        kept[part] = [key for key in split[part] if key not in copies]
+        held_out |= {images[key]: f"{key} ({part})" for key in kept[part] if key in images}
+    return {part: kept[part] for part in split}
+
+
+def refuse_other_images(
+    store: Store, recorded: dict[str, str], trained: Iterable[str], held_out: Iterable[str]
+) -> None:
+    """Raise UserError where a subject's images are not those that a checkpoint recorded for its key, or where
+    a subject of `held_out` has the images of one with another key that the checkpoint was `trained` on.
+    recorded: {subject key: digest}.
+    """
+    now = store.digests()
+    other = sorted(key for key, image in now.items() if recorded.get(key, image) != image)
+    if other:
+        raise UserError(
+            f"--data: {len(other)} of {len(now)} subjects have the names but not the images of those that "
+            "the "
+            f"checkpoint knows, the first is {other[0]}; is it another data set with the same file names?"
+        )
+    seen = {recorded[key]: key for key in trained if key in recorded}
+    present = sorted(key for key in held_out if key in now)
+    if copies := [key for key in present if seen.get(now[key], key) != key]:
+        raise UserError(
+            f"--data: {len(copies)} of {len(present)} validation or test subjects have the images of "
+            "subjects "
+            f"that the checkpoint has been trained on, the first is {copies[0]}, as {seen[now[copies[0]]]}; "
+            "leave them out with --split-file"
+        )
