@@ -14,7 +14,7 @@ from cmrssp.files import below
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
-_PHANTOM_VERSION = 1  # in the folder's name: the phantom of another version is written beside it
+_PHANTOM_VERSION = 2  # in the folder's name: the phantom of another version is written beside it
 
 
 def default_cache() -> Path:
@@ -86,8 +86,8 @@ def _in_folder(
     if not subjects:
         seen = "".join(f"; {problem}" for problem in found[-1][1][:3])
         raise FileNotFoundError(
-            f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this folder or "
-            f"below{seen}"
+            f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this folder "
+            f"or below{seen}"
         )
     return subjects, problems + _strangers(files, known)
 
