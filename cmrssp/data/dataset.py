@@ -80,7 +80,7 @@ def _in_folder(
                 "named as in M&Ms, M&Ms-2 or ACDC beside it"
             )
     others = set(below(root, ("",), skip=cache, any_name=True)).difference(files)
-    found.append(dicom.find(sorted(others, key=str), root, cache))
+    found.append(dicom.subjects_among(sorted(others, key=str), root, cache))
     subjects = [s for subjects, _ in found for s in subjects]
     problems = [p for _, problems in found for p in problems]
     if not subjects:

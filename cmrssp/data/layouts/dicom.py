@@ -15,6 +15,7 @@ from stat import S_ISREG
 
 from cmrssp.data.layouts import dicom_header
 from cmrssp.data.layouts.dicom_header import Image, hashed
+from cmrssp.data.layouts.dicom_series import choose
 from cmrssp.data.layouts.dicom_stack import assemble
 from cmrssp.data.subject import LEFT_OUT, USED, Problem, Subject, vendor_name
 from cmrssp.files import atomic
@@ -25,7 +26,7 @@ _MASKED = "..."
 _MANY = 4000  # headers that are worth the start of further processes
 
 
-def find(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Subject], list[Problem]]:
+def subjects_among(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Subject], list[Problem]]:
     """The short-axis cines among `files` below `root`, one a patient and study, and what was left out. Reads
     the headers that the index does not have, and no pixels.
     """
@@ -38,16 +39,17 @@ def find(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Subject],
     problems = _no_study(studies.pop("", []))
     if strangers:
         problems.append(Problem("", "", f"{strangers} files are neither DICOM nor NIfTI nor CSV", LEFT_OUT))
-    found = {study: assemble(members) for study, members in studies.items()}
-    homes = {study: _home(studies[study]) for study, (stack, _) in found.items() if stack}
+    found = {study: choose(members) for study, members in studies.items()}
+    homes = {study: _home(studies[study]) for study, (scans, _) in found.items() if scans}
     subjects = []
-    for study, (stack, left) in found.items():
-        if stack is None:
+    for study, (scans, left) in found.items():
+        if not scans:
             why = "; ".join(": ".join(entry) for entry in left)
             place = "/".join(_home(studies[study]))
             problems.append(Problem("", place, f"a study without a short-axis cine: {why}", LEFT_OUT))
             continue
         id, odd = _name(study, homes)
+        stack = assemble(scans)
         header = stack.grid[0][0]
         subject = Subject(
             dataset=DATASET,
