@@ -63,6 +63,8 @@ def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarra
     try:
         array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
         return array.reshape(*image.shape[:3], -1)
+    except BrokenSubject:
+        raise
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 

@@ -3,6 +3,7 @@ that were written, from dcm2niix (golden_dicom.json) and by hand.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import golden_dicom
@@ -10,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_files import RR, enhanced, expected_affine, images, stack, write
+from skimage.draw import polygon2mask
 
 from cmrssp.data import dataset as data
 from cmrssp.data.cine import read_cine
@@ -202,3 +204,36 @@ def test_label_maps_lie_on_the_stack(tmp_path):
     assert np.allclose(read.affine, expected_affine(), atol=1e-3) and read.get_data_dtype() == np.uint8
     assert np.asanyarray(read.dataobj)[column, 23 - row, z, t] == 1
     assert read.header.get_zooms()[3] == pytest.approx(RR / 10 / 1000)
+
+
+def contour_volumes(subject) -> dict[tuple[str, int], float]:
+    """{(i or o, frame): ml inside the expert's endo- or epicardial contours}, one file a slice, x y in
+    pixels.
+    """
+    places = {i.path.stem: t for line in subject.source.grid for t, i in enumerate(line)}
+    voxel_ml = abs(np.linalg.det(cine_image(subject).affine[:3, :3])) / 1000
+    found: Counter = Counter()
+    fine = 8  # sub-pixels along a side
+    for path in (SHARED / subject.id / "contours").glob("IM-0001-*"):
+        _, _, number, kind, _ = path.stem.split("-")
+        corners = np.loadtxt(path)[:, ::-1]
+        corners = (corners - np.floor(corners.min(axis=0)) + 0.5) * fine - 0.5
+        inside = polygon2mask(np.ceil(corners.max(axis=0)).astype(int) + 1, corners)
+        found[kind[0], places[str(int(number))]] += inside.sum() / fine**2 * voxel_ml
+    return dict(found)
+
+
+@sunnybrook
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("SCD0000101", {("i", 7): 141.3, ("i", 18): 191.3, ("o", 18): 302.5}),
+        ("SCD0000301", {("i", 6): 179.6, ("i", 19): 229.7, ("o", 19): 355.5}),
+    ],
+)
+def test_expert_contours_enclose_volumes_at_one_frame_a_phase(tmp_path, name, expected):
+    """All slices' contours of a phase lie at one frame. Expected in ml: areas by the shoelace formula, times
+    the distance of the slices in the header. Ejection fractions: 26.1 and 21.8 %.
+    """
+    (subject,), _ = data.find([str(SHARED / name)], tmp_path)
+    assert contour_volumes(subject) == pytest.approx(expected, rel=0.005)

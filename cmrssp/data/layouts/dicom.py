@@ -112,7 +112,8 @@ def _index(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Image],
         parts = (folder.name, *file.relative_to(root).parts) if images else ()
         for part in parts:
             if part not in masks:
-                masks[part] = _MASKED if dicom_header.names_patient(part, identity) else part
+                named = dicom_header.names_patient(part, identity)
+                masks[part] = _MASKED if named else part.encode(errors="replace").decode()
         place = "/".join(masks[part] for part in parts)
         known[keys[file]] = [[place, *image[2:]] for image in images]
     kept = {key: known[key] for key in keys.values()}

@@ -148,7 +148,7 @@ def _decoded(element: RawDataElement | pydicom.DataElement) -> Sequence:
 
 
 def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
-    """One image a frame. `room`: bytes from the pixels to the end of the file."""
+    """One image a frame. `room`: bytes from the element of the pixels to the end of the file."""
     shared, frames = ([*header.get(f"{name}FunctionalGroupsSequence", ())] for name in ("Shared", "PerFrame"))
     said = _Elements(header)
     kind = said.texts("SOPClassUID")[0] or str(header.file_meta.get("MediaStorageSOPClassUID", ""))
@@ -174,6 +174,7 @@ def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
     )
     count = int(count or 1)
     needed = (rows or 0) * (columns or 0) * count * (said.number("BitsAllocated") or 16) / 8
+    needed += 8 if syntax == ImplicitVRLittleEndian else 12  # the element's own header
     if not image.reason and syntax in _PLAIN and room < needed:
         image = image._replace(reason="truncated file")
     if image.reason:

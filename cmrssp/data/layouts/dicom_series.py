@@ -57,7 +57,7 @@ def choose(images: Iterable[Image]) -> tuple[list[Scan], list[tuple[str, str]]]:
         if stack is not chosen:
             left[_why_not(stack, chosen)] += [image for scan in stack for image in scan.images]
     return chosen, [
-        (f"series {some(i.number for i in group)}", f"{why} ({len(group)} images)")
+        (f"series {some(i.number for i in group)}", f"{why} ({len(group)} image{'s' * (len(group) > 1)})")
         for why, group in sorted(left.items())
     ]
 
