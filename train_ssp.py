@@ -84,12 +84,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         skip_broken=args.skip_broken,
     )
     cines, split = prepared.cines, prepared.split
-    slices = {part: Slices(cines, split[part]) for part in ("train", "validation")}
+    used = {part: method.usable(cines, split[part]) for part in ("train", "validation")}
+    slices = {part: Slices(cines, keys) for part, keys in used.items()}
     print(splits.describe(split) + f"; {len(slices['train'])} slices to train on, no label is read")
     if not len(slices["validation"]):
         print("no validation subject: there will be no validation loss")
-    options = {"batch_size": args.batch_size, "seed": args.seed, "labelled": False, "device": device}
-    batches = {part: Batches(cines, each, **options) for part, each in slices.items() if len(each)}
+    options = {"batch_size": args.batch_size, "seed": args.seed, "device": device}
+    options |= {"labelled": False, "motion": method.needs_motion}
+    batches = {
+        part: Batches(cines, each, **options) for part, each in slices.items() if len(each) or part == "train"
+    }
 
     def validate(method: Method, epoch: int) -> dict[str, float]:
         return health.check(method, batches["validation"], epoch) if "validation" in batches else {}
@@ -104,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind="pretraining",
         name=f"{args.method}-{dataset.name(args.data)}",
         interrupted=interrupted,
-        provenance={"subjects": split["train"]},
+        provenance={"subjects": used["train"]},
     )
     if run:
         print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")

@@ -6,8 +6,8 @@ deterministic. Order: affine sampling of raw intensities, z-score with the subje
 blur, brightness, shift, gamma, solarisation.
 
 A batch is a dict of tensors. Read here: image (B, 1, H, W), native and padded; spacing_mm (B, 2) and centre
-(B, 2) in native pixels, both (row, column); mean, std and max (B,) of the subject's intensities; label
-(B, 1, H, W), optional.
+(B, 2) in native pixels, both (row, column); mean, std and max (B,) of the subject's intensities; optionally
+label and motion (B, 1, H, W).
 """
 
 from collections.abc import Sequence
@@ -95,7 +95,9 @@ def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
     def chance(p: float, *shape: int) -> torch.Tensor:
         return torch.rand(count, *shape, generator=generator) < p
 
-    none = plain(count)
+    def maybe(p: float, between: tuple[float, float], otherwise: float) -> torch.Tensor:
+        return torch.where(chance(p), uniform(*between), otherwise)
+
     rotation, fov_factor = uniform(-ranges.rotation_deg, ranges.rotation_deg), uniform(*ranges.fov_factor)
     translation = uniform(-ranges.translation_mm, ranges.translation_mm, 2)
     return Draws(
@@ -103,33 +105,17 @@ def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
         fov_factor=fov_factor,
         translation_mm=translation if ranges.translation_scales else translation / fov_factor[:, None],
         flip=1 - 2 * chance(ranges.p_flip, 2).float(),
-        noise_std=torch.where(chance(ranges.p_noise), uniform(*ranges.noise_std), none.noise_std),
+        noise_std=maybe(ranges.p_noise, ranges.noise_std, 0.0),
         noise_seed=torch.randint(2**62, (1,), generator=generator).expand(count),
-        blur_sigma_px=torch.where(
-            chance(ranges.p_blur, 1), uniform(*ranges.blur_sigma_px, 2), none.blur_sigma_px
-        ),
-        brightness=torch.where(chance(ranges.p_brightness), uniform(*ranges.brightness), none.brightness),
-        shift=torch.where(chance(ranges.p_shift), uniform(*ranges.shift), none.shift),
-        gamma=torch.where(chance(ranges.p_gamma), uniform(*ranges.gamma), none.gamma),
-        solarise=chance(ranges.p_solarise) if ranges.p_solarise else none.solarise,
+        blur_sigma_px=torch.where(chance(ranges.p_blur, 1), uniform(*ranges.blur_sigma_px, 2), 0.0),
+        brightness=maybe(ranges.p_brightness, ranges.brightness, 1.0),
+        shift=maybe(ranges.p_shift, ranges.shift, 0.0),
+        gamma=maybe(ranges.p_gamma, ranges.gamma, 1.0),
+        solarise=chance(ranges.p_solarise) if ranges.p_solarise else torch.zeros(count, dtype=torch.bool),
     )
 
 
 def augment(
-    batch: Batch,
-    ranges: Ranges | None,
-    generator: torch.Generator | None,
-    *,
-    image_size: int,
-    spacing_mm: float,
-) -> Batch:
-    """One augmented crop of each image, as `apply` gives it; the plain centred crop without ranges or without
-    a generator.
-    """
-    return augment_each(batch, [ranges], generator, image_size=image_size, spacing_mm=spacing_mm)
-
-
-def augment_each(
     batch: Batch,
     ranges: Sequence[Ranges | None],
     generator: torch.Generator | None,
@@ -137,7 +123,9 @@ def augment_each(
     image_size: int,
     spacing_mm: float,
 ) -> Batch:
-    """The crops of `augment` for each of the ranges, made in one pass and concatenated: (ranges x B, ...)."""
+    """One augmented crop of each image for each of the ranges, as `apply` gives them: (ranges x B, ...), those
+    of the first ranges first. Without ranges or a generator the plain centred crop.
+    """
     count = len(batch["image"])
     each = [draw(count, one, generator) if one and generator else plain(count) for one in ranges]
     draws = Draws(*(torch.cat([getattr(d, field.name) for d in each]) for field in fields(Draws)))
@@ -147,9 +135,11 @@ def augment_each(
 
 
 def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> Batch:
-    """Native batch -> image (B, 1, S, S) float32, standardised; label (B, 1, S, S) uint8 if the batch has it.
+    """Native batch -> image (B, 1, S, S) float32, standardised; if the batch has them, label uint8 and motion
+    float32, both (B, 1, S, S).
 
-    Image bicubic, label nearest, both 0 outside the native image; without gradient.
+    Image bicubic, label nearest, motion linear, all 0 outside the native image; intensity draws change the
+    image alone. Without gradient.
     """
     with torch.no_grad(), torch.autocast(batch["image"].device.type, enabled=False):
         grid = sampling_grid(batch, draws, image_size=image_size, spacing_mm=spacing_mm)
@@ -160,6 +150,8 @@ def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> 
         if "label" in batch:
             label = F.grid_sample(batch["label"].float(), grid, mode="nearest", align_corners=True)
             sampled["label"] = label.to(torch.uint8)
+        if "motion" in batch:
+            sampled["motion"] = F.grid_sample(batch["motion"].float(), grid, align_corners=True)
         return sampled
 
 

@@ -17,6 +17,12 @@ def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tenso
         return ((prediction.float() - target.float()).square() * mask).sum() / mask.sum().clamp_min(1)
 
 
+def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over all pixels. Both (B, 1, H, W)."""
+    with torch.autocast(prediction.device.type, enabled=False):
+        return F.mse_loss(prediction.float(), target.float())
+
+
 def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """0.5 cross-entropy + 0.5 (1 - soft Dice). logits (B, C, H, W); labels (B, 1, H, W) integer, 0 =
     background.
@@ -40,18 +46,21 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 def deep_supervision(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     outputs: Sequence[torch.Tensor],
-    labels: torch.Tensor,
+    target: torch.Tensor,
 ) -> torch.Tensor:
-    """The mean of `loss` over the scales i, weighted by 2^-i; the labels are resized by nearest-exact.
+    """The mean of `loss` over the scales i, weighted by 2^-i.
 
-    outputs: (B, C, H / 2^i, W / 2^i) for each i; labels (B, 1, H, W).
+    outputs: (B, C, H / 2^i, W / 2^i) for each i; target (B, 1, H, W), for a coarser scale averaged if it is
+    float, else resized by nearest-exact, as labels must be.
     """
     weights = [2.0**-i for i in range(len(outputs))]
-    total = torch.zeros((), device=labels.device)
+    total = torch.zeros((), device=target.device)
     for weight, output in zip(weights, outputs, strict=True):
-        scaled = labels
-        if output.shape[2:] != labels.shape[2:]:
-            scaled = F.interpolate(labels.to(torch.uint8), output.shape[2:], mode="nearest-exact")
+        size, scaled = output.shape[2:], target
+        if size != target.shape[2:] and target.is_floating_point():
+            scaled = F.adaptive_avg_pool2d(target, size)
+        elif size != target.shape[2:]:
+            scaled = F.interpolate(target.to(torch.uint8), size, mode="nearest-exact")
         total = total + weight / sum(weights) * loss(output, scaled)
     return total
 

@@ -122,6 +122,28 @@ def test_image_and_label_move_together_as_a_slow_loop_says():
     assert clear > 500 and views["label"].dtype == torch.uint8
 
 
+def slow_bilinear(image, row, column):
+    total = 0.0
+    for r in (math.floor(row), math.floor(row) + 1):
+        for c in (math.floor(column), math.floor(column) + 1):
+            if 0 <= r < image.shape[0] and 0 <= c < image.shape[1]:
+                total += float(image[r, c]) * (1 - abs(row - r)) * (1 - abs(column - c))
+    return total
+
+
+def test_the_motion_map_moves_with_the_image_and_keeps_its_values():
+    generator = torch.Generator().manual_seed(1)
+    motion = torch.rand((2, 40, 30), generator=generator).half()
+    draws = draw(2, Ranges(p_noise=1.0, p_blur=1.0), torch.Generator().manual_seed(0))
+    seen = {**batch(torch.zeros(2, 40, 30), None, (1.3, 0.9), (19.0, 15.5)), "motion": motion[:, None]}
+    found = apply(seen, draws, image_size=12, spacing_mm=2.1)["motion"]
+    assert found.dtype == torch.float32
+    for i in range(2):
+        for r, c, row, column in slow_positions(draws, i, 12, 2.1, (1.3, 0.9), (19.0, 15.5)):
+            expected = slow_bilinear(motion[i], float(row), float(column))
+            assert found[i, 0, r, c].item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_larger_fov_factor_shows_more_of_the_body():
     image = torch.zeros((2, 256, 256), dtype=torch.int16)
     image[:, 96:160, 96:160] = 1000

@@ -56,7 +56,7 @@ def test_the_same_views_as_on_a_cpu(hearts):
     views = []
     for device in (torch.device("cpu"), GPU):
         batch, generator = next(batches(hearts, device).in_order()), step_generator(0, 0, 0)
-        views.append(augmentation.augment(batch, ranges, generator, image_size=64, spacing_mm=3.0))
+        views.append(augmentation.augment(batch, [ranges], generator, image_size=64, spacing_mm=3.0))
     assert (views[0]["image"] - views[1]["image"].cpu()).abs().max() < 1e-3
     assert (views[0]["label"] != views[1]["label"].cpu()).float().mean() < 1e-3  # at a border of two pixels
 

@@ -80,12 +80,23 @@ def test_deep_supervision_weights_and_labels_by_hand():
     assert total.item() == pytest.approx((4 * 120 + 2 * 40 + 10) / 7)
 
 
+def test_deep_supervision_averages_a_target_that_is_no_label():
+    seen = []
+
+    def loss(output, scaled):
+        seen.append(scaled.flatten().tolist())
+        return scaled.sum()
+
+    deep_supervision(loss, [torch.zeros(1, 1, s, s) for s in (4, 2, 1)], torch.arange(16.0).view(1, 1, 4, 4))
+    assert seen == [list(range(16)), [2.5, 4.5, 10.5, 12.5], [7.5]]
+
+
 def test_losses_are_float32_under_autocast():
     logits, labels = sample()
     with torch.autocast("cpu", torch.bfloat16):
         loss = dice_cross_entropy(logits.bfloat16(), labels)
-        restored = masked_mse(logits.bfloat16(), logits, torch.ones_like(logits))
-    assert loss.dtype == restored.dtype == torch.float32
+        reconstructed = masked_mse(logits.bfloat16(), logits, torch.ones_like(logits))
+    assert loss.dtype == reconstructed.dtype == torch.float32
     assert loss.item() == pytest.approx(slow_dice_cross_entropy(logits, labels), abs=2e-2)
 
 

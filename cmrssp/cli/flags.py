@@ -142,7 +142,7 @@ def add_reading(parser: argparse._ActionsContainer) -> None:
 
 def add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network and images").add_argument
-    add("--channels", type=positive(int), nargs="+", metavar="N", help="of each U-Net stage, two or more")
+    add("--channels", type=positive(int), nargs="+", metavar="N", help="of each stage, two stages or more")
     add("--image-size", type=positive(int), metavar="PX", help="of the input, a multiple of 2^(stages - 1)")
     add("--spacing", type=positive(float), dest="spacing_mm", metavar="MM", help="pixel size of the input")
     parser.set_defaults(**PAPER_NETWORK)

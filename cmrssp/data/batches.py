@@ -19,6 +19,7 @@ from cmrssp.hardware.device import available_cores
 #
 #   image       (B, 1, H, W) int16  native slices, raw minus the cine's minimum; zeros at the bottom and right
 #   label       (B, 1, H, W) uint8  in labelled batches alone: 0 background, 1 LV, 2 MYO, 3 RV
+#   motion      (B, 1, H, W) float16 for methods that need it: the slice's motion map (`motion.py`)
 #   size        (B, 2) int64        true rows and columns of each slice
 #   spacing_mm  (B, 2) float32      between rows, between columns
 #   centre      (B, 2) float32      (row, column) of the subject's crop centre in native pixels
@@ -77,13 +78,16 @@ class Batches:
         seed: int,
         labelled: bool,
         device: torch.device,
+        motion: bool = False,
     ) -> None:
+        """`labelled`, `motion`: the batches hold labels, motion maps."""
         if not len(slices):
             raise UserError(
                 "there is no slice to train on: the training subjects have no "
                 + ("labelled frame" if labelled else "slice")
             )
-        self.store, self.slices, self.labelled, self.device = store, slices, labelled, device
+        self.store, self.slices, self.device = store, slices, device
+        self.labelled, self.motion = labelled, motion
         ranks = distributed.world_size()
         if batch_size % ranks:
             raise UserError(
@@ -102,7 +106,9 @@ class Batches:
 
     def keep_on_device(self) -> None:
         """Copy all slices into the device's memory now; from here on none is read from a file."""
-        self.resident = DeviceCache(self.store, self.slices, labelled=self.labelled, device=self.device)
+        self.resident = DeviceCache(
+            self.store, self.slices, labelled=self.labelled, motion=self.motion, device=self.device
+        )
 
     def epochs(self, first: int, end: int, step: int = 0) -> Iterator[Batch]:
         """The shuffled batches of the epochs `first` to `end` - 1 on the device, without a pause between
@@ -137,9 +143,9 @@ class Batches:
             mine = np.split(part, ranks)[rank] if shared else part
             places = [self.slices.locate(n) for n in mine]
             if self.resident:
-                batch = {**describe(self.store, places), "start": self.resident.starts(mine)}
+                batch = {**describe(self.store, places), **self.resident.starts(mine)}
             else:
-                batch = collate(self.store, places, labelled=self.labelled)
+                batch = collate(self.store, places, labelled=self.labelled, motion=self.motion)
             shape = padded(batch["size"].tolist())
             if copies is None:
                 return batch, shape, None
@@ -182,17 +188,26 @@ def describe(store: Store, places: Sequence[tuple[int, int, int]]) -> Batch:
     }
 
 
-def collate(store: Store, places: Sequence[tuple[int, int, int]], *, labelled: bool) -> Batch:
+def collate(
+    store: Store, places: Sequence[tuple[int, int, int]], *, labelled: bool, motion: bool = False
+) -> Batch:
     """Slices (subject, frame, slice) as one batch before augmentation, on the CPU."""
     sizes = [store.cines[subject].shape[2:] for subject, _, _ in places]
     image = np.zeros((len(places), 1, *padded(sizes)), np.int16)
     label = np.zeros(image.shape if labelled else 0, np.uint8)
+    maps = np.zeros(image.shape if motion else 0, np.float16)
     for i, (place, (height, width)) in enumerate(zip(places, sizes, strict=True)):
         image[i, 0, :height, :width] = store.slice(*place)
         if labelled:
             label[i, 0, :height, :width] = store.label_slice(*place)
-    batch = {"image": torch.from_numpy(image), **describe(store, places)}
-    return {**batch, "label": torch.from_numpy(label)} if labelled else batch
+        if motion:
+            maps[i, 0, :height, :width] = store.motion_slice(place[0], place[2])
+    pixels = {
+        "image": image,
+        **({"label": label} if labelled else {}),
+        **({"motion": maps} if motion else {}),
+    }
+    return {**{key: torch.from_numpy(array) for key, array in pixels.items()}, **describe(store, places)}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from cmrssp.data import plausibility
 from cmrssp.data.geometry import Geometry, from_header
+from cmrssp.data.motion import motion_map, temporal_deviation
 from cmrssp.data.nifti import cine_image, grid, time_step, voxels
 from cmrssp.data.subject import CORRECTED, NOT_MEASURED, PLAIN, USED, BrokenSubject, Problem, Subject
 
@@ -47,6 +48,7 @@ class Cine(CineFacts):
     """One read cine."""
 
     stored: np.ndarray  # (T, Z, H, W) int16, not negative
+    motion: np.ndarray  # (Z, H, W) float16, see `motion_map`
 
 
 @np.errstate(all="ignore")
@@ -83,12 +85,14 @@ def read_cine(subject: Subject) -> Cine:
         odd.append(("one frame where a cine has many: nothing moves, the crop is centred on the image", USED))
     if unscaled:
         minimum, scale = minimum * slope + intercept, scale / slope
+    deviation = temporal_deviation(stored)
     return Cine(
         stored=stored,
+        motion=motion_map(deviation, geometry.spacing_mm),
         geometry=geometry,
         minimum=minimum,
         scale=scale,
-        centre=heart_centre(stored, geometry.spacing_mm),
+        centre=heart_centre(deviation, geometry.spacing_mm),
         mean=mean,
         std=std,
         max=float(stored.max()),
@@ -161,17 +165,16 @@ def intensity_statistics(cine: np.ndarray, zero: int = 0) -> tuple[float, float]
     return mean, math.sqrt(square)
 
 
-def heart_centre(cine: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
-    """Where the heart beats, found without labels: (row, column) in native pixels of a cine (T, Z, H, W).
+def heart_centre(deviation: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
+    """Where the heart beats, found without labels: (row, column) in native pixels.
 
-    The centroid of the temporal standard deviation, averaged over the slices, blurred (sigma 4 mm), squared,
+    The centroid of a cine's temporal deviation (Z, H, W), averaged over the slices, blurred (sigma 4 mm), squared,
     and weighted with a Gaussian (sigma 50 mm) around the image's centre. The image's centre where nothing
     moves.
     """
-    rows, columns = cine.shape[2:]
+    rows, columns = deviation.shape[1:]
     middle = ((rows - 1) / 2, (columns - 1) / 2)
-    moving = np.mean([cine[:, z].std(axis=0, dtype=np.float32) for z in range(cine.shape[1])], axis=0)
-    motion = gaussian_filter(moving.astype(np.float64), [4 / s for s in spacing_mm])
+    motion = gaussian_filter(deviation.mean(axis=0).astype(np.float64), [4 / s for s in spacing_mm])
     distance = [(np.arange(n) - m) * s for n, m, s in zip((rows, columns), middle, spacing_mm, strict=True)]
     prior = np.exp(-(distance[0][:, None] ** 2 + distance[1][None, :] ** 2) / (2 * 50.0**2))
     weight = motion**2 * prior

@@ -11,14 +11,19 @@ from cmrssp.hardware import distributed
 class DeviceCache:
     """All pixels of some slices, one slice after the other, native and unpadded; a batch is one gather."""
 
-    def __init__(self, store: Store, slices, *, labelled: bool, device: torch.device) -> None:
+    def __init__(
+        self, store: Store, slices, *, labelled: bool, device: torch.device, motion: bool = False
+    ) -> None:
         """`slices`: of `batches.Slices`. Reads them all, once, in their order."""
         self.slices, self.areas = slices, _areas(store, slices)
         sizes = self.areas * np.diff(slices.ends, prepend=0)
         self.begins = np.cumsum(sizes) - sizes  # of each subject's first pixel
         self.image = torch.empty(sizes.sum(), dtype=torch.int16, device=device)
         self.label = torch.empty(sizes.sum() if labelled else 0, dtype=torch.uint8, device=device)
-        end = 0
+        maps = self.areas * slices.depths  # one map per slice, whatever the number of frames
+        self.map_begins = np.cumsum(maps) - maps
+        self.motion = torch.empty(maps.sum() if motion else 0, dtype=torch.float16, device=device)
+        end = map_end = 0
         for subject, frames in tqdm(
             list(zip(slices.subjects, slices.frames, strict=True)),
             "slices to the device",
@@ -32,28 +37,42 @@ class DeviceCache:
                 if labelled:
                     label = store.label_volume(subject, frame)
                     self.label[begin:end] = torch.from_numpy(np.array(label).ravel())
+            for z in range(store.cines[subject].shape[1] if motion else 0):
+                map = store.motion_slice(subject, z)
+                begin, map_end = map_end, map_end + map.size
+                self.motion[begin:map_end] = torch.from_numpy(map.ravel().copy())
 
     @staticmethod
-    def needs(store: Store, slices, *, labelled: bool) -> int:
-        """The bytes that these slices take: int16 images, uint8 labels."""
-        return int((_areas(store, slices) * np.diff(slices.ends, prepend=0)).sum()) * (3 if labelled else 2)
+    def needs(store: Store, slices, *, labelled: bool, motion: bool = False) -> int:
+        """The bytes that these slices take: int16 images, uint8 labels, float16 motion maps."""
+        areas = _areas(store, slices)
+        pixels = (areas * np.diff(slices.ends, prepend=0)).sum()
+        return int(pixels * (3 if labelled else 2) + (areas * slices.depths).sum() * (2 if motion else 0))
 
-    def starts(self, numbers: np.ndarray) -> torch.Tensor:
-        """(B,) int64: where the pixels of each of these slices begin."""
-        entries = [self.slices.entry(number) for number in numbers]
-        return torch.tensor([int(self.begins[i] + self.areas[i] * within) for i, within in entries])
+    def starts(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:
+        """start, map_start (B,) int64: where the pixels and the motion map of each slice begin."""
+        i, within = np.array([self.slices.entry(number) for number in numbers]).T
+        maps = self.map_begins[i] + self.areas[i] * (within % self.slices.depths[i])
+        starts = self.begins[i] + self.areas[i] * within
+        return {"start": torch.from_numpy(starts), "map_start": torch.from_numpy(maps)}
 
     def fill(self, batch: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """A batch with its images, and labels, as `batches.collate` makes them, in place of its `start`."""
-        size, start = batch["size"][..., None, None], batch["start"][:, None, None]
-        rows = torch.arange(shape[0], device=start.device)[:, None]
-        columns = torch.arange(shape[1], device=start.device)
+        """A batch with pixels, as `batches.collate` makes it, in place of `starts`."""
+        size = batch["size"][..., None, None]
+        rows = torch.arange(shape[0], device=size.device)[:, None]
+        columns = torch.arange(shape[1], device=size.device)
         inside = (rows < size[:, 0]) & (columns < size[:, 1])
-        places = torch.where(inside, start + rows * size[:, 1] + columns, 0)
-        filled = {"image": (self.image[places] * inside)[:, None]}
+
+        def gather(pixels: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+            places = torch.where(inside, start[:, None, None] + rows * size[:, 1] + columns, 0)
+            return (pixels[places] * inside)[:, None]
+
+        filled = {"image": gather(self.image, batch["start"])}
         if len(self.label):
-            filled["label"] = (self.label[places] * inside)[:, None]
-        return {**filled, **{key: value for key, value in batch.items() if key != "start"}}
+            filled["label"] = gather(self.label, batch["start"])
+        if len(self.motion):
+            filled["motion"] = gather(self.motion, batch["map_start"])
+        return {**filled, **{key: value for key, value in batch.items() if key not in ("start", "map_start")}}
 
 
 def _areas(store: Store, slices) -> np.ndarray:

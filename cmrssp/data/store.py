@@ -1,7 +1,8 @@
 """The slice store: one native-resolution file per cine, one per cine's labels, written once, below the cache
 folder.
 
-A file is one line of JSON (what is known of it, padded to 64 bytes) and then the plain array. So opening a
+A file is one line of JSON (what is known of it, padded to 64 bytes) and then the plain array; behind a cine's
+frames lies its motion map. So opening a
 store reads one line per subject, a slice is one read, and a volume is one memory map. The file's name has a
 hash of its sources: a changed source gets a new file, and a training that reads the old one is not disturbed.
 """
@@ -27,7 +28,8 @@ from cmrssp.files import atomic, sweep
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 
-FORMAT = 6
+FORMAT = 7
+Content = tuple[list[np.ndarray], dict[str, Any]]  # arrays, one behind the other; facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,11 @@ class Store:
     def volume(self, subject: int, frame: int) -> np.ndarray:
         """(Z, H, W) int16 of a cine frame, memory-mapped."""
         return _map(self.cines[subject], "<i2")[frame]
+
+    def motion_slice(self, subject: int, slice: int) -> np.ndarray:
+        """(H, W) float16 of the cine's motion map, which is stored behind the last frame."""
+        record = self.cines[subject]
+        return _read_slice(record, record.shape[0], slice, "<f2")
 
     def label_slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
         """(H, W) uint8 of a labelled cine frame. Raises ValueError for an unlabelled one."""
@@ -153,9 +160,10 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
     """The record of the stored cine; without a valid file, write it or give None."""
     path = _path(folder, subject, _fingerprint(subject.files), ".cine")
 
-    def read() -> tuple[np.ndarray, dict[str, Any]]:
+    def read() -> Content:
         cine = read_cine(subject)
-        return cine.stored, {field.name: getattr(cine, field.name) for field in fields(CineFacts)}
+        facts = {field.name: getattr(cine, field.name) for field in fields(CineFacts)}
+        return [cine.stored, cine.motion], facts
 
     header = _stored_header(path, read if write else None)
     if header is None:
@@ -170,11 +178,11 @@ def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> La
     said = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
     path = _path(folder, subject, [*_fingerprint(files), said], ".labels")
 
-    def read() -> tuple[np.ndarray, dict[str, Any]]:
+    def read() -> Content:
         labels = read_labels(subject, _map(cine, "<i2"), cine.geometry)
         facts = {field.name: getattr(labels, field.name) for field in fields(LabelFacts)}
         known = json.dumps([labels.frames, labels.ed, labels.es]).encode()
-        return labels.masks, {**facts, "digest": sha256(known + labels.masks.tobytes()).hexdigest()}
+        return [labels.masks], {**facts, "digest": sha256(known + labels.masks.tobytes()).hexdigest()}
 
     header = _stored_header(path, read if write else None)
     if header is None:
@@ -207,11 +215,9 @@ def _fingerprint(paths: Sequence[Path]) -> list[list]:
         raise BrokenSubject(f"{error.filename}: {error.strerror}") from None
 
 
-def _stored_header(
-    path: Path, read: Callable[[], tuple[np.ndarray, dict[str, Any]]] | None
-) -> dict[str, Any] | None:
-    """The JSON of a complete file, with shape and offset. Without one, write what `read` gives (array,
-    facts); None without `read`.
+def _stored_header(path: Path, read: Callable[[], Content] | None) -> dict[str, Any] | None:
+    """The JSON of a complete file, with shape and offset. Without one, write what `read` gives; None without
+    `read`.
     """
     try:
         with open(path, "rb") as file:
@@ -223,14 +229,15 @@ def _stored_header(
         pass
     if read is None:
         return None
-    array, facts = read()
-    header = {"shape": array.shape, **facts}
-    text = json.dumps({"bytes": array.nbytes, **header}, default=asdict).encode()
+    arrays, facts = read()
+    header = {"shape": arrays[0].shape, **facts}
+    text = json.dumps({"bytes": sum(a.nbytes for a in arrays), **header}, default=asdict).encode()
     line = text + b" " * (-(len(text) + 1) % 64) + b"\n"
     try:
         with atomic(path) as file:
             file.write(line)
-            file.write(np.ascontiguousarray(array).data)
+            for array in arrays:
+                file.write(np.ascontiguousarray(array).data)
     except PermissionError as error:
         raise _no_cache(path.parent, error) from None
     return {name: value for name, value in json.loads(text).items() if name != "bytes"} | {

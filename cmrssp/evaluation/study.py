@@ -15,6 +15,7 @@ from cmrssp.errors import UserError
 from cmrssp.files import below
 
 METHODS = {"scratch": "Baseline", "simclr": "SimCLR", "pcl": "PCL", "dino": "DINO", "mim": "MIM"}
+OTHERS = ("motion",)  # not in the paper's tables; --compare takes them
 SUBSETS = (None, 50, 25, 15, 10)  # labelled training subjects, None: all
 SEEDS = (0, 1, 2)
 VENDORS = {"A+B": ("Siemens", "Philips"), "C+D": ("GE", "Canon")}
@@ -174,7 +175,7 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
     if not isinstance(arm, dict):
         raise ValueError("has no arm, run evaluate.py again")
     for key, allowed in (
-        ("pretraining", tuple(METHODS)),
+        ("pretraining", (*METHODS, *OTHERS)),
         ("phases", ("both", "ed", "es")),
         ("augmentation", ("on", "off")),
     ):

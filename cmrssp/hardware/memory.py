@@ -57,7 +57,9 @@ def _keep_slices(batches: Batches, wish: str, training: float) -> None:
     """Copy the slices into the device's memory if they fit beside the training (bytes); else say why not."""
     if wish == "off" or (wish == "auto" and batches.device.type == "cpu"):
         return
-    slices = DeviceCache.needs(batches.store, batches.slices, labelled=batches.labelled)
+    slices = DeviceCache.needs(
+        batches.store, batches.slices, labelled=batches.labelled, motion=batches.motion
+    )
     room = free(batches.device) - _MARGIN * training - _RESERVE
     sizes = f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free beside the training"
     if slices <= room:

@@ -60,6 +60,11 @@ def curves(records: Sequence[dict], path: Path) -> None:
         ("loss", {"loss": "training", "validation_loss": "validation"}, None),
         ("3D Dice on the validation subjects", dice, (0, 1)),
         ("effective rank of the features", {"effective_rank": "plain validation slices"}, (1, None)),
+        (
+            "explained variance of the motion map",
+            {"explained_variance": "training", "validation_explained_variance": "validation"},
+            (None, 1),
+        ),
         ("held-out R² of the slice's position", {"position_r2": "linear probe"}, (-0.2, 1)),
     ]
     sheets = [sheet for sheet in sheets if any(name in record for record in records for name in sheet[1])]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cmrssp.augmentation import Ranges, augment_each
+from cmrssp.augmentation import Ranges, augment
 from cmrssp.data.batches import Batch
 from cmrssp.hardware import distributed
 from cmrssp.losses import dino_cross_entropy
@@ -136,7 +136,7 @@ class DINO(Method):
 
         def crops(ranges: Sequence[Ranges | None], size: int) -> torch.Tensor:
             grid = {"image_size": size, "spacing_mm": self.spacing_mm}
-            return augment_each(batch, ranges, generator, **grid)["image"]
+            return augment(batch, ranges, generator, **grid)["image"]
 
         return {
             "global": crops([first, second], self.image_size),

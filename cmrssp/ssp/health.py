@@ -1,6 +1,7 @@
 """Does a pretraining go well? Figures of the frozen features, without labels."""
 
 import math
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -54,17 +55,18 @@ def position_probe(
 
 @torch.inference_mode()
 def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
-    """Loss on fixed augmented views; effective rank and position probe of the plain crops' features.
+    """Loss and logs on fixed augmented views; effective rank and position probe of plain crops' features.
 
     The slices are the same in each epoch. All ranks call it, and get the figures over the slices of all.
     """
     method.eval()
-    loss = count = 0.0
+    count, sums = 0, Counter()
     features, positions, subjects = [], [], []
     for i, batch in enumerate(loader.in_order(NUM_SLICES, shared=True)):
         views = method.views(batch, step_generator(0, 0, i, distributed.rank()))
         if i == 0 or len(batch["image"]) == loader.share:  # contrast is easier in a smaller batch
-            loss += method(views, float(epoch))[0].item()
+            loss, logs = method(views, float(epoch))
+            sums.update({name: value.item() for name, value in {"loss": loss, **logs}.items()})
             count += 1
         plain = method.crop(batch, None)["image"]
         features.append(method.encoder.pooled(plain).float().cpu())
@@ -73,14 +75,14 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     method.train()
     distributed.barrier()
     pooled, position, subject = (distributed.gather(torch.cat(x)) for x in (features, positions, subjects))
-    loss = distributed.mean(torch.tensor(loss / count, dtype=torch.float64)).item()
-    if not (pooled.isfinite().all() and math.isfinite(loss)):
+    means = distributed.mean(torch.tensor(list(sums.values()), dtype=torch.float64) / count)
+    if not (pooled.isfinite().all() and means.isfinite().all()):
         raise UserError(
             f"epoch {epoch}: loss or features are NaN or infinite on the validation slices; try a smaller "
             "--lr. The last saved state is kept"
         )
     figures = {
-        "validation_loss": loss,
+        **{f"validation_{name}": mean for name, mean in zip(sums, means.tolist(), strict=True)},
         "effective_rank": effective_rank(pooled),
         "position_r2": position_probe(pooled, position, subject),
     }

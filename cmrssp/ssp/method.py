@@ -12,7 +12,7 @@ it in `__init__.py`. It needs:
 6. `outputs(views)`: what the networks make of them; `forward(views, epoch)`: the loss, and what to log.
 7. `panels(views)`: images for views.png.
 8. `pretrained_state()`: the weights that fine-tuning takes over.
-9. If needed: `param_groups`, `on_backward_end`, `on_step_end`, `view_sizes`, `compile_networks`.
+9. If needed: `usable`, `view_sizes`, `param_groups`, `on_backward_end`, `on_step_end`, `compile_networks`.
 
 `forward` alone is called through DistributedDataParallel. Randomness comes from the generator alone, and
 every schedule from the epoch alone: a resumed run then repeats an uninterrupted one.
@@ -27,6 +27,7 @@ from torch import nn
 
 from cmrssp import augmentation
 from cmrssp.data.batches import Batch
+from cmrssp.data.store import Store
 from cmrssp.unet import Encoder, check_image_size
 
 Views = dict[str, torch.Tensor]
@@ -40,6 +41,7 @@ class Method(nn.Module):
     defaults: ClassVar[dict]  # of the shared flags, by destination (supplement A)
     quick: ClassVar[dict]  # what --quick changes in them
     fewest_slices: ClassVar[int] = 1  # in a batch
+    needs_motion: ClassVar[bool] = False  # `views` reads the batch's motion maps
     classes: ClassVar[list[str] | None] = None  # that the network segments
     encoder: Encoder
 
@@ -58,6 +60,10 @@ class Method(nn.Module):
     def add_flags(parser: argparse.ArgumentParser) -> None:
         """Declare this method's own flags."""
 
+    def usable(self, store: Store, keys: Sequence[str]) -> list[str]:
+        """The subjects that the method can learn from; names the others."""
+        return list(keys)
+
     def config(self) -> dict:
         """The network's configuration, as unet.pt holds it."""
         return {
@@ -68,24 +74,13 @@ class Method(nn.Module):
             "norm": self.encoder.norm,
         }
 
-    def crop(
-        self,
-        batch: Batch,
-        generator: torch.Generator | None,
-        ranges: augmentation.Ranges | None = None,
-        image_size: int | None = None,
-    ) -> Views:
+    def crop(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """One augmented crop of each slice; without a generator the plain centred crop.
 
-        image (B, 1, S, S) float32, standardised; label (B, 1, S, S) uint8 if the batch has labels.
+        image (B, 1, S, S) float32, standardised; label and motion (B, 1, S, S) if the batch has them.
         """
-        return augmentation.augment(
-            batch,
-            ranges or self.ranges,
-            generator,
-            image_size=image_size or self.image_size,
-            spacing_mm=self.spacing_mm,
-        )
+        grid = {"image_size": self.image_size, "spacing_mm": self.spacing_mm}
+        return augmentation.augment(batch, [self.ranges], generator, **grid)
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """What the networks see in a step, without gradient; without a generator from plain centred crops."""

@@ -9,6 +9,7 @@ import torch
 from cmrssp.data import dataset, phantom, store
 from cmrssp.data.batches import Batches, Slices, collate
 from cmrssp.data.cine import read_cine
+from cmrssp.data.motion import motion_map, temporal_deviation
 from cmrssp.data.subject import BrokenSubject
 from cmrssp.errors import UserError
 
@@ -37,6 +38,16 @@ def test_slices_are_those_of_the_files(three, tmp_path):
     assert (cines.label_slice(2, 2, 1) == cines.label_volume(2, 2)[1]).all()
     assert (cines.label_volume(2, 2) == 1).sum() == 3 * (np.hypot(*np.mgrid[-22:18, -14:18]) < 8).sum()
     assert cines.labels[0].phases == {"ED": 2, "ES": 0} and cines.labels[1].phases == {}
+
+
+def test_a_batch_holds_the_motion_maps_of_its_slices(three, tmp_path):
+    cines = store.build(three, tmp_path / "cache", labels=False, progress=False)
+    batch = collate(cines, [(0, 2, 0), (0, 1, 0), (2, 0, 2)], labelled=False, motion=True)
+    maps = [motion_map(temporal_deviation(read_cine(s).stored), (1.5, 1.5)) for s in three]
+    assert batch["motion"].dtype == torch.float16 and batch["motion"].shape == batch["image"].shape
+    for found, expected in zip(batch["motion"], (maps[0][0], maps[0][0], maps[2][2]), strict=True):
+        assert expected.any() and (found[0, :32, :40].numpy() == expected).all()
+    assert not batch["motion"][:, :, 32:].any() and not batch["motion"][:, :, :, 40:].any()
 
 
 def test_a_built_store_is_not_built_again_and_a_changed_source_is(three, tmp_path, beating, write_mnms):

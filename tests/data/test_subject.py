@@ -10,6 +10,7 @@ from cmrssp.data.batches import collate
 from cmrssp.data.cine import heart_centre, intensity_statistics, read_cine
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.labels import read_labels
+from cmrssp.data.motion import temporal_deviation
 from cmrssp.data.subject import NOT_MEASURED, BrokenSubject, Subject
 from cmrssp.segmentation import Segmentation, predict_frames
 
@@ -144,9 +145,12 @@ def test_heart_centre_finds_what_beats():
     rows, columns = np.meshgrid(np.arange(120), np.arange(100), indexing="ij")
     distance = np.hypot(rows - 50, columns - 62)
     cine = np.stack([np.stack([(distance < radius) * 100] * 3) for radius in (9, 12, 15)]).astype(np.int16)
-    found = heart_centre(cine, (1.0, 1.0))
+    found = heart_centre(temporal_deviation(cine), (1.0, 1.0))
     assert found == pytest.approx((50, 62), abs=1.5)  # the prior draws it towards (59.5, 49.5)
-    assert heart_centre(cine[:1], (1.0, 1.0)) == (59.5, 49.5)  # one frame: the middle of the image
+    assert heart_centre(temporal_deviation(cine[:1]), (1.0, 1.0)) == (
+        59.5,
+        49.5,
+    )  # one frame: the middle of the image
 
 
 def test_broken_files_are_named(tmp_path, write_mnms, beating):

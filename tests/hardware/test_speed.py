@@ -36,9 +36,9 @@ def hearts(write_mnms, beating, tmp_path):
     return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
 
 
-def batches(cines, *, labelled=True, batch_size=5):
+def batches(cines, *, labelled=True, batch_size=5, motion=False):
     slices = Slices(cines, sorted(cines.index), phases="both" if labelled else None)
-    return Batches(cines, slices, batch_size=batch_size, seed=2, labelled=labelled, device=CPU)
+    return Batches(cines, slices, batch_size=batch_size, seed=2, labelled=labelled, motion=motion, device=CPU)
 
 
 def same(one, other):
@@ -48,9 +48,9 @@ def same(one, other):
     )
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_slices_on_the_device_are_those_of_the_files(hearts, labelled):
-    read, kept = batches(hearts, labelled=labelled), batches(hearts, labelled=labelled)
+@pytest.mark.parametrize(("labelled", "motion"), [(True, False), (False, False), (False, True)])
+def test_slices_on_the_device_are_those_of_the_files(hearts, labelled, motion):
+    read, kept = (batches(hearts, labelled=labelled, motion=motion) for _ in range(2))
     kept.keep_on_device()
     expected = [*read.epochs(0, 2), *read.in_order(), *read.in_order(3)]
     shapes = {tuple(b["image"].shape[2:]) for b in expected}

@@ -86,6 +86,7 @@ OWN = {
     "simclr": ["--projection", "16"],
     "pcl": ["--projection", "16", "--threshold", "0.4"],
     "mim": ["--patch-size", "8"],
+    "motion": [],
     "dino": ["--local-size", "16", "--local-crops", "2", "--outputs", "32", "--head-width", "16"],
 }
 
@@ -124,8 +125,9 @@ def test_a_resumed_training_equals_an_unbroken_one(name, at, write_mnms, beating
     def train(out: str, at=(-1, -1), state=None) -> Path:
         torch.manual_seed(0 if state is None else 99)  # what is loaded must not depend on the initial weights
         loader = Interrupting(
-            cines, slices, batch_size=size, seed=4, labelled=labelled, device=torch.device("cpu"), at=at
-        )
+            cines, slices, batch_size=size, seed=4, labelled=labelled, motion=name == "motion",
+            device=torch.device("cpu"), at=at,
+        )  # fmt: skip
         assert len(loader) == 4
         run_training(make(name), loader, tmp_path / out, validate=checked, state=state, **SETTINGS)
         return tmp_path / out

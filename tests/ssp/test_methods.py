@@ -42,9 +42,9 @@ def test_mim_loss_is_that_of_the_masked_pixels(hearts):
     views = method.views(collate(hearts, [(0, 0, 0), (1, 2, 1)], labelled=False), step_generator(0, 0, 0))
     loss, logs = method(views, 0.0)
     with torch.no_grad():
-        restored = method.unet(torch.where(views["mask"], 0.0, views["image"]))[0]
+        reconstruction = method.unet(torch.where(views["mask"], 0.0, views["image"]))[0]
     errors = [
-        (float(restored[i, 0, y, x]) - float(views["image"][i, 0, y, x])) ** 2
+        (float(reconstruction[i, 0, y, x]) - float(views["image"][i, 0, y, x])) ** 2
         for i, _, y, x in views["mask"].nonzero().tolist()
     ]
     assert loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5) and logs == {}

@@ -1,0 +1,71 @@
+"""Motion prediction: predict from one frame how much each place of the slice moves over the heart cycle.
+
+The target is the cine's motion map (`data.motion.motion_map`), which needs several frames and no labels. It
+is sampled on the grid of the augmented image; intensity augmentation changes the image alone. A U-Net with
+deep supervision, mean squared error. Pretrains encoder and decoder. Not from the paper.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from cmrssp.data.store import Store
+from cmrssp.losses import deep_supervision, mse
+from cmrssp.ssp.method import Method, Views
+from cmrssp.unet import Encoder, UNet
+
+
+class Motion(Method):
+    name = "motion"
+    purpose = "the movement over the heart cycle is predicted from one frame (encoder and decoder)"
+    defaults = {
+        "epochs": 100,
+        "batch_size": 32,
+        "lr": 0.01,
+        "schedule": "cosine",
+        "momentum": 0.99,
+        "nesterov": True,
+        "weight_decay": 3e-5,
+        "amp": "fp16",
+    }
+    quick = {"epochs": 10}
+    needs_motion = True
+
+    def __init__(self, *, channels: Sequence[int], norm: str, **options) -> None:
+        super().__init__(channels=channels, norm=norm, **options)
+        self.unet = UNet(channels=channels, num_outputs=1, num_heads=len(channels) - 1, norm=norm)
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.unet.encoder
+
+    def usable(self, store: Store, keys: Sequence[str]) -> list[str]:
+        """The subjects whose cine has more than one frame; prints the others."""
+        still = [key for key in keys if store.cines[store.index[key]].shape[0] == 1]
+        if still:
+            print(f"{len(still)} subjects left out, their cine has one frame: {', '.join(still)}")
+        return [key for key in keys if key not in still]
+
+    def outputs(self, views: Views) -> list[torch.Tensor]:
+        """The predicted maps (B, 1, S / 2^i, S / 2^i) of each head i."""
+        return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
+
+    def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Logs the fraction of the maps' variance over the batch that the finest output explains."""
+        predicted, motion = self.outputs(views), views["motion"]
+        explained = 1 - mse(predicted[0].detach(), motion) / motion.var().clamp_min(1e-12)
+        return deep_supervision(mse, predicted, motion), {"explained_variance": explained}
+
+    def compile_networks(self) -> None:
+        self.unet.compile(dynamic=False)
+
+    def panels(self, views: Views) -> dict[str, torch.Tensor]:
+        image = views["image"].contiguous(memory_format=torch.channels_last)
+        return {
+            "image": views["image"],
+            "motion": views["motion"],
+            "prediction": self.unet.full_resolution(image),
+        }
+
+    def pretrained_state(self) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in self.unet.state_dict().items() if not k.startswith("heads.")}
