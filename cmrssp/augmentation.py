@@ -123,7 +123,7 @@ def augment(
     image_size: int,
     spacing_mm: float,
 ) -> Batch:
-    """One augmented crop of each image for each of the ranges, as `apply` gives them: (ranges x B, ...), those
+    """For each of the ranges one augmented crop of each image, as `apply` gives it: (ranges x B, ...), those
     of the first ranges first. Without ranges or a generator the plain centred crop.
     """
     count = len(batch["image"])

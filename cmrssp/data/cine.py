@@ -168,9 +168,9 @@ def intensity_statistics(cine: np.ndarray, zero: int = 0) -> tuple[float, float]
 def heart_centre(deviation: np.ndarray, spacing_mm: tuple[float, float]) -> tuple[float, float]:
     """Where the heart beats, found without labels: (row, column) in native pixels.
 
-    The centroid of a cine's temporal deviation (Z, H, W), averaged over the slices, blurred (sigma 4 mm), squared,
-    and weighted with a Gaussian (sigma 50 mm) around the image's centre. The image's centre where nothing
-    moves.
+    The centroid of a cine's temporal deviation (Z, H, W), averaged over the slices, blurred (sigma 4 mm),
+    squared, and weighted with a Gaussian (sigma 50 mm) around the image's centre. The image's centre where
+    nothing moves.
     """
     rows, columns = deviation.shape[1:]
     middle = ((rows - 1) / 2, (columns - 1) / 2)

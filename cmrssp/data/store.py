@@ -2,9 +2,9 @@
 folder.
 
 A file is one line of JSON (what is known of it, padded to 64 bytes) and then the plain array; behind a cine's
-frames lies its motion map. So opening a
-store reads one line per subject, a slice is one read, and a volume is one memory map. The file's name has a
-hash of its sources: a changed source gets a new file, and a training that reads the old one is not disturbed.
+frames lies its motion map. So opening a store reads one line per subject, a slice is one read, and a volume
+is one memory map. The file's name has a hash of its sources: a changed source gets a new file, and a training
+that reads the old one is not disturbed.
 """
 
 import json

@@ -228,7 +228,7 @@ def test_crops_of_one_pass_equal_those_made_one_by_one():
         (*found["global"].chunk(2), *found["local"].chunk(4)), (first, second, *[local] * 4), strict=True
     ):
         size = {"image_size": crop.shape[-1], "spacing_mm": 1.5}
-        assert torch.equal(crop, augmentation.augment(batch, ranges, one_by_one, **size)["image"])
+        assert torch.equal(crop, augmentation.augment(batch, [ranges], one_by_one, **size)["image"])
 
 
 def test_export_decides_whose_encoder_transfers():
