@@ -5,6 +5,7 @@ python evaluate.py --predict scan.nii.gz --checkpoint runs/finetune-mim-phantom-
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,22 +13,26 @@ from tqdm import tqdm
 from cmrssp import segmentation
 from cmrssp.cli import entry, flags
 from cmrssp.cli.argument_types import vendor_names
-from cmrssp.data import dataset, quality, splits, store
-from cmrssp.data.subject import CLASSES, BrokenSubject
+from cmrssp.data import dataset, splits
+from cmrssp.data.prepare import prepare
+from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
-from cmrssp.evaluation import comparison, plots, prediction, report, scoring, stats, study, tables
+from cmrssp.evaluation import paper, plots, prediction, scoring, stats, study, text
 from cmrssp.files import check_writable, write_csv
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
 from cmrssp.runs import folder
 from cmrssp.weights import checkpoints
-from cmrssp.weights.provenance import Provenance
-from cmrssp.weights.transfer import refuse_seen
 
-# flags that only the scoring of a split uses, and flags that only a prediction uses
-_SCORING = ("--data", "--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases",
-            "--vendors", "--save-predictions")  # fmt: skip
-_PREDICTING = ("--checkpoint", "--flips", "--largest-component", "--label-suffix")
+_DATA = ("--data", "--label-suffix")
+_SCORING = ("--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases", "--vendors",
+            "--save-predictions")  # fmt: skip
+_PREDICTING = ("--checkpoint", "--flips", "--largest-component")
+_UNUSED = {  # the flags that a mode has no use for
+    "predict": ("--split", "--data", *_SCORING),
+    "compare": ("--out", *_DATA, *_SCORING, *_PREDICTING),
+    "tables": ("--split", *_SCORING, *_PREDICTING),
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,232 +42,191 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint",
         nargs="+",
         metavar="PATH",
-        help="unet.pt, last.pt or a run folder (default: the newest finished fine-tuned run below runs/); of "
-        "several the probabilities are averaged",
+        help="unet.pt, last.pt or a run folder (default: the newest finished fine-tuned run below runs/); "
+        "the probabilities of several are averaged",
     )
-    what = parser.add_argument_group("instead of scoring a split").add_mutually_exclusive_group()
-    what.add_argument(
+    mode = parser.add_argument_group("instead of scoring a split").add_mutually_exclusive_group()
+    mode.add_argument(
         "--predict",
         nargs="+",
         metavar="PATH",
         help="segment every frame of these cines: NIfTI files or folders",
     )
-    what.add_argument(
+    mode.add_argument(
         "--compare",
         nargs="+",
         metavar="RUN",
         help="runs evaluated on one split, paired by subject, all against the first; runs that differ in the "
-        "seed alone are averaged first",
+        "seed only are averaged first",
     )
-    what.add_argument(
+    mode.add_argument(
         "--tables",
         type=Path,
         metavar="RUNS",
-        help="the paper's tables from all evaluated runs below this folder",
+        help="the paper's tables from all evaluated runs below this folder, and the commands of the missing "
+        "runs, for the data of --data",
     )
     flags.add_data(parser, default="data and split of the evaluated run")
     group = parser.add_argument_group("prediction and scores")
     group.add_argument("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
     group.add_argument(
-        "--vendors",
-        type=vendor_names,
-        nargs="+",
-        metavar="NAME",
-        help="score the subjects of these vendors alone",
+        "--vendors", type=vendor_names, nargs="+", metavar="NAME", help="score subjects of these vendors only"
     )
     group.add_argument(
         "--flips", action="store_true", help="average over the image and its three mirror images"
     )
     group.add_argument(
-        "--largest-component", action="store_true", help="keep the largest 3D component of each class alone"
+        "--largest-component", action="store_true", help="keep only the largest 3D component of each class"
     )
-    group.add_argument("--save-predictions", action="store_true", help="write the label maps of a split, too")
+    group.add_argument("--save-predictions", action="store_true", help="also write the label maps of a split")
     flags.add_run(parser, training=False)
     args = parser.parse_args(argv)
     args.vendors = flags.flat(args.vendors)
-    mode = next((name for name in ("predict", "compare", "tables") if getattr(args, name)), None)
-    others = {
-        "predict": ("--split", *_SCORING),
-        "compare": ("--out", *_SCORING, *_PREDICTING),
-        "tables": ("--split", *_SCORING, *_PREDICTING),
-    }
-    for flag in others.get(mode, ()):
+    chosen = next((name for name in _UNUSED if getattr(args, name)), None)
+    for flag in _UNUSED.get(chosen, ()):
         if flags.typed(argv, flag):
-            parser.error(f"{flag} says nothing to --{mode}; leave it out")
+            parser.error(f"{flag} has no meaning for --{chosen}; leave it out")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.tables or args.compare:  # nothing to share
+    if args.tables or args.compare:  # work of one process
         if not distributed.is_main():
             return 0
-        if args.tables:
-            return print_tables(args.tables, Path(args.out) if args.out else args.tables / "tables")
-        return compare(args.compare, args.split)
+        if args.compare:
+            return compare(args.compare, args.split)
+        out = Path(args.out) if args.out else args.tables / "tables"
+        return write_tables(args.tables, out, getattr(args, "data", ()))
     trained = [checkpoints.load(path) for path in args.checkpoint or [folder.newest_finetuned()]]
     print(f"checkpoint: {', '.join(str(c.path) for c in trained)}")
-    methods = [segmentation.restore(checkpoint) for checkpoint in trained]
+    device = resolve_device(args.device)
+    methods = [segmentation.restore(checkpoint).to(device) for checkpoint in trained]
     if args.predict:
-        return predict(args, methods, trained[0].provenance)
-    return score(args, argv, trained, methods)
+        return predict(args, methods, trained[0].provenance.label_suffix, device)
+    return score(args, argv, trained, methods, device)
 
 
-def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list[segmentation.Segmentation]) -> int:
+def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device) -> int:
+    """0, or 2 where a subject could not be scored; the others are scored."""
     first = trained[0]
+    known = {"data": first.provenance.data, "label_suffix": first.provenance.label_suffix}
     paths, label_suffix = dataset.source(
         {"data": first.provenance.data, "label_suffix": first.provenance.label_suffix, **vars(args)}
     )
     dataset.announce(paths)
-    device = resolve_device(args.device)
-    methods = [method.to(device) for method in methods]
-
-    with distributed.main_first():
-        subjects, problems = dataset.find(paths, args.cache, label_suffix)
-    inherited = None if flags.typed(argv, "--split-seed") else first.provenance.split
-    split = splits.choose(
-        subjects,
+    prepared = prepare(
+        paths,
+        args.cache,
+        needed=args.split,
+        label_suffix=label_suffix,
+        parts=(args.split,),
+        labelled=(args.split,),
         split_file=args.split_file,
         split_seed=args.split_seed,
-        inherited=inherited,
+        inherited=None if flags.typed(argv, "--split-seed") else first.provenance.split,
         keep_overlap=args.keep_overlap,
+        skip_broken=args.skip_broken,
+        vendors=args.vendors,
+        checkpoints=trained,
+        held_out=() if args.split == "train" else (args.split,),
     )
-    if args.split != "train":
-        for checkpoint in trained:
-            refuse_seen(checkpoint, split, (args.split,))
-    wanted = splits.named(subjects, split, (args.split,))
-    if not wanted:
-        counts = ", ".join(f"{part} {len(keys)}" for part, keys in split.items())
-        raise UserError(f"--split {args.split}: the split has no subject there; {counts}")
-    vendors = sorted({s.vendor or "unknown" for s in wanted})
-    wanted = [s for s in wanted if args.vendors is None or s.vendor in args.vendors]
-    if not wanted:
-        raise UserError(f"--split {args.split}: its subjects have other --vendors: {', '.join(vendors)}")
-    with distributed.main_first():
-        cines = store.build(wanted, args.cache, labels=True, skip_broken=args.skip_broken)
-    print(quality.summary(cines, problems))
-    for checkpoint in trained:
-        seen = checkpoint.seen() if args.split != "train" else ()
-        quality.refuse_other_images(cines, checkpoint.digests, seen, cines.index)
+    cines = prepared.cines
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, trained)
     check_writable("--out", out)
     saved = out / "predictions" if args.save_predictions else None
-    scores = scoring.score(methods, cines, device, phases=args.phases, save=saved, **options(args))
-    if scores.unlabelled:
-        print(f"left out, without labels: {', '.join(scores.unlabelled)}")
+    options = {"flips": args.flips, "largest_component": args.largest_component}
+    scores = scoring.score(methods, cines, device, phases=args.phases, save=saved, **options)
     if not scores.rows:
         raise UserError(
-            f"--split {args.split}: none of its {len(wanted)} subjects has a labelled frame (--phases "
-            f"{args.phases})"
+            f"--split {args.split}: none of its {len(cines.subjects)} subjects has a labelled frame that can "
+            f"be scored (--phases {args.phases})" + "".join(f"; {failure}" for failure in scores.failed[:3])
         )
-    if not distributed.is_main():
-        return 0
-    table = scoring.breakdown(scores)
-    print(
-        f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects\n"
-        f"{report.dice_table(scores.rows)}\n\n{report.breakdown_table(table)}\n\n"
-        f"{report.agreement_table(scores.clinical, scoring.AGREEMENT)}"
-    )
-    lost = {name: count for name, count in scoring.missed(scores.rows).items() if count}
-    if lost:
-        print("missed (in one of the two label maps alone, no distance): "
-              + ", ".join(f"{name} in {count} volumes" for name, count in lost.items()))  # fmt: skip
-    summary = {
-        "split": args.split,
-        "data": dataset.absolute(paths),
-        "checkpoints": [str(c.path) for c in trained],
-        "phases": args.phases,
-        "vendors": args.vendors,
-        **options(args),
-        "arm": scoring.arm(first),
-        "settings": scoring.settings(first),
-        "recipe": scoring.recipe(first),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    sheet = scoring.cases(scores, cines, methods, device, **options(args))
-    report.contour_sheet(sheet, out / "contours.png")
-    names = scoring.write(out, scores, table, summary)
-    print(f"written: {out}/" + ", ".join([*names, "contours.png", *(["predictions/"] if saved else [])]))
+    if distributed.is_main():
+        summary = {
+            "split": args.split,
+            "data": dataset.absolute(paths),
+            "checkpoints": [str(c.path) for c in trained],
+            "phases": args.phases,
+            "vendors": args.vendors,
+            **options,
+            "arm": scoring.arm(first),
+            "settings": scoring.network_settings(first),
+            "recipe": scoring.training_recipe(first),
+        }
+        table = scoring.breakdown(scores)
+        cases = partial(scoring.extremes, scores, cines, methods, device, **options)
+        names = scoring.write(out, scores, table, summary, cases)
+        print(
+            f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects"
+            f"\n{text.dice_table(scores.rows, scores.present)}\n\n{text.breakdown_table(table)}\n\n"
+            f"{text.agreement_table(scores.clinical, scoring.AGREEMENT)}\n{text.notes(scores)}"
+            f"written: {out}/" + ", ".join([*names, *(["predictions/"] if saved else [])])
+        )
+    if scores.failed:
+        raise UserError(f"{len(scores.failed)} subjects could not be scored: {'; '.join(scores.failed)}")
     return 0
 
 
-def options(args) -> dict[str, bool]:
-    return {"flips": args.flips, "largest_component": args.largest_component}
-
-
-def default_folder(args, argv: Sequence[str] | None, checkpoints: Sequence) -> str:
-    """Beside the run; what was changed from the plain evaluation of one run is in the name."""
+def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoints.Checkpoint]) -> str:
+    """Beside the run; the name says what differs from the plain evaluation of one run."""
+    other_split = any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
     changed = [
         *([dataset.name(args.data)] if hasattr(args, "data") else []),
-        *(
-            ["other-split"]
-            if any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
-            else []
-        ),
+        *(["other-split"] if other_split else []),
         *([args.phases] if args.phases != "both" else []),
         *(args.vendors or []),
         *(["flips"] if args.flips else []),
         *(["largest"] if args.largest_component else []),
-        *([f"ensemble{len(checkpoints)}"] if len(checkpoints) > 1 else []),
-        *([f"epoch{checkpoints[0].provenance.epochs}"] if checkpoints[0].provenance.unfinished() else []),
+        *([f"ensemble{len(trained)}"] if len(trained) > 1 else []),
+        *([f"epoch{trained[0].provenance.epochs}"] if trained[0].provenance.unfinished() else []),
     ]
     return "-".join([f"evaluation-{args.split}", *changed])
 
 
-def predict(args, methods: list[segmentation.Segmentation], provenance: Provenance) -> int:
-    """0, or 2 where a cine could not be read; the others are predicted all the same."""
-    device = resolve_device(args.device)
-    methods = [method.to(device) for method in methods]
+def predict(args, methods: list[segmentation.Segmentation], label_suffix: str, device) -> int:
+    """0, or 2 where something failed for a cine; the others are predicted, and the table says what failed."""
     out = Path(args.out or "predictions")
     check_writable("--out", out)
     _, label_suffix = dataset.source({"label_suffix": provenance.label_suffix, **vars(args)})
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
-    found: list[dict | str] = []
-    share = distributed.own_items(subjects)
-    for subject in tqdm(share, "predicting", unit="cine", disable=distributed.hide_bar()):
-        try:
-            found.append(prediction.predict(subject, methods, device, out, **options(args)))
-        except BrokenSubject as error:
-            found.append(str(error).partition(":\n")[2].strip() or str(error))
-    found = distributed.merge(found)
-    rows, broken = ([x for x in found if isinstance(x, kind)] for kind in (dict, str))
+    options = {"flips": args.flips, "largest_component": args.largest_component}
+    own = tqdm(distributed.own_items(subjects), "predicting", unit="cine", disable=distributed.hide_bar())
+    rows = distributed.merge([prediction.predict(s, methods, device, out, **options) for s in own])
     rows.sort(key=lambda row: (-row["severity"], row["cine"]))
-    if rows and distributed.is_main():
+    if distributed.is_main():
         write_csv(out / "clinical.csv", rows)
-        print(report.prediction_table(rows))
+        print(text.prediction_table(rows))
         print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")
-    elif distributed.is_main() and not any(out.iterdir()):
-        out.rmdir()
-    if broken:
-        raise UserError(
-            f"--predict: {len(broken)} of {len(subjects)} cines cannot be used: {'; '.join(broken)}"
-        )
+    failed = [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]
+    if failed:
+        raise UserError(f"--predict: errors in {len(failed)} of {len(rows)} cines: {'; '.join(failed)}")
     return 0
 
 
 def compare(runs: Sequence[str], split: str) -> int:
-    arms = comparison.arms(runs, split)
+    groups = study.groups(runs, split)
     shown = []
-    for group in ("mean", *CLASSES):
-        scores = comparison.arm_scores(arms, CLASSES if group == "mean" else [group])
-        found = stats.compare(scores, seed=0)
-        shown.append(f"{split} split, 3D Dice, {group}\n{report.comparison_table(found, next(iter(scores)))}")
+    for name in ("mean", *CLASSES):
+        scores = study.seed_means(groups, CLASSES if name == "mean" else [name])
+        if all(scores.values()):  # a class without reference has no scores
+            table = text.comparison_table(stats.compare(scores, seed=0), next(iter(scores)))
+            shown.append(f"{split} split, 3D Dice, {name}\n{table}")
     print("\n\n".join(shown))
     return 0
 
 
-def print_tables(runs: Path, out: Path) -> int:
+def write_tables(runs: Path, out: Path, data: Sequence[str]) -> int:
     found = study.collect(runs)
-    made = tables.tables(found)
-    print("\n\n".join(tables.markdown(table) for table in made))
-    missing = study.missing(found, runs)
-    if missing:
-        print("\nto fill the empty cells:\n" + "\n".join(missing))
-    out.mkdir(parents=True, exist_ok=True)
-    tables.write_csv(made, out)
-    drawn = plots.learning_curves(tables.learning_curves(found), out / "learning_curves.png")
-    print(f"\nwritten: {out}/*.csv" + (", learning_curves.png" if drawn else ""))
+    tables, commands = paper.tables(found), paper.missing(found, runs, data)
+    paper.write(tables, commands, out)
+    drawn = plots.learning_curves(paper.learning_curves(found), out / "learning_curves.png")
+    if found:
+        print("\n\n".join(text.markdown(table) for table in tables) + "\n")
+    if commands:
+        print("the runs that are missing:\n" + "\n".join(commands) + "\n")
+    print(f"written: {out}/*.csv, commands.sh" + (", learning_curves.png" if drawn else ""))
     return 0
 
 

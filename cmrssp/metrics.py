@@ -1,7 +1,7 @@
 """Figures of merit on label maps: overlap, distances between surfaces, volumes, clinical numbers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects, generate_binary_structure
@@ -12,55 +12,82 @@ MYOCARDIUM_G_PER_ML = 1.05  # density, as in the SCMR recommendations, doi 10.11
 DISTANCES = ("hausdorff", "hd95", "assd")
 
 
-def dice(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Dice of each class of two label maps of one shape (any number of axes): 2 |A and B| / (|A| + |B|).
-
-    A structure that is in neither map scores 1, in one of them 0.
+def overlap(prediction: np.ndarray, reference: np.ndarray) -> dict[str, tuple[int, int]]:
+    """{class: (voxels in both maps, voxels of one map plus voxels of the other)} of two label maps of one
+    shape, any number of axes. Raises ValueError where the shapes differ.
     """
-    if prediction.shape != truth.shape:
-        raise ValueError(f"dice: expected label maps of one shape, got {prediction.shape} and {truth.shape}")
-    scores = {}
+    if prediction.shape != reference.shape:
+        raise ValueError(f"expected label maps of one shape, got {prediction.shape} and {reference.shape}")
+    counts = {}
     for id, name in enumerate(CLASSES, start=1):
-        ours, theirs = prediction == id, truth == id
-        total = int(ours.sum()) + int(theirs.sum())
-        scores[name] = 2 * int((ours & theirs).sum()) / total if total else 1.0
-    return scores
+        ours, theirs = prediction == id, reference == id
+        both = int(np.count_nonzero(ours & theirs))
+        counts[name] = both, int(np.count_nonzero(ours)) + int(np.count_nonzero(theirs))
+    return counts
+
+
+def dice_of(both: int, total: int, neither: float = 1.0) -> float:
+    """Dice from the counts of `overlap`: 2 |A and B| / (|A| + |B|); `neither` where both are empty."""
+    return 2 * both / total if total else neither
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Dice of each class of two label maps of one shape (any number of axes). A structure that is in neither
+    map scores 1, one that is in one of them 0. Raises ValueError where the shapes differ.
+    """
+    return {name: dice_of(*counts) for name, counts in overlap(prediction, reference).items()}
+
+
+def present_classes(references: Iterable[np.ndarray]) -> list[str]:
+    """The classes that at least one of the reference label maps has, in the order of CLASSES."""
+    found: set[int] = set()
+    for labels in references:
+        found |= {id for id in range(1, len(CLASSES) + 1) if (labels == id).any()}
+    return [name for id, name in enumerate(CLASSES, start=1) if id in found]
+
+
+def mean_dice(scores: Sequence[Mapping[str, float]], present: Sequence[str]) -> dict[str, float]:
+    """From the Dice of each label map (`dice`): dice_<class>, the mean over the maps, of the classes in
+    `present`, and dice, the mean of those. Empty without a score or a class. A class that no reference has
+    would score 1 wherever it is not predicted, so `present` leaves it out (`present_classes`).
+    """
+    means = {f"dice_{name}": float(np.mean([score[name] for score in scores])) for name in present if scores}
+    return {"dice": float(np.mean(list(means.values()))), **means} if means else {}
 
 
 def surface_distances(
-    prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]
 ) -> dict[str, float | bool]:
     """Distances between the surfaces of one structure, in mm: hausdorff_mm, hd95_mm, assd_mm.
 
-    prediction, truth (Z, H, W) bool; spacing_mm: slice pitch, row, column. A surface voxel has at least one
-    of its six neighbours outside the structure; beyond the array is outside. In a stack of a single slice the
-    surface is the contour: the four neighbours in it count. Each surface voxel of one map is measured to the
-    nearest one of the other, centre to centre: two directed sets of distances.
+    prediction, reference (Z, H, W) bool; spacing_mm: slice pitch, row, column. A surface voxel has at least
+    one of its six neighbours outside the structure; beyond the array is outside. In a stack of a single slice
+    the surface is the contour, and the four neighbours in the slice count. Each surface voxel of one map is
+    measured to the nearest one of the other, centre to centre: two directed sets of distances.
 
     hausdorff: the largest of all. hd95: the larger of the two directed 95th percentiles (linear between order
     statistics), as in MONAI; DeepMind's surface-distance does the same with surface voxels weighted by area;
     MedPy takes one percentile of both sets pooled, where an error of the smaller surface counts less. assd:
     the mean over both sets pooled, as in MONAI and MedPy.
 
-    A structure that is in one map alone, whichever, is `missed`: its distances are NaN, and the columns
-    `..._filled_mm` hold the diagonal of the image, corner to corner, which no distance in it reaches.
-    Otherwise these columns repeat the distances. A structure in neither map is `absent`: there is nothing to
-    measure, all six are NaN.
+    A structure that is in only one of the maps is `missed`: its distances are NaN, and the columns
+    `..._filled_mm` hold the diagonal of the image, corner to corner, which no distance in it exceeds.
+    Otherwise these columns repeat the distances. A structure in neither map is `absent`: all six are NaN.
 
     Raises ValueError where shapes differ or are not 3D, or the spacing is not three positive numbers.
     """
-    if prediction.ndim != 3 or prediction.shape != truth.shape:
+    if prediction.ndim != 3 or prediction.shape != reference.shape:
         raise ValueError(
             f"surface_distances: expected two masks of one shape (Z, H, W), got {prediction.shape} and "
-            f"{truth.shape}"
+            f"{reference.shape}"
         )
     spacing = _spacing("surface_distances", spacing_mm)
-    prediction, truth = prediction.astype(bool, copy=False), truth.astype(bool, copy=False)
-    found = int(prediction.any()) + int(truth.any())
+    prediction, reference = prediction.astype(bool, copy=False), reference.astype(bool, copy=False)
+    found = int(prediction.any()) + int(reference.any())
     measured = dict.fromkeys(DISTANCES, math.nan)
     filled = measured
     if found == 2:
-        filled = measured = _distances(prediction, truth, spacing)
+        filled = measured = _distances(prediction, reference, spacing)
     elif found == 1:
         filled = dict.fromkeys(DISTANCES, float(np.linalg.norm(np.array(prediction.shape) * spacing)))
     return {
@@ -78,19 +105,21 @@ def volumes_ml(labels: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, flo
 
 
 def score(
-    prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]
 ) -> dict[str, dict[str, float | bool]]:
     """Everything about each class of a predicted and a reference label map, both (Z, H, W) with ids 0..3.
 
-    Per class: dice (see `dice`), the columns of `surface_distances`, volume_ml and reference_ml, and
-    volume_error_ml, positive where the prediction is larger. spacing_mm: slice pitch, row, column.
+    Per class: dice (see `dice`), in_reference (whether the reference has it), the columns of
+    `surface_distances`, volume_ml and reference_ml, and volume_error_ml, positive where the prediction is
+    larger. spacing_mm: slice pitch, row, column.
     """
-    overlap = dice(prediction, truth)
-    ours, theirs = volumes_ml(prediction, spacing_mm), volumes_ml(truth, spacing_mm)
+    scores = dice(prediction, reference)
+    ours, theirs = volumes_ml(prediction, spacing_mm), volumes_ml(reference, spacing_mm)
     return {
         name: {
-            "dice": overlap[name],
-            **surface_distances(prediction == id, truth == id, spacing_mm),
+            "dice": scores[name],
+            "in_reference": bool((reference == id).any()),
+            **surface_distances(prediction == id, reference == id, spacing_mm),
             "volume_ml": ours[name],
             "reference_ml": theirs[name],
             "volume_error_ml": ours[name] - theirs[name],
@@ -118,21 +147,23 @@ def clinical(volumes: Mapping[str, Mapping[str, float]]) -> dict[str, float | No
     return numbers
 
 
-def _distances(prediction: np.ndarray, truth: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
+def _distances(prediction: np.ndarray, reference: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
     """`surface_distances` of two structures that are both there."""
-    box = find_objects((prediction | truth).view(np.uint8))[0]  # nothing outside it is nearest to anything
+    box = find_objects((prediction | reference).view(np.uint8))[
+        0
+    ]  # nothing outside it is nearest to anything
     neighbours = generate_binary_structure(3, 1)
     if len(prediction) == 1:
         neighbours[::2] = False
-    surfaces = [mask & ~binary_erosion(mask, neighbours) for mask in (prediction[box], truth[box])]
-    to_truth, to_prediction = (
+    surfaces = [mask & ~binary_erosion(mask, neighbours) for mask in (prediction[box], reference[box])]
+    to_reference, to_prediction = (
         distance_transform_edt(~other, sampling=spacing)[surface]
         for surface, other in zip(surfaces, surfaces[::-1], strict=True)
     )
     return {
-        "hausdorff": float(max(to_truth.max(), to_prediction.max())),
-        "hd95": float(max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95))),
-        "assd": float((to_truth.sum() + to_prediction.sum()) / (to_truth.size + to_prediction.size)),
+        "hausdorff": float(max(to_reference.max(), to_prediction.max())),
+        "hd95": float(max(np.percentile(to_reference, 95), np.percentile(to_prediction, 95))),
+        "assd": float((to_reference.sum() + to_prediction.sum()) / (to_reference.size + to_prediction.size)),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
+from skimage import measure
 
 from cmrssp import augmentation
 from cmrssp.data.batches import Batch, collate, to_device
@@ -157,10 +157,10 @@ def predict_frames(
     flips: bool = False,
     largest_component: bool = False,
 ) -> Iterator[np.ndarray]:
-    """The label map (Z, H, W) uint8 of each of these cine frames, on the subject's canonical native grid.
+    """The label map (Z, H, W) uint8 of each of the cine `frames`, on the subject's canonical native grid.
 
-    Probabilities are averaged over the networks, with `flips` also over mirror images. Outside every crop is
-    background. With `largest_component` only the largest 3D component of each class stays.
+    Averages the probabilities of several `methods`, and with `flips` those of mirror images. Voxels outside
+    every crop are background. `largest_component` keeps the largest 3D component of each class only.
     """
     _, slices, height, width = store.cines[subject].shape
     places = [(subject, frame, z) for frame in frames for z in range(slices)]
@@ -186,7 +186,12 @@ def keep_largest(labels: np.ndarray) -> np.ndarray:
     """(Z, H, W) with only the largest component of each class, by 26-connectivity; the rest is background."""
     kept = np.zeros_like(labels)
     for id in range(1, NUM_OUTPUTS):
-        components, count = ndimage.label(labels == id, structure=np.ones((3, 3, 3)))
-        if count:
-            kept[components == 1 + np.argmax(np.bincount(components.ravel())[1:])] = id
+        kept[main_component(labels == id)] = id
     return kept
+
+
+def main_component(mask: np.ndarray) -> np.ndarray:
+    """The largest component of a mask of any number of axes; voxels that touch at a corner are connected."""
+    components = measure.label(mask, connectivity=mask.ndim)
+    sizes = np.bincount(components.ravel())[1:]
+    return components == 1 + np.argmax(sizes) if len(sizes) else mask

@@ -1,7 +1,7 @@
-"""Figures of an evaluation for print at 170 mm.
+"""Figures of an evaluation.
 
-Hues are Okabe and Ito's, which colour-blind readers tell apart; markers, lines and hatches differ too, for
-print in grey. Above each figure stand the numbers that it shows.
+Charts are for print at 170 mm. Hues are Okabe and Ito's, which readers with colour blindness tell apart;
+markers, lines and hatches differ too, for print in grey. Titles give the number of subjects.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,6 @@ from cmrssp.runs.figures import save_figure
 
 PHASES = ("ED", "ES")
 BINS = 10  # of a slice's position between base and apex
-
 CLASS_COLOURS = dict(zip(CLASSES, ("#D55E00", "#009E73", "#56B4E9"), strict=True))
 _CLASS_LINES = dict(zip(CLASSES, (("o", "-"), ("s", "--"), ("^", "-.")), strict=True))
 _PHASE_BOXES = {
@@ -34,7 +33,7 @@ _METHOD_LINES = (  # the baseline's, then those of the others
     ("#CC79A7", "v", "-"), ("#56B4E9", "P", "--"), ("#E69F00", "X", "-."),
 )  # fmt: skip
 _POINTS = 7.5
-_WIDTH = 164 / 25.4  # inches: with the margin that save_figure adds, under 170 mm, so that text never shrinks
+_WIDTH = 164 / 25.4  # inches: under 170 mm with the margin that save_figure adds, so that text never shrinks
 
 
 def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: Path) -> None:
@@ -51,7 +50,7 @@ def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: 
         axis.set(xlabel=f"mean of both ({unit})", ylabel=f"measured − reference ({unit})")
         if n < 2:
             axis.set(xticks=[], yticks=[])
-            _say(axis, "fewer than 2 pairs")
+            _note(axis, "fewer than 2 pairs")
             continue
         kept = np.isfinite(difference)
         spread = max(high - bias, abs(difference[kept] - bias).max())
@@ -112,7 +111,7 @@ def dice_by_position(slices: Sequence[dict], path: Path) -> None:
         above.grid(alpha=0.3)
         below.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), xlabel="position of the slice (0 base, 1 apex)")
         if not rows:
-            _say(above, "no slices")
+            _note(above, "no slices")
     axes[0, 0].set_ylabel("Dice per slice\n(median, 25th to 75th percentile)")
     axes[0, 0].set_ylim(None, 1.01)
     axes[1, 0].set_ylabel("slices")
@@ -152,7 +151,7 @@ def boxes(rows: Sequence[dict], path: Path) -> None:
         axis.set_xticks(range(len(groups)), labels, parse_math=False)
         axis.grid(axis="y", alpha=0.3)
         if not groups:
-            _say(axis, "no subjects")
+            _note(axis, "no subjects")
     for axis in axes[::columns]:
         axis.set_ylabel("3D Dice")
     handles = [Patch(label=phase, **_PHASE_BOXES[phase]) for phase in PHASES]
@@ -174,9 +173,8 @@ def _box(axis: Axes, x: float, values: list[float], phase: str) -> None:
 
 def over_seeds(scores: Mapping[int, Sequence[float]]) -> np.ndarray:
     """(N, 4) by number of subjects: that number, seeds, mean, sample standard deviation (NaN of one seed)."""
-    kept = {number: [dice for dice in scores[number] if np.isfinite(dice)] for number in sorted(scores)}
-    std = {number: np.std(dice, ddof=1) for number, dice in kept.items() if len(dice) > 1}
-    rows = [(n, len(dice), np.mean(dice), std.get(n, np.nan)) for n, dice in kept.items() if dice]
+    found = {number: stats.describe(dice) for number, dice in sorted(scores.items())}
+    rows = [(n, f["number"], f["mean"], f["std"]) for n, f in found.items() if f["number"]]
     return np.reshape(np.array(rows, float), (-1, 4))
 
 
@@ -195,29 +193,31 @@ def number_labels(numbers: Sequence[int], decades: float) -> list[str]:
     return labels
 
 
-def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> bool:
+def learning_curves(
+    scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path, baseline: str = "Baseline"
+) -> bool:
     """Mean Dice against the number of labelled subjects; bars are the sample standard deviation over seeds.
-    False, and no file, where there is nothing to draw.
+    Without anything to draw it writes no file and returns False.
 
-    scores: {method: {number of subjects: [Dice of each seed]}}; the method "scratch" is the baseline.
+    scores: {label: {number of subjects: [Dice of each seed]}}; the label `baseline` is drawn in black.
     """
-    order = sorted(scores, key=lambda method: method != "scratch")
-    tables = {method: table for method in order if len(table := over_seeds(scores[method]))}
+    order = sorted(scores, key=lambda label: label != baseline)
+    tables = {label: table for label in order if len(table := over_seeds(scores[label]))}
     if not tables:
         return False
     figure, (axis,) = _grid(1, 1, height=2.9)
     axis.set(xlabel="labelled subjects", ylabel="3D Dice (mean ± SD over seeds)")
     numbers = sorted({int(number) for table in tables.values() for number in table[:, 0]})
     decades = float(np.log10(numbers[-1] / numbers[0])) or 1.0
-    for i, (method, table) in enumerate(tables.items()):
+    for i, (label, table) in enumerate(tables.items()):
         number, seeds, mean, std = table.T
-        baseline, place = method == "scratch", i - ("scratch" in tables)
-        colour, marker, line = _METHOD_LINES[0 if baseline else 1 + place % (len(_METHOD_LINES) - 1)]
-        few, many, name = int(seeds.min()), int(seeds.max()), "baseline" if baseline else method
+        place = 0 if label == baseline else 1 + (i - (baseline in tables)) % (len(_METHOD_LINES) - 1)
+        colour, marker, line = _METHOD_LINES[place]
+        few, many = int(seeds.min()), int(seeds.max())
         axis.errorbar(
             dodged(number, i, len(tables), decades), mean, std, capsize=2, markersize=4, linewidth=1.2,
             color=colour, marker=marker, linestyle=line,
-            label=f"{name} (seeds: {few}" + (f" to {many})" if few < many else ")"),
+            label=f"{label} (seeds: {few}" + (f" to {many})" if few < many else ")"),
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_xticks(numbers, number_labels(numbers, decades))
@@ -229,31 +229,32 @@ def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: P
     return True
 
 
-def time_axis(curve: Mapping) -> tuple[np.ndarray, str]:
-    """Where the frames stand, (T,), and the axis label: ms, or the frame as in clinical.csv."""
-    if curve["time_ms"] is not None:
-        return np.asarray(curve["time_ms"], float), "time (ms)"
-    return np.arange(len(curve["lv_ml"])), "frame"
-
-
-def volume_curve(title: str, curve: Mapping, path: Path) -> None:
-    """Volumes over the cycle, with ED and ES. curve: time_ms (T,) or None, lv_ml (T,), rv_ml (T,), ed and es,
-    indices of frames or None.
+def volume_curve(
+    title: str, volumes_ml: Mapping[str, Sequence[float]], path: Path, *, step_s: float | None,
+    phases: Mapping[str, int | None], excluded: Sequence[int] = (),
+) -> None:  # fmt: skip
+    """Volumes over the cycle. volumes_ml: {LV, RV: (T,)}; step_s: time between frames, None if unknown;
+    phases: {ED, ES: frame or None}, drawn as vertical lines; `excluded` frames, which cannot be ED or ES, are
+    marked.
     """
     figure, (axis,) = _grid(1, 1, height=1.6)
-    x, label = time_axis(curve)
-    for name, key in (("LV", "lv_ml"), ("RV", "rv_ml")):
+    frames = np.arange(len(volumes_ml["LV"]))
+    x, label = (frames * step_s * 1000, "time (ms)") if step_s else (frames, "frame")
+    for name in ("LV", "RV"):
         colour, (marker, line) = CLASS_COLOURS[name], _CLASS_LINES[name]
-        axis.plot(x, curve[key], marker=marker, linestyle=line, color=colour, markersize=2, label=name)
-    for name, key, line in (("ED", "ed", "-"), ("ES", "es", ":")):
-        if curve[key] is not None:
-            axis.axvline(x[curve[key]], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
+        axis.plot(x, volumes_ml[name], marker=marker, linestyle=line, color=colour, markersize=2, label=name)
+    for name, line in (("ED", "-"), ("ES", ":")):
+        if phases.get(name) is not None:
+            axis.axvline(x[phases[name]], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
+    if len(excluded):
+        ml = [volumes_ml[name][t] for name in ("LV", "RV") for t in excluded]
+        axis.plot([*x[list(excluded)]] * 2, ml, "x", color="0.4", markersize=5, label="not for ED, ES")
     axis.set_title(title if len(title) <= 60 else f"{title[:28]}…{title[-31:]}", parse_math=False)
     axis.set(xlabel=label, ylabel="volume (ml)")
     axis.set_ylim(0, None)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside upper right", ncols=4, fontsize=_POINTS)
+    figure.legend(loc="outside upper right", ncols=5, fontsize=_POINTS)
     _write(figure, path)
 
 
@@ -268,7 +269,7 @@ def _grid(count: int, columns: int, *, height: float, sharey: bool = False) -> t
     return figure, axes[:count]
 
 
-def _say(axis: Axes, words: str) -> None:
+def _note(axis: Axes, words: str) -> None:
     axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center")
 
 

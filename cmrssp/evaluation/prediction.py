@@ -1,39 +1,60 @@
-"""New cines, without masks or frame numbers: every frame segmented, volumes over the cycle, odd results."""
+"""New cines, without masks or frame numbers: every frame segmented, volumes over the cycle, and flags for
+what looks wrong.
+"""
 
-import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from cmrssp import metrics
-from cmrssp.data import dataset, store
+from cmrssp.data import dataset
+from cmrssp.data.cine import Cine, read_cine
 from cmrssp.data.labels import borders
 from cmrssp.data.layouts.folder import stem_of
 from cmrssp.data.nifti import cine_image, write_labels
-from cmrssp.data.store import CineRecord
-from cmrssp.data.subject import CLASSES, LEFT_OUT, PLAIN, Subject
-from cmrssp.errors import UserError
-from cmrssp.evaluation import plots, report
-from cmrssp.evaluation.gif import animate
-from cmrssp.segmentation import Segmentation, predict_frames
+from cmrssp.data.store import CineRecord, Store
+from cmrssp.data.subject import CLASSES, LEFT_OUT, NOT_MEASURED, PLAIN, Subject
+from cmrssp.errors import UserError, one_line
+from cmrssp.evaluation import contours, plots
+from cmrssp.segmentation import Segmentation, main_component, predict_frames
 
 _OPEN, _SCATTERED, _JUMP = 0.1, 0.01, 0.1  # of the cavity's border, of a class's voxels, of the EDV
 _EF = (0.05, 0.9)  # of either ventricle
+_APART = 1 / 4  # of the cycle, between the two largest or the two smallest frames
+_FEWEST_FRAMES = 5  # of a curve that can have a jump
+_NOTHING = {"cine": "", "frames": None, "ed_frame": None, "es_frame": None, **metrics.clinical({}),
+            "heart_rate_per_min": None, "severity": 0, "flags": "", "error": ""}  # fmt: skip
+
+
+class InMemory(Store):
+    """One cine with the interface of a store; no file is written."""
+
+    def __init__(self, subject: Subject, cine: Cine) -> None:
+        known = {f.name: getattr(cine, f.name) for f in fields(CineRecord) if hasattr(cine, f.name)}
+        record = CineRecord(**known, path=subject.cine, offset=0, shape=cine.stored.shape)
+        super().__init__([subject], [record], None)
+        self._stored = cine.stored
+
+    def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
+        return self._stored[frame, slice]
+
+    def volume(self, subject: int, frame: int) -> np.ndarray:
+        return self._stored[frame]
 
 
 def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> list[Subject]:
-    """The cines that the paths name: NIfTI files, and folders in any layout; what lies below `out` is not
-    taken, and what else is left out is said. Raises UserError and FileNotFoundError.
+    """The cines that the paths name: NIfTI files, and folders in any layout. Cines below `out` are not taken;
+    prints which other files are left out. Raises UserError and FileNotFoundError.
     """
     subjects = []
     for path in map(Path, paths):
         if path.is_dir():
             try:
-                found, problems = dataset.find([str(path.resolve())], cache, label_suffix)
+                found, problems = dataset.find([str(path.resolve())], cache, label_suffix, tables=False)
             except (FileNotFoundError, UserError) as error:
                 raise UserError(str(error).replace("--data", "--predict")) from None
             for problem in problems:
@@ -42,7 +63,7 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
             kept = [s for s in found if out.resolve() not in s.cine.resolve().parents]
             if not kept:
                 raise UserError(
-                    f"--predict {path}: its cines all lie in {out}, where the results go; give another --out"
+                    f"--predict {path}: all its cines lie in {out}, where the results go; give another --out"
                 )
             subjects += kept
         elif not path.exists():
@@ -65,106 +86,119 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
 def predict(
     subject: Subject, methods: Sequence[Segmentation], device: torch.device, out: Path, **options: bool
 ) -> dict:
-    """Segment every frame of a cine; write its label map and pictures to `out`; the row of clinical.csv.
-
-    Raises BrokenSubject. `options` are those of `segmentation.predict_frames`.
+    """Segment every frame of a cine, write its label map and pictures to `out`, and return its row of
+    clinical.csv. An error of any kind ends in the row's `error`, and everything that could be written before
+    or beside it is there. `options` are those of `segmentation.predict_frames`.
     """
-    with tempfile.TemporaryDirectory(prefix=".", dir=out) as folder:
-        cines = store.build([subject], Path(folder), labels=False, progress=False)
-        record = cines.cines[0]
-        frames = list(range(record.shape[0]))
-        labels = np.stack(list(predict_frames(methods, cines, 0, frames, device, **options)))
-        write_labels(out / f"{subject.file_name}_labels.nii.gz", labels, record.geometry, cine_image(subject))
-        spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
-        volumes = [metrics.volumes_ml(frame, spacing) for frame in labels]
-        lv = np.array([v["LV"] for v in volumes])
-        ed, es = int(lv.argmax()), int(lv.argmin())
-        phases = {"ED": volumes[ed], "ES": volumes[es]} if len(frames) > 1 else {"ED": volumes[0]}
+    row = {**_NOTHING, "cine": subject.file_name}
+    errors: list[str] = []
+
+    def attempt(step: Callable[..., None], *arguments: object) -> None:
+        try:
+            step(*arguments)
+        except Exception as error:  # the other steps and the other cines must not suffer
+            errors.append(one_line(error).removeprefix(f"{subject.cine}: "))
+
+    def segment() -> None:
+        cines = InMemory(subject, read_cine(subject))
+        record, stem = cines.cines[0], out / subject.file_name
+        predicted = predict_frames(methods, cines, 0, range(record.shape[0]), device, **options)
+        labels = np.stack(list(predicted))
         reach = min(method.image_size * method.spacing_mm for method in methods) / 2
-        _pictures(cines, labels, volumes, ed, es, out / subject.file_name)
-    step = record.time_step_s
-    found = flags(labels, volumes, record, reach)
-    return {
-        "cine": subject.file_name,
-        "frames": len(frames),
-        "ed_frame": ed,
-        "es_frame": es if len(frames) > 1 else None,
-        **metrics.clinical(phases),
-        "heart_rate_per_min": 60 / (step * len(frames)) if step and len(frames) > 1 else None,
+        ml, phases, left_out = _measure(labels, record, reach, row)
+        attempt(write_labels, Path(f"{stem}_labels.nii.gz"), labels, record.geometry, cine_image(subject))
+        attempt(_draw_contours, cines, labels, phases, Path(f"{stem}_contours.png"))
+        if len(labels) > 1:
+            step_s = record.time_step_s
+            attempt(_draw_curve, subject.id, ml, Path(f"{stem}_volumes.png"), step_s, phases, left_out)
+            attempt(_draw_beat, cines, labels, phases["ED"], Path(f"{stem}.gif"))
+
+    attempt(segment)
+    if errors:
+        row |= {"severity": 8, "error": "; ".join(dict.fromkeys(errors))}
+    return row
+
+
+def _measure(
+    labels: np.ndarray, record: CineRecord, reach_mm: float, row: dict
+) -> tuple[dict[str, np.ndarray], dict[str, int], list[int]]:
+    """Fill the row from label maps (T, Z, H, W); returns the volumes in ml of each class, (T,), the frames of
+    ED and ES, and the frames that were not considered for them.
+    """
+    spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
+    frames = [metrics.volumes_ml(frame, spacing) for frame in labels]
+    ml = {name: np.array([frame[name] for frame in frames]) for name in CLASSES}
+    phases, left_out = find_phases(ml["LV"], record.sound_frames)
+    found = flags(labels, ml, record, reach_mm, phases)
+    row |= {
+        "frames": len(labels),
+        "ed_frame": phases["ED"],
+        "es_frame": phases.get("ES"),
         "severity": max((severity for severity, _ in found), default=0),
         "flags": "; ".join(what for _, what in found),
     }
+    if record.measurable:
+        row |= metrics.clinical({phase: frames[t] for phase, t in phases.items()})
+        row["heart_rate_per_min"] = record.heart_rate_per_min
+    return ml, phases, left_out
 
 
-def _pictures(cines: store.Store, labels: np.ndarray, volumes: list, ed: int, es: int, stem: Path) -> None:
-    record, key = cines.cines[0], cines.subjects[0].id
-    cases = [
-        report.case(cines, 0, frame, f"{key}, {phase}, frame {frame}", labels[frame], truth=False)
-        for phase, frame in {"ED": ed, "ES": es}.items()
-        if phase == "ED" or es != ed
-    ]
-    report.contour_sheet(cases, stem.with_name(f"{stem.name}_contours.png"), columns=6)
-    if len(labels) == 1:
-        return
-    step = record.time_step_s
-    curve = {
-        "time_ms": np.arange(len(labels)) * step * 1000 if step else None,
-        "lv_ml": np.array([v["LV"] for v in volumes]),
-        "rv_ml": np.array([v["RV"] for v in volumes]),
-        "ed": ed,
-        "es": es,
-    }
-    plots.volume_curve(key, curve, stem.with_name(f"{stem.name}_volumes.png"))
-    found = np.flatnonzero((labels[ed] == 1).any(axis=(1, 2)))
-    z = int(found[len(found) // 2]) if len(found) else record.shape[1] // 2
-    images = np.stack([cines.slice(0, t, z) for t in range(len(labels))])
-    box = report.around(record.centre, record.geometry.spacing_mm)
-    animate(
-        images[(slice(None), *box)],
-        labels[(slice(None), z, *box)],
-        record.geometry.spacing_mm,
-        stem.with_name(f"{stem.name}.gif"),
-        step,
-    )
+def find_phases(lv_ml: np.ndarray, sound: Collection[int]) -> tuple[dict[str, int], list[int]]:
+    """({ED: frame of the largest LV, ES: frame of the smallest}, frames that were left out), from the LV
+    volume of each frame (T,). Left out are frames that are not `sound`, without LV, or that jump out of the
+    curve; without any other frame, none is. ES is missing where only one frame is left.
+    """
+    frames = np.arange(len(lv_ml))
+    kept = frames[np.isin(frames, list(sound)) & (lv_ml > 0)]
+    kept = np.delete(kept, jumps(lv_ml[kept]))
+    kept = kept if len(kept) else frames
+    phases = {"ED": int(kept[lv_ml[kept].argmax()])}
+    if len(kept) > 1:
+        phases["ES"] = int(kept[lv_ml[kept].argmin()])
+    return phases, np.setdiff1d(frames, kept).tolist()
+
+
+def jumps(ml: np.ndarray) -> np.ndarray:
+    """The frames of a volume curve (T,) over one cycle that lie far from both neighbours."""
+    if len(ml) < _FEWEST_FRAMES:
+        return np.zeros(0, int)
+    smooth = np.median([np.roll(ml, 1), ml, np.roll(ml, -1)], axis=0)
+    # how far the turn of a sound curve can lie from them, with systole in a third of the cycle
+    turn = np.ptp(smooth) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(ml))))
+    return np.flatnonzero(np.abs(ml - smooth) > _JUMP * smooth.max() + turn)
 
 
 def flags(
-    labels: np.ndarray, volumes: Sequence[dict], record: CineRecord, reach_mm: float
+    labels: np.ndarray, ml: dict[str, np.ndarray], record: CineRecord, reach_mm: float, phases: dict[str, int]
 ) -> list[tuple[int, str]]:
-    """(severity, what) of all that looks wrong in the label maps (T, Z, H, W) of a cine, worst first.
+    """(severity, what) of everything that looks wrong in a cine and its label maps (T, Z, H, W), worst first.
 
-    `reach_mm` is half the side of the crop that the network saw.
+    ml: volume of each class and frame, (T,). `reach_mm` is half the side of the crop that the network saw.
     """
-    found = []
-    ml = {name: np.array([v[name] for v in volumes]) for name in CLASSES}
+    found = [(7 if p.done == NOT_MEASURED else 1, p.what) for p in record.problems]
     absent = [n for id, n in enumerate(CLASSES, 1) if not (labels == id).any()]
     if absent:
         found.append((6, f"no {' and no '.join(absent)} in any frame"))
-    lost = [t for t, v in enumerate(volumes) if "LV" not in absent and v["LV"] == 0]
-    if lost:
-        found.append((6, f"no LV in {len(lost)} of {len(labels)} frames"))
-    ed, es = int(ml["LV"].argmax()), int(ml["LV"].argmin())
-    for name in ("LV", "RV") if len(labels) > 1 else ():
-        if name not in absent and not ml[name][ed]:
+    lost = np.count_nonzero(ml["LV"] == 0)
+    if lost and "LV" not in absent:
+        found.append((6, f"no LV in {lost} of {len(labels)} frames"))
+    for name in ("LV", "RV") if "ES" in phases else ():
+        at_ed, at_es = (ml[name][phases[phase]] for phase in ("ED", "ES"))
+        if name not in absent and not at_ed:
             found.append((5, f"no {name} at ED"))
-        elif name not in absent and not _EF[0] < (ejected := 1 - ml[name][es] / ml[name][ed]) < _EF[1]:
+        elif name not in absent and not _EF[0] < (ejected := 1 - at_es / at_ed) < _EF[1]:
             found.append((5, f"implausible {name} ejection fraction of {100 * ejected:.0f} %"))
     beside, border = borders(labels, 1)
-    open_to_others = border - beside  # pixels of the border that are not myocardium
-    if open_to_others > _OPEN * border:
-        share = f"{100 * open_to_others / border:.0f} % of its border"
-        found.append((4, f"LV cavity not enclosed by myocardium ({share})"))
-    scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_largest(labels == id) > _SCATTERED]
+    if border - beside > _OPEN * border:  # pixels of the border that are not myocardium
+        open_part = f"{100 * (border - beside) / border:.0f} % of its border"
+        found.append((4, f"LV cavity not enclosed by myocardium ({open_part})"))
+    for name in ("LV", "RV"):
+        if len(frames := jumps(ml[name])):
+            found.append((3, f"jump in the {name} volume at frame {', '.join(map(str, frames[:5]))}"))
+    found += [(3, what) for what in _far_apart(ml["LV"], record.sound_frames)]
+    scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_main(labels == id) > _SCATTERED]
     if scattered:
         found.append((2, f"more than one component: {', '.join(scattered)}"))
-    for name in ("LV", "RV") if len(labels) > 4 else ():
-        curve = ml[name]
-        smooth = np.median([np.roll(curve, 1), curve, np.roll(curve, -1)], axis=0)
-        # what the turn of a sound curve may be, with systole in a third of the cycle
-        turn = np.ptp(curve) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(curve))))
-        jumps = np.flatnonzero(np.abs(curve - smooth) > _JUMP * curve.max() + turn)
-        if len(jumps):
-            found.append((3, f"jump in the {name} volume at frame {', '.join(map(str, jumps[:5]))}"))
     rows, columns = (np.flatnonzero(labels.any(axis=axes)) for axes in ((0, 1, 3), (0, 1, 2)))
     at = [
         np.abs(line - centre).max() * spacing
@@ -175,16 +209,55 @@ def flags(
     ]
     if at and max(at) > reach_mm - 2 * max(record.geometry.spacing_mm):
         found.append((1, "touches the edge of the crop"))
-    found += [(1, problem.what) for problem in record.problems]
     return sorted(found, key=lambda flag: -flag[0])
 
 
-def _outside_largest(masks: np.ndarray) -> float:
-    """The largest share, over the frames (T, Z, H, W), of voxels that are not in the largest 3D component."""
-    worst = 0.0
-    for mask in masks:
-        components, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
-        if count > 1:
-            sizes = np.bincount(components.ravel())[1:]
-            worst = max(worst, 1 - sizes.max() / sizes.sum())
-    return worst
+def _far_apart(lv_ml: np.ndarray, sound: Collection[int]) -> list[str]:
+    """What to say where the two largest, or the two smallest, frames are no neighbours in the cycle."""
+    _, left_out = find_phases(lv_ml, sound)
+    kept = np.setdiff1d(np.arange(len(lv_ml)), left_out)
+    found = []
+    for what, order in (("largest", -1), ("smallest", 1)) if len(kept) >= 2 * _FEWEST_FRAMES else ():
+        first, second = kept[np.argsort(order * lv_ml[kept], kind="stable")[:2]]
+        distance = abs(int(first) - int(second))
+        if min(distance, len(lv_ml) - distance) > _APART * len(lv_ml):
+            found.append(f"the two {what} LV volumes lie far apart, at frames {first} and {second}")
+    return found
+
+
+def _outside_main(masks: np.ndarray) -> float:
+    """The largest part, over the frames (T, Z, H, W), of voxels that are not in the largest 3D component."""
+    return max(
+        1 - np.count_nonzero(main_component(mask)) / np.count_nonzero(mask) if mask.any() else 0.0
+        for mask in masks
+    )
+
+
+def _draw_contours(cines: Store, labels: np.ndarray, phases: dict[str, int], path: Path) -> None:
+    name = cines.subjects[0].id
+    sheet = [
+        contours.case(cines, 0, t, f"{name}, {phase}, frame {t}", labels[t]) for phase, t in phases.items()
+    ]
+    contours.contour_sheet(sheet, path, columns=6)
+
+
+def _draw_curve(
+    title: str,
+    ml: dict[str, np.ndarray],
+    path: Path,
+    step_s: float | None,
+    phases: dict[str, int],
+    left_out: list[int],
+) -> None:
+    plots.volume_curve(title, ml, path, step_s=step_s, phases=phases, excluded=left_out)
+
+
+def _draw_beat(cines: Store, labels: np.ndarray, ed: int, path: Path) -> None:
+    """The slice in the middle of the LV at ED, over all frames."""
+    record = cines.cines[0]
+    found = np.flatnonzero((labels[ed] == 1).any(axis=(1, 2)))
+    z = int(found[len(found) // 2]) if len(found) else record.shape[1] // 2
+    box = contours.around(record.centre, record.geometry.spacing_mm)
+    images = np.stack([cines.slice(0, t, z)[box] for t in range(len(labels))])
+    spacing = record.geometry.spacing_mm
+    contours.animate(images, labels[(slice(None), z, *box)], spacing, path, record.time_step_s)

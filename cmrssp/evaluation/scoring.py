@@ -1,5 +1,5 @@
-"""A network's predictions against the reference of a split: one row per subject, phase,
-class and slice; summaries.
+"""A network's predictions against the reference of a split: one row per subject, phase, class and slice, and
+their summaries.
 """
 
 import hashlib
@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from cmrssp.data import splits
 from cmrssp.data.nifti import cine_image, write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
-from cmrssp.evaluation import plots, report, stats
+from cmrssp.errors import one_line
+from cmrssp.evaluation import contours, plots, stats
 from cmrssp.files import write_csv
 from cmrssp.hardware import distributed
 from cmrssp.runs import progress
@@ -30,11 +31,11 @@ from cmrssp.segmentation import Segmentation, predict_frames
 from cmrssp.weights.checkpoints import Checkpoint
 
 THIRDS = ("base", "mid", "apex")
-METRICS = ("dice", "hd95_mm", "assd_mm", "hd95_filled_mm", "assd_filled_mm")  # what is broken down
+METRICS = ("dice", "hd95_mm", "assd_mm", "hd95_filled_mm", "assd_filled_mm")  # of the breakdown
 _RESAMPLES = 2000
-_NUMBERS = ("lv_edv_ml", "lv_esv_ml", "lv_sv_ml", "lv_ef_percent", "rv_edv_ml", "rv_esv_ml", "rv_sv_ml",
-            "rv_ef_percent", "lv_mass_g")  # fmt: skip
-AGREEMENT = [name for name in _NUMBERS if "_sv_" not in name]
+_CLINICAL = ("lv_edv_ml", "lv_esv_ml", "lv_sv_ml", "lv_ef_percent", "rv_edv_ml", "rv_esv_ml", "rv_sv_ml",
+             "rv_ef_percent", "lv_mass_g")  # fmt: skip
+AGREEMENT = [name for name in _CLINICAL if "_sv_" not in name]
 
 
 @dataclass
@@ -44,7 +45,13 @@ class Scores:
     rows: list[dict] = field(default_factory=list)  # one per subject, phase and class
     slices: list[dict] = field(default_factory=list)  # one per subject, phase, class and slice
     clinical: list[dict] = field(default_factory=list)  # one per subject
-    unlabelled: list[str] = field(default_factory=list)  # without a labelled frame of the wanted phases
+    unlabelled: list[str] = field(default_factory=list)  # subjects without a labelled frame of these phases
+    failed: list[str] = field(default_factory=list)  # "subject: what went wrong"
+
+    @property
+    def present(self) -> list[str]:
+        """The classes that the reference of at least one volume has; the others are left out of means."""
+        return [c for c in CLASSES if any(r["in_reference"] for r in self.rows if r["class"] == c)]
 
 
 def score(
@@ -56,10 +63,11 @@ def score(
     save: Path | None = None,
     **options: bool,
 ) -> Scores:
-    """Predict and measure the labelled ED and ES frames, or one of them (`phases`: ed, es, both), on each
-    file's own grid; `options` are those of `predict_frames`. With `save` the label maps are written to that
-    folder, in the form of M&Ms: 4D, other frames 0. Each rank takes its share of the subjects; all of them
-    get the scores of all subjects, in the order of one process.
+    """Predict the labelled ED and ES frames, or one of them (`phases`: ed, es, both), and measure them on
+    each file's own grid; `options` are those of `predict_frames`. With `save`, write the label maps to that
+    folder in the form of M&Ms: 4D, other frames 0. An error in one subject becomes an entry of `failed`.
+    Each rank takes its share of the subjects and returns the scores of all of them, in the order of one
+    process.
     """
     wanted = [
         {name: f for name, f in record.phases.items() if phases in (name.lower(), "both")}
@@ -67,134 +75,128 @@ def score(
     ]
     slices = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
     print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
-    share, mine = distributed.own_items(range(len(cines.subjects))), []
-    names = Counter(subject.file_name for subject in cines.subjects)
-    for i in tqdm(share, "predicting", unit="subject", disable=distributed.hide_bar()):
-        began, subject, scores = time.monotonic(), cines.subjects[i], Scores()
-        mine.append(scores)
-        if not wanted[i]:
-            scores.unlabelled.append(subject.key)
-            continue
-        record = cines.cines[i]
-        who = {"subject": subject.key, "dataset": subject.dataset, "vendor": subject.vendor,
-               "pathology": subject.pathology}  # fmt: skip
-        spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
-        predicted = dict(
-            zip(wanted[i], predict_frames(methods, cines, i, list(wanted[i].values()), device, **options),
-                strict=True)
-        )  # fmt: skip
-        volumes: dict[str, dict] = {"volume_ml": {}, "reference_ml": {}}
-        for phase, labels in predicted.items():
-            truth = cines.label_volume(i, wanted[i][phase])
-            measured = metrics.score(labels, truth, spacing)
-            at = {**who, "phase": phase, "frame": wanted[i][phase]}
-            scores.rows += [{**at, "class": name, **measured[name]} for name in CLASSES]
-            scores.slices += [{**at, **row} for row in _slice_rows(labels, truth)]
-            for column, kept in volumes.items():
-                kept[phase] = {name: measured[name][column] for name in CLASSES}
-        scores.clinical.append({**who, **_clinical(volumes)})
-        if save:
-            save.mkdir(parents=True, exist_ok=True)
-            maps = np.zeros(record.shape, np.uint8)
-            for phase, labels in predicted.items():
-                maps[wanted[i][phase]] = labels
-            name = subject.file_name if names[subject.file_name] == 1 else subject.key.replace("/", "__")
-            write_labels(save / f"{name}.nii.gz", maps, record.geometry, cine_image(subject))
-        if sum(len(s.clinical) for s in mine) == 1 and len(share) > 1:
-            seconds = (time.monotonic() - began) * len(share)
-            print(f"estimated time: {progress.duration(seconds)}", flush=True)
+    mine, parts = distributed.own_items(range(len(cines.subjects))), []
+    for i in tqdm(mine, "predicting", unit="subject", disable=distributed.hide_bar()):
+        began, part, key = time.monotonic(), Scores(), cines.subjects[i].key
+        try:
+            if wanted[i]:
+                part = _score_subject(methods, cines, i, wanted[i], device, save, **options)
+            else:
+                part.unlabelled.append(key)
+        except Exception as error:  # of whatever kind: the other subjects are scored
+            part.failed.append(f"{key}: {one_line(error)}")
+        parts.append(part)
+        if sum(len(s.clinical) for s in parts) == 1 and part.clinical and len(mine) > 1:
+            print(f"estimated time: {progress.duration((time.monotonic() - began) * len(mine))}", flush=True)
     every = Scores()
-    for scores in distributed.merge(mine):
-        for name, rows in vars(scores).items():
+    for part in distributed.merge(parts):
+        for name, rows in vars(part).items():
             getattr(every, name).extend(rows)
     return every
 
 
-def _slice_rows(labels: np.ndarray, truth: np.ndarray) -> Iterator[dict]:
-    """Dice of each class in each slice, NaN where neither map has it; `third` counts from the first to the
-    last slice that the reference labels, where these are three or more. A single slice has no position.
+def _score_subject(
+    methods: Sequence[Segmentation],
+    cines: Store,
+    i: int,
+    frames: dict[str, int],
+    device: torch.device,
+    save: Path | None,
+    **options: bool,
+) -> Scores:
+    subject, record, scores = cines.subjects[i], cines.cines[i], Scores()
+    who = {"subject": subject.key, "dataset": subject.dataset, "vendor": subject.vendor,
+           "pathology": subject.pathology}  # fmt: skip
+    spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
+    volumes: dict[str, dict] = {"volume_ml": {}, "reference_ml": {}}
+    maps = np.zeros(record.shape if save else 0, np.uint8)
+    predicted = predict_frames(methods, cines, i, list(frames.values()), device, **options)
+    for (phase, frame), labels in zip(frames.items(), predicted, strict=True):
+        reference = cines.label_volume(i, frame)
+        measured = metrics.score(labels, reference, spacing)
+        if not record.measurable:  # lengths and volumes would be wrong
+            for found in measured.values():
+                found |= {column: math.nan for column in found if column.endswith(("_mm", "_ml"))}
+        at = {**who, "phase": phase, "frame": frame}
+        scores.rows += [{**at, "class": name, **measured[name]} for name in CLASSES]
+        scores.slices += [{**at, **row} for row in slice_rows(labels, reference)]
+        for column, kept in volumes.items():
+            kept[phase] = {name: measured[name][column] for name in CLASSES}
+        if save:
+            maps[frame] = labels
+    ours, theirs = (metrics.clinical(volumes[column]) for column in ("volume_ml", "reference_ml"))
+    numbers: dict[str, float | None] = {}
+    for name in _CLINICAL:
+        error = None if None in (ours[name], theirs[name]) else ours[name] - theirs[name]
+        numbers |= {name: ours[name], f"{name}_reference": theirs[name], f"{name}_error": error}
+    scores.clinical.append({**who, **numbers})
+    if save:
+        save.mkdir(parents=True, exist_ok=True)
+        alone = Counter(s.file_name for s in cines.subjects)[subject.file_name] == 1
+        name = subject.file_name if alone else subject.key.replace("/", "__")
+        write_labels(save / f"{name}.nii.gz", maps, record.geometry, cine_image(subject))
+    return scores
+
+
+def slice_rows(labels: np.ndarray, reference: np.ndarray) -> Iterator[dict]:
+    """Dice of each class in each slice, NaN where neither map has it. `third` divides the slices from the
+    first to the last one that the reference labels, if these are three or more. A single slice has no
+    `position`.
     """
-    labelled = np.flatnonzero(truth.any(axis=(1, 2)))
-    first, last = (labelled[0], labelled[-1]) if len(labelled) else (0, len(truth) - 1)
-    for z, (ours, theirs) in enumerate(zip(labels, truth, strict=True)):
+    labelled = np.flatnonzero(reference.any(axis=(1, 2)))
+    first, last = (labelled[0], labelled[-1]) if len(labelled) else (0, len(reference) - 1)
+    for z, pair in enumerate(zip(labels, reference, strict=True)):
         inside = first <= z <= last and last - first >= 2
-        third = THIRDS[3 * (z - first) // (last - first + 1)] if inside else ""
-        for id, name in enumerate(CLASSES, start=1):
-            a, b = ours == id, theirs == id
-            both, total = int((a & b).sum()), int(a.sum()) + int(b.sum())
+        for name, (both, total) in metrics.overlap(*pair).items():
             yield {
                 "class": name,
                 "slice": z,
-                "position": z / len(truth) if len(truth) > 1 else math.nan,
-                "third": third,
+                "position": z / len(reference) if len(reference) > 1 else math.nan,
+                "third": THIRDS[3 * (z - first) // (last - first + 1)] if inside else "",
                 "overlap_px": both,
                 "total_px": total,
-                "dice": 2 * both / total if total else math.nan,
+                "dice": metrics.dice_of(both, total, neither=math.nan),
             }
-
-
-def _clinical(volumes: dict[str, dict]) -> dict[str, float | None]:
-    """Each clinical number as predicted, in the reference, and the difference."""
-    ours, theirs = metrics.clinical(volumes["volume_ml"]), metrics.clinical(volumes["reference_ml"])
-    row: dict[str, float | None] = {}
-    for name in _NUMBERS:
-        pair = (ours[name], theirs[name])
-        row[name], row[f"{name}_reference"] = pair
-        row[f"{name}_error"] = None if None in pair else pair[0] - pair[1]
-    return row
-
-
-def groups(scores: Scores) -> Iterator[tuple[str, str, dict[str, dict[str, list]]]]:
-    """(by what, group, {metric: {class or mean: values, one per subject}}) of every breakdown."""
-    yield "all", "", _per_subject(scores.rows)
-    for by in ("phase", "vendor", "pathology", "dataset"):
-        for name in sorted({row[by] for row in scores.rows}):
-            yield by, name or "unknown", _per_subject([row for row in scores.rows if row[by] == name])
-    for third in THIRDS:
-        counts: dict[tuple, list] = {}
-        for row in scores.slices:
-            if row["third"] == third and row["total_px"]:
-                cell = counts.setdefault((row["subject"], row["phase"], row["class"]), [0, 0])
-                cell[0] += row["overlap_px"]
-                cell[1] += row["total_px"]
-        rows = [
-            {"subject": subject, "phase": phase, "class": name, "dice": 2 * both / total}
-            for (subject, phase, name), (both, total) in counts.items()
-        ]
-        yield "third", third, _per_subject(rows, ("dice",))
-
-
-def _per_subject(rows: Sequence[dict], names: Sequence[str] = METRICS) -> dict[str, dict[str, list]]:
-    """{metric: {class or mean: values, one per subject}}, as `report.per_subject` over both phases."""
-    return {
-        metric: {
-            group: list(report.per_subject(rows, "both", names_of, metric).values())
-            for group, names_of in (*((name, (name,)) for name in CLASSES), ("mean", CLASSES))
-        }
-        for metric in names
-    }
 
 
 def breakdown(scores: Scores, seed: int = 0) -> list[dict[str, Any]]:
     """Rows (by, group, class, metric): number of subjects, mean, std, median, 5th percentile, and the 95 %
-    bootstrap interval of the mean over subjects.
+    bootstrap interval of the mean over subjects. The class "mean" is the mean over the present classes.
     """
     table = []
-    for by, group, values in groups(scores):
-        for metric, classes in values.items():
-            for name, found in classes.items():
+    classes = {**{name: [name] for name in scores.present}, "mean": scores.present}
+    for by, group, rows, measured in _groups(scores):
+        for metric in measured:
+            for name, members in classes.items():
+                found = list(stats.per_subject(rows, "both", members, metric).values())
                 low, high = stats.bootstrap_interval(found, seed, _RESAMPLES)
                 where = {"by": by, "group": group, "class": name, "metric": metric}
                 table.append({**where, **stats.describe(found), "low": low, "high": high})
     return table
 
 
+def _groups(scores: Scores) -> Iterator[tuple[str, str, list[dict], Sequence[str]]]:
+    """(by what, group, its rows, the metrics that they have) of every breakdown."""
+    yield "all", "", scores.rows, METRICS
+    for by in ("phase", "vendor", "pathology", "dataset"):
+        for name in sorted({row[by] for row in scores.rows}):
+            yield by, name or "unknown", [row for row in scores.rows if row[by] == name], METRICS
+    for third in THIRDS:
+        counts: dict[tuple, np.ndarray] = {}
+        for row in scores.slices:
+            if row["third"] == third and row["total_px"]:
+                key = row["subject"], row["phase"], row["class"]
+                counts[key] = counts.get(key, 0) + np.array((row["overlap_px"], row["total_px"]))
+        rows = [
+            {"subject": subject, "phase": phase, "class": name, "dice": metrics.dice_of(both, total)}
+            for (subject, phase, name), (both, total) in counts.items()
+        ]
+        yield "third", third, rows, ("dice",)
+
+
 def missed(rows: Iterable[dict]) -> dict[str, int]:
-    """{class: volumes in which it is in one of the two label maps alone}."""
-    counts = dict.fromkeys(CLASSES, 0)
-    for row in rows:
-        counts[row["class"]] += bool(row["missed"])
-    return counts
+    """{class: volumes in which only one of the two label maps has it}."""
+    return dict(Counter(row["class"] for row in rows if row["missed"]))
 
 
 def arm(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -208,19 +210,20 @@ def arm(checkpoint: Checkpoint) -> dict[str, Any]:
         "phases": link.phases,
         "vendors": link.vendors,
         "augmentation": link.augmentation,
+        "predicted": bool(getattr(link, "predicted", False)),
         "seed": link.seed,
     }
 
 
-def settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Network and length, which all runs of a study should share."""
-    names, link = ("channels", "image_size", "spacing_mm"), checkpoint.provenance
-    return {**{n: checkpoint.config[n] for n in names}, "norm": checkpoint.norm, "epochs": link.epochs}
+    names, epochs = ("channels", "image_size", "spacing_mm"), checkpoint.provenance.epochs
+    return {**{n: checkpoint.config[n] for n in names}, "norm": checkpoint.norm, "epochs": epochs}
 
 
-def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How, and on the training subjects of which split, it was trained and pretrained, as far as it
-    remembers: what seeds of one experiment share.
+def training_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the seeds of one experiment share: how, and on which split's training subjects, the network was
+    trained and pretrained, as far as the checkpoint remembers.
     """
     found = {}
     for when, link in zip(("", "pretraining "), checkpoint.provenance.history(), strict=False):
@@ -231,61 +234,79 @@ def recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     return found
 
 
-def write(out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any]) -> list[str]:
-    """The CSV files, the figures and, last, summary.json of a scored split; their names. Without summary.json
-    an evaluation counts for nothing: what was begun over another one is not taken for it.
+def write(
+    out: Path,
+    scores: Scores,
+    table: Sequence[dict],
+    summary: dict[str, Any],
+    contour_cases: Callable[[], list[dict]],
+) -> list[str]:
+    """Write the CSV files, the pictures and, last, summary.json of a scored split; returns their names. A
+    picture that cannot be drawn becomes an entry of `scores.failed`. Without summary.json an evaluation
+    counts for nothing, so that an interrupted one is not taken for the one before it.
     """
+    out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)
-    for name, rows in (("metrics", scores.rows), ("slices", scores.slices), ("clinical", scores.clinical),
-                       ("breakdown", table)):  # fmt: skip
+    tables = {"metrics": scores.rows, "slices": scores.slices, "clinical": scores.clinical,
+              "breakdown": table}  # fmt: skip
+    for name, rows in tables.items():
         write_csv(out / f"{name}.csv", rows)
-    pairs = {}
-    for name in AGREEMENT:
-        title, unit = name.rsplit("_", 1)
-        columns = (
-            np.array([row[name + end] for row in scores.clinical], float) for end in ("", "_reference")
-        )
-        pairs[title.replace("_", " ").upper()] = (*columns, unit.replace("percent", "%"))
-    plots.bland_altman(pairs, out / "agreement.png")
-    plots.dice_by_position(scores.slices, out / "position.png")
-    plots.boxes(scores.rows, out / "boxes.png")
+    pictures = {
+        "agreement.png": lambda path: plots.bland_altman(agreement_pairs(scores.clinical), path),
+        "position.png": lambda path: plots.dice_by_position(scores.slices, path),
+        "boxes.png": lambda path: plots.boxes(scores.rows, path),
+        "contours.png": lambda path: contours.contour_sheet(contour_cases(), path),
+    }
+    for name, draw in pictures.items():
+        try:
+            draw(out / name)
+        except Exception as error:  # the scores are worth more than a picture
+            scores.failed.append(f"{name}: {one_line(error)}")
     dice: dict[str, dict] = {}
     for phase in ("ED", "ES", "both"):
-        dice[phase] = {}
-        for name in (*CLASSES, "mean"):
-            found = report.per_subject(scores.rows, phase, CLASSES if name == "mean" else [name])
-            mean, std = report.spread(found)
-            dice[phase][name] = {"mean": _finite_or_none(mean), "std": _finite_or_none(std)}
+        for name, classes in {**{c: [c] for c in scores.present}, "mean": scores.present}.items():
+            found = stats.describe(stats.per_subject(scores.rows, phase, classes).values())
+            kept = {
+                k: v if math.isfinite(v := found[k]) else None for k in ("mean", "std")
+            }  # JSON has no NaN
+            dice.setdefault(phase, {})[name] = kept
     content = {
         **summary,
         "subjects": sorted({row["subject"] for row in scores.rows}),
         "without_labels": scores.unlabelled,
+        "without_reference": [name for name in CLASSES if name not in scores.present],
+        "failed": scores.failed,
         "dice": dice,
         "missed": missed(scores.rows),
     }
     Run(out).write_json("summary.json", content)
-    return ["metrics.csv", "slices.csv", "clinical.csv", "breakdown.csv", "summary.json", "agreement.png",
-            "position.png", "boxes.png"]  # fmt: skip
+    return [name for name in (*(f"{table}.csv" for table in tables), "summary.json", *pictures)
+            if (out / name).is_file()]  # fmt: skip
 
 
-def _finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
+def agreement_pairs(clinical: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
+    """For `plots.bland_altman`: {title: (predicted (N,), reference (N,), unit)}."""
+    pairs = {}
+    for name in AGREEMENT:
+        title, unit = name.rsplit("_", 1)
+        both = (np.array([row[name + end] for row in clinical], float) for end in ("", "_reference"))
+        pairs[title.replace("_", " ").upper()] = (*both, unit.replace("percent", "%"))
+    return pairs
 
 
-def cases(
+def extremes(
     scores: Scores, cines: Store, methods: Sequence[Segmentation], device: torch.device, **options: bool
 ) -> list[dict]:
     """For a contour sheet: worst, median and best subject by mean Dice, every scored phase of each."""
-    rows = scores.rows
-    ranked = sorted(report.per_subject(rows, "both", CLASSES).items(), key=lambda item: item[1])
-    chosen = {ranked[i][0]: name for name, i in (("median", len(ranked) // 2), ("best", -1), ("worst", 0))}
+    ranked = sorted(stats.per_subject(scores.rows, "both", scores.present).items(), key=lambda item: item[1])
+    places = {"median": len(ranked) // 2, "best": -1, "worst": 0} if ranked else {}
+    names = {ranked[place][0]: name for name, place in places.items()}  # one name for each subject
     sheet = []
-    for key, name in sorted(chosen.items(), key=lambda item: ("worst", "median", "best").index(item[1])):
+    for key, name in sorted(names.items(), key=lambda item: ("worst", "median", "best").index(item[1])):
         i = cines.index[key]
-        for phase, frame in sorted({(row["phase"], row["frame"]) for row in rows if row["subject"] == key}):
-            mean = np.mean([row["dice"] for row in rows if (row["subject"], row["phase"]) == (key, phase)])
+        rows = [row for row in scores.rows if row["subject"] == key and row["class"] in scores.present]
+        for phase, frame in sorted({(row["phase"], row["frame"]) for row in rows}):
+            mean = np.mean([row["dice"] for row in rows if row["phase"] == phase])
             (labels,) = predict_frames(methods, cines, i, [frame], device, **options)
-            title = f"{name}: {key}, {phase}, Dice {mean:.3f}"
-            sheet.append(report.case(cines, i, frame, title, labels, truth=True))
+            sheet.append(contours.case(cines, i, frame, f"{name}: {key}, {phase}, Dice {mean:.3f}", labels))
     return sheet

@@ -1,7 +1,7 @@
-"""Statistics over subjects: descriptions, intervals, paired comparisons. Pure functions of numbers.
+"""Statistics over subjects: means, intervals, agreement, paired comparisons of evaluated runs.
 
-A value that is NaN or None was not measured. Descriptions leave it out and count it as `missing`; a
-comparison of runs refuses it, since they would no longer be compared on the same subjects.
+NaN and None stand for a value that was not measured. Descriptions leave such values out and count them as
+`missing`. A comparison of runs refuses them: it must compare the same subjects.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,15 +10,15 @@ import numpy as np
 
 from cmrssp.errors import UserError
 
-_BLOCK = 1 << 22  # numbers that a bootstrap draws at once: 32 MB, however many subjects there are
+_BLOCK = 1 << 22  # numbers that a bootstrap draws at once: 32 MB for any number of subjects
 _EXACT = 50  # pairs; from here on the normal approximation is good enough, as in R
-_DECIMALS = 12  # differences that only float rounding tells apart are ties
+_DECIMALS = 12  # differences that only float rounding separates are ties
 
 
 def describe(values: Iterable[float | None]) -> dict[str, float | int]:
-    """mean, std (sample, ddof 1), median, percentile_5, number measured, and number missing.
+    """mean, std (sample, ddof 1), median, percentile_5, number (measured) and missing.
 
-    NaN where there is too little: none measured, or for std one.
+    NaN where too few are measured: std needs two values, the others one.
     """
     measured, missing = _measured(values)
     some = len(measured) > 0
@@ -32,10 +32,26 @@ def describe(values: Iterable[float | None]) -> dict[str, float | int]:
     }
 
 
+def per_subject(
+    rows: Iterable[dict], phase: str, classes: Sequence[str], metric: str = "dice"
+) -> dict[str, float]:
+    """{subject: mean of its values over `classes`, and over both phases where `phase` is "both"}.
+
+    rows: dicts with subject, phase (ED or ES), class and the metric. A distance is NaN where one map misses
+    the structure; a structure that neither map has (`absent`) is left out of a distance's mean.
+    """
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        measurable = metric == "dice" or not row["absent"]
+        if phase in (row["phase"], "both") and row["class"] in classes and measurable:
+            values.setdefault(row["subject"], []).append(row[metric])
+    return {subject: float(np.mean(found)) for subject, found in values.items()}
+
+
 def bootstrap_interval(
     values: Iterable[float | None], seed: int, resamples: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of one value per subject, subjects drawn with replacement. (NaN, NaN)
+    """Percentile interval of the mean of one value per subject, subjects drawn with replacement; (NaN, NaN)
     for fewer than two values. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
     measured, _ = _measured(values)
@@ -54,13 +70,13 @@ def wilcoxon(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
     Pairs without a difference are dropped before ranking, as Wilcoxon did. p is exact for fewer than 50
     remaining pairs without ties, otherwise from the normal approximation with corrections for ties and
-    continuity. Without any difference p is 1 and the correlation 0. Raises ValueError
-    for NaN or unequal lengths.
+    continuity. Without any difference p is 1 and the correlation 0. Raises ValueError for NaN or unequal
+    lengths.
 
     The correlation is (W+ - W-) / (W+ + W-), from -1 (every difference negative) to 1; Kerby 2014, doi
     10.2466/11.IT.3.1.
     """
-    from scipy import stats  # half a second that no training needs
+    from scipy import stats  # takes half a second to import, and no training needs it
 
     difference = np.round(_differences(a, b), _DECIMALS)
     if np.isnan(difference).any():
@@ -76,8 +92,8 @@ def wilcoxon(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """p values adjusted for their number, in their order: the k-th smallest of m times m - k + 1, never less
-    than a smaller one's, at most 1. Holm, Scand J Statist 6 (1979), 65-70.
+    """p values adjusted for their number, in their order: the k-th smallest of m times m - k + 1, at least
+    the one before it, at most 1. Holm, Scand J Statist 6 (1979), 65-70.
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p)
@@ -89,38 +105,32 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 def bland_altman(
     measured: Iterable[float | None], reference: Iterable[float | None]
 ) -> dict[str, float | int]:
-    """Agreement of pairs, of measured - reference: bias, lower and upper limit (bias ± 1.96 sample standard
-    deviations), number of pairs, and number of pairs missing. Bland and Altman, Lancet 1986, i, 307-310.
+    """Agreement of pairs, as measured - reference: bias, lower and upper limit (bias ± 1.96 sample standard
+    deviations), number of pairs, and missing pairs. Bland and Altman, Lancet 1986, i, 307-310.
     """
-    described = describe(_differences(measured, reference))
-    reach = 1.96 * described["std"]
-    return {
-        "bias": described["mean"],
-        "lower": described["mean"] - reach,
-        "upper": described["mean"] + reach,
-        "number": described["number"],
-        "missing": described["missing"],
-    }
+    found = describe(_differences(measured, reference))
+    bias, reach = found["mean"], 1.96 * found["std"]
+    limits = {"bias": bias, "lower": bias - reach, "upper": bias + reach}
+    return {**limits, "number": found["number"], "missing": found["missing"]}
 
 
 def compare(scores: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, dict[str, float | int]]:
-    """Every other run against the first, paired by subject. scores: {run: {subject: score}}.
+    """Compare every other run with the first, paired by subject. scores: {run: {subject: score}}.
 
     {run: number of subjects, mean difference (run - first), lower and upper end of its 95 % bootstrap
     interval, Wilcoxon p, p_holm over all comparisons, effect (rank-biserial)}.
-    Raises UserError for fewer than two runs, and where the runs were not all scored on the same subjects.
+    Raises UserError for fewer than two runs, ValueError where the subjects differ or a score is not finite.
     """
     if len(scores) < 2:
         raise UserError(
-            "a comparison needs two or more runs, seeds of one experiment counting as one, got "
+            "a comparison needs two or more runs (seeds of one experiment count as one), got "
             f"{', '.join(scores) or 'none'}"
         )
     first, *others = scores
     subjects = sorted(scores[first])  # the interval must not depend on the order of a file's lines
-    if not subjects:
-        raise UserError(f"run {first} has no scored subject")
-    for name in scores:
-        _check_subjects(scores, first, name)
+    for name, found in scores.items():  # read from complete files of the same subjects, so no user meets it
+        if set(found) != set(subjects) or not np.isfinite(list(found.values())).all():
+            raise ValueError(f"compare: expected finite scores of the same subjects, got others in {name}")
     theirs = [scores[first][subject] for subject in subjects]
     rows: dict[str, dict[str, float | int]] = {}
     for name in others:
@@ -139,24 +149,6 @@ def compare(scores: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, d
     for row, p_holm in zip(rows.values(), holm([row["p"] for row in rows.values()]), strict=True):
         row["p_holm"] = float(p_holm)
     return rows
-
-
-def _check_subjects(scores: Mapping[str, Mapping[str, float]], first: str, name: str) -> None:
-    odd = sorted(set(scores[first]) ^ set(scores[name]))
-    if odd:
-        owner = first if odd[0] in scores[first] else name
-        raise UserError(
-            f"runs {first} and {name} were evaluated on different subjects: {len(odd)} in one of them alone, "
-            f"the first is {odd[0]} (in {owner}); evaluate both on the same split"
-        )
-    unscored = sorted(
-        subject for subject, value in scores[name].items() if not np.isfinite(_numbers([value]))
-    )
-    if unscored:
-        raise UserError(
-            f"run {name} has no finite score of {len(unscored)} of its {len(scores[name])} subjects, "
-            f"the first is {unscored[0]}; compare a metric that every subject has"
-        )
 
 
 def _numbers(values: Iterable[float | None]) -> np.ndarray:

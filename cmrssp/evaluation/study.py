@@ -1,8 +1,7 @@
-"""The runs that the paper's tables average: which of them a folder holds, and the commands of the others."""
+"""The paper's study: its arms, and the evaluated runs that a folder holds."""
 
 import csv
 import json
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,34 +13,41 @@ from cmrssp.data.subject import CLASSES, vendor_name
 from cmrssp.errors import UserError
 from cmrssp.files import below
 
-METHODS = {"scratch": "Baseline", "simclr": "SimCLR", "pcl": "PCL", "dino": "DINO", "mim": "MIM"}
-OTHERS = ("motion",)  # not in the paper's tables; --compare takes them
+SCRATCH = "scratch"  # the baseline, without pretraining
+LABELS = {SCRATCH: "Baseline", "simclr": "SimCLR", "pcl": "PCL", "dino": "DINO", "mim": "MIM"}  # the paper's
+BEST = "mim"  # the pretraining that the paper's tables 2 and 3 compare with the baseline
 SUBSETS = (None, 50, 25, 15, 10)  # labelled training subjects, None: all
-SEEDS = (0, 1, 2)
 VENDORS = {"A+B": ("Siemens", "Philips"), "C+D": ("GE", "Canon")}
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
-_SETTINGS = ("settings", "flips", "largest_component")  # of a summary: what all runs should share
-_KINDS = {"n_subjects": int, "all_subjects": bool, "slices": int, "vendors": list | None, "seed": int}
+_SHARED = ("settings", "flips", "largest_component")  # parts of a summary that all runs should share
+_ARM_TYPES = {"pretraining": str, "n_subjects": int, "all_subjects": bool, "slices": int, "phases": str,
+              "vendors": list | None, "augmentation": str, "seed": int}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is alike in the runs that one cell averages; the defaults are those of table 1."""
+    """What the runs that one cell averages have in common; the defaults are those of table 1."""
 
-    pretraining: str  # a key of METHODS
+    pretraining: str  # SCRATCH or a method's name, also one that the paper does not have
     n_subjects: int | None = None  # None: all labelled training subjects
     phases: str = "both"
-    vendors: frozenset[str] = frozenset()  # none named: all
+    vendors: frozenset[str] = frozenset()  # empty: all
     augmentation: str = "on"
+    predicted: bool = False  # trained also on label maps that a network of ours predicted
 
     @property
-    def plain(self) -> bool:
-        """It belongs to table 1 or to a learning curve."""
-        return self == Arm(self.pretraining, self.n_subjects)
+    def label(self) -> str:
+        """The name of its column or row."""
+        return LABELS.get(self.pretraining, self.pretraining) + " + self-training" * self.predicted
 
     @property
-    def words(self) -> list[str]:
-        """What finetune.py is told of it, without --init."""
+    def in_table_1(self) -> bool:
+        """Whether it belongs to table 1 or to a learning curve."""
+        return self == Arm(self.pretraining, self.n_subjects, predicted=self.predicted)
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of finetune.py that make it, without --init."""
         vendors = [name for group in VENDORS.values() for name in group if name in self.vendors]
         return [
             *(["--n-subjects", str(self.n_subjects)] if self.n_subjects is not None else []),
@@ -50,8 +56,8 @@ class Arm:
             *(["--augmentation", self.augmentation] if self.augmentation != "on" else []),
         ]
 
-    def name(self, seed: int) -> str:
-        """Of its run's folder, such as mim-n15-seed1, scratch-all-ed-seed0 or mim-all-noaug-seed2."""
+    def run_name(self, seed: int) -> str:
+        """Such as mim-n15-seed1, scratch-all-ed-seed0 or mim-all-noaug-seed2."""
         parts = [self.pretraining, "all" if self.n_subjects is None else f"n{self.n_subjects}"]
         parts += [self.phases] if self.phases != "both" else []
         parts += [group.replace("+", "").lower() for group, v in VENDORS.items() if self.vendors == set(v)]
@@ -61,9 +67,9 @@ class Arm:
 
 def arms() -> list[Arm]:
     """Every arm of the paper, in the order of its tables."""
-    pair = ("scratch", "mim")
+    pair = (SCRATCH, BEST)
     return [
-        *(Arm(method, n) for n in SUBSETS for method in METHODS),
+        *(Arm(method, n) for n in SUBSETS for method in LABELS),
         *(Arm(method, phases=phases) for phases in ("ed", "es") for method in pair),
         *(Arm(method, vendors=frozenset(names)) for names in VENDORS.values() for method in pair),
         *(Arm(method, augmentation="off") for method in pair),
@@ -91,15 +97,6 @@ class Evaluated:
         phases: Collection[str] = ("ED", "ES"),
         vendors: Collection[str] | None = None,
         classes: Collection[str] = CLASSES,
-    ) -> list[float]:
-        """The Dice of each subject, as `by_subject`."""
-        return list(self.by_subject(phases, vendors, classes).values())
-
-    def by_subject(
-        self,
-        phases: Collection[str] = ("ED", "ES"),
-        vendors: Collection[str] | None = None,
-        classes: Collection[str] = CLASSES,
     ) -> dict[str, float]:
         """{subject: Dice}, the mean over these of its phases and classes; vendors None: all."""
         scores: dict[str, list[float]] = {}
@@ -117,14 +114,14 @@ class Evaluated:
         return {subject: frozenset(phases) for subject, phases in subjects.items()}
 
 
-def collect(folder: str | Path) -> list[Evaluated]:
-    """Every RUN/evaluation-test/ at any depth below `folder`, one run per arm and seed: the newest.
+def collect(folder: Path) -> list[Evaluated]:
+    """Every RUN/evaluation-test/ at any depth below `folder`, the newest run of each arm and seed.
 
-    Prints a line for what is skipped, replaced by a newer run, or in none of the tables. Raises UserError
-    without any evaluated run, or when two were not evaluated on the same phases of the same test subjects.
+    Prints a line for each that is skipped, replaced by a newer run, or in none of the paper's tables. Raises
+    UserError for runs that were not evaluated on the same phases of the same test subjects.
     """
     newest: dict[tuple[Arm, int], Evaluated] = {}
-    for path in below(Path(folder), ("summary.json",)):
+    for path in below(folder, ("summary.json",)):
         if path.name != "summary.json" or path.parent.name != "evaluation-test":
             continue
         try:
@@ -141,31 +138,29 @@ def collect(folder: str | Path) -> list[Evaluated]:
             print(f"left out: {old.folder}; {new.folder} is a newer run of the same arm and seed")
             newest[run.arm, run.seed] = new
     runs = list(newest.values())
-    if not runs:
-        raise UserError(
-            f"{folder}: expected evaluated runs at any depth below it (RUN/evaluation-test/summary.json), "
-            "found none; run evaluate.py --split test first"
-        )
     for run in runs[1:]:
         refuse_other_subjects(runs[0], run)
-    kinds = {run.settings: run for run in runs}
-    if len(kinds) > 1:
-        found = "; ".join(f"{run.folder} {settings}" for settings, run in kinds.items())
-        print(f"these runs differ in network or length, and cells may average over that: {found}")
+    by_settings = {run.settings: run for run in runs}
+    if len(by_settings) > 1:
+        found = "; ".join(f"{run.folder} {settings}" for settings, run in by_settings.items())
+        print(f"these runs differ in network or length, and a cell may average over that: {found}")
     for arm in dict.fromkeys(run.arm for run in runs):
         recipes = [run.recipe for run in runs if run.arm == arm]
         names = sorted({name for r in recipes for name in r if r[name] != recipes[0].get(name)})
         if names:
             folders = ", ".join(str(run.folder) for run in runs if run.arm == arm)
-            print(f"seeds of one arm that differ in {', '.join(names)}, too: {folders}")
+            print(f"seeds of one arm that also differ in {', '.join(names)}: {folders}")
+    known = [(arm.n_subjects, arm.phases, arm.vendors, arm.augmentation) for arm in arms()]
     for run in runs:
-        if run.arm not in arms():
+        if (run.arm.n_subjects, run.arm.phases, run.arm.vendors, run.arm.augmentation) not in known:
             print(f"in no table: {run.folder}; the paper has no such run")
     return runs
 
 
 def read(path: Path, split: str = "test") -> Evaluated | None:
-    """An evaluation, by its summary.json; None for one of another split. Raises UNREADABLE errors."""
+    """An evaluation, by its summary.json; None for one of another split. Raises UNREADABLE errors. A class
+    that no reference has is left out of the scores.
+    """
     summary = json.loads(path.read_text())
     if not isinstance(summary, dict):
         raise ValueError("expected a JSON object")
@@ -173,15 +168,8 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
         return None
     arm = summary.get("arm")
     if not isinstance(arm, dict):
-        raise ValueError("has no arm, run evaluate.py again")
-    for key, allowed in (
-        ("pretraining", (*METHODS, *OTHERS)),
-        ("phases", ("both", "ed", "es")),
-        ("augmentation", ("on", "off")),
-    ):
-        if arm[key] not in allowed:
-            raise ValueError(f"arm: {key}: expected one of {', '.join(allowed)}, got {arm[key]!r}")
-    for key, kind in _KINDS.items():
+        raise ValueError("has no arm; run evaluate.py again")
+    for key, kind in _ARM_TYPES.items():
         if not isinstance(arm[key], kind):
             raise ValueError(f"arm: {key}: got {arm[key]!r}")
     scores: dict[tuple[str, str, str], float] = {}
@@ -196,6 +184,7 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
     volumes = {(subject, phase) for subject, phase, _ in scores}
     if not scores or len(scores) < len(volumes) * len(CLASSES) or set(vendors) != set(summary["subjects"]):
         raise ValueError("metrics.csv: expected every class of every subject that summary.json names")
+    absent = summary.get("without_reference", ())
     networks = {"networks": len(summary.get("checkpoints") or [None])}  # whose probabilities were averaged
     return Evaluated(
         folder=path.parents[1],
@@ -205,21 +194,22 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
             arm["phases"],
             frozenset(map(vendor_name, arm["vendors"] or ())),
             arm["augmentation"],
+            bool(arm.get("predicted")),
         ),
         seed=arm["seed"],
         n_subjects=arm["n_subjects"],
         slices=arm["slices"],
-        scores=scores,
+        scores={key: value for key, value in scores.items() if key[2] not in absent},
         vendors=vendors,
-        settings=json.dumps({key: summary.get(key) for key in _SETTINGS} | networks, sort_keys=True),
+        settings=json.dumps({key: summary.get(key) for key in _SHARED} | networks, sort_keys=True),
         recipe=dict(summary.get("recipe") or {}),
         written_ns=path.stat().st_mtime_ns,
-        args=_object(path.parents[1] / "args.json"),
+        args=json_object(path.parents[1] / "args.json"),
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none to read."""
+def json_object(path: Path) -> dict[str, Any]:
+    """Empty where there is none that can be read."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -232,62 +222,51 @@ def refuse_other_subjects(one: Evaluated, other: Evaluated) -> None:
     odd = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if odd:
         raise UserError(
-            f"{one.folder} and {other.folder}: evaluated on different subjects or phases, {len(odd)} "
-            f"subjects differ, the first is {odd[0]}; give a folder with runs of one split, or evaluate one "
-            "of them again"
+            f"{one.folder} and {other.folder}: evaluated on different subjects or phases: {len(odd)} "
+            f"subjects differ, the first is {odd[0]}; give runs of one split, or evaluate one of them again"
         )
 
 
-def missing(runs: Sequence[Evaluated], runs_dir: str | Path) -> list[str]:
-    """The commands that bring every cell to three seeds, each once: pretrainings first, then a fine-tuning
-    and its evaluation for each missing seed; the evaluation alone where that training has finished.
-
-    Runs are named RUNS_DIR/<Arm.name>, pretrainings RUNS_DIR/<method>. Data, split and --quick are those of
-    the newest of the `runs` (at least one) that says its data; else DATA stands for the path to type. What
-    else was typed for it, such as --epochs, is not repeated.
+def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
+    """{name: runs} for --compare. Runs that differ in the seed only form one group, named after the path of
+    its first run and the number of further seeds. Raises UserError for a folder without scores, for a run
+    that is named twice, and for runs with scores of different subjects or phases.
     """
-    runs_dir = Path(runs_dir)
-    newest = sorted(runs, key=lambda run: run.written_ns, reverse=True)
-    model = next((run for run in newest if run.args.get("data")), newest[0])
-    split, suffix = model.folder / "split.json", model.args.get("label_suffix")
-    data = ["--data", *model.args.get("data", ["DATA"]), *(["--label-suffix", suffix] if suffix else [])]
-    data += ["--split-file", str(split)] if split.is_file() else []
-    common = [flag for flag in ("--skip-broken", "--quick") if model.args.get(flag[2:].replace("-", "_"))]
-    known = {"scratch": None, **_pretrained(newest, runs_dir)}
-    pretrainings, others = [], []
-    most = max((run.n_subjects for run in runs if run.arm.n_subjects is None), default=None)
-    for arm in arms():
-        if most and arm.n_subjects and arm.n_subjects >= most:
-            continue  # there are no so many labelled training subjects
-        method, seeds = arm.pretraining, {run.seed for run in runs if run.arm == arm}
-        lacking = [seed for seed in SEEDS if seed not in seeds][: max(0, len(SEEDS) - len(seeds))]
-        if lacking and method not in known:
-            known[method] = str(runs_dir / method)
-            words = ["train_ssp.py", "--method", method, *data, *common, "--out", known[method]]
-            pretrainings.append(shlex.join(["python", *words]))
-        for seed in lacking:
-            out = runs_dir / arm.name(seed)
-            start = ["--init", known[method]] if known[method] else data
-            words = [*start, *arm.words, *common, "--seed", str(seed), "--out", str(out)]
-            if not (out / "unet.pt").is_file() or out in {run.folder for run in runs}:
-                others.append(shlex.join(["python", "finetune.py", *words]))
-            words = ["evaluate.py", "--split", "test", "--checkpoint", str(out), *common]
-            others.append(shlex.join(["python", *words]))
-    return pretrainings + others
+    found: dict[str, list[Evaluated]] = {}
+    seen: set[Path] = set()
+    for name in runs:
+        folder = Path(name) if (Path(name) / "summary.json").is_file() else Path(name) / f"evaluation-{split}"
+        try:
+            run = read(folder / "summary.json", split)
+        except UNREADABLE as error:
+            raise UserError(
+                f"{name}: no complete scores of the {split} split ({str(error)[:80]}); first run python "
+                f"evaluate.py --split {split} --checkpoint {name}"
+            ) from None
+        if run is None:
+            raise UserError(f"{folder}: expected scores of the {split} split (--split), got those of another")
+        if folder.resolve() in seen:
+            raise UserError(f"--compare: {name} is named twice")
+        seen.add(folder.resolve())
+        same = (run.arm, run.settings, run.recipe)
+        for seeds in found.values():
+            first = seeds[0]
+            if (first.arm, first.settings, first.recipe) == same and run.seed not in {s.seed for s in seeds}:
+                seeds.append(run)
+                break
+        else:
+            found[name] = [run]
+    first, *others = (run for seeds in found.values() for run in seeds)
+    for other in others:
+        refuse_other_subjects(first, other)
+    more = {name: f" and {len(seeds) - 1} more seeds" * (len(seeds) > 1) for name, seeds in found.items()}
+    return {name + more[name]: seeds for name, seeds in found.items()}
 
 
-def _pretrained(newest: Sequence[Evaluated], runs_dir: Path) -> dict[str, str]:
-    """{method: what its newest run started from; without one, the newest finished pretraining below
-    `runs_dir` that keeps the same test subjects apart}.
-    """
-    finished = []
-    for path in below(runs_dir, ("args.json",)):
-        args, weights = _object(path), path.with_name("unet.pt")
-        apart = _object(path.with_name("split.json")).get("test", ())
-        if args.get("kind") == "pretraining" and weights.is_file() and newest[0].vendors.keys() <= set(apart):
-            finished.append((weights.stat().st_mtime_ns, str(args.get("method")), str(path.parent)))
-    starts = [(run.arm.pretraining, run.args.get("init")) for run in reversed(newest)]
-    return {
-        **{method: folder for _, method, folder in sorted(finished)},
-        **{method: init for method, init in starts if init and Path(init).expanduser().exists()},
-    }
+def seed_means(found: dict[str, list[Evaluated]], classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{group: {subject: Dice}}: the mean over a subject's phases and classes, then over the seeds."""
+    means = {}
+    for name, seeds in found.items():
+        scores = [run.dice(classes=classes) for run in seeds]
+        means[name] = {subject: float(np.mean([each[subject] for each in scores])) for subject in scores[0]}
+    return means

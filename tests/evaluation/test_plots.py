@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from cmrssp.evaluation import gif, plots
+from cmrssp.evaluation import contours, plots
 
 NAN = float("nan")
 CLASSES = ("LV", "MYO", "RV")
@@ -209,12 +209,12 @@ def test_dodge_and_ticks_by_hand():
 def test_learning_curves(tmp_path, drawn):
     scores = {
         "mim": {10: [0.8, 0.9], 1: [0.5], 150: [0.91, 0.92, 0.93]},
-        "scratch": {1: [0.3, 0.4, 0.5], 150: [0.9, 0.9, 0.9]},
+        "Baseline": {1: [0.3, 0.4, 0.5], 150: [0.9, 0.9, 0.9]},
     }
     plots.learning_curves(scores, tmp_path / "a.png")
     (axis,) = drawn[0].axes
     baseline, mim = axis.containers
-    assert baseline.get_label() == "baseline (seeds: 3)" and mim.get_label() == "mim (seeds: 1 to 3)"
+    assert baseline.get_label() == "Baseline (seeds: 3)" and mim.get_label() == "mim (seeds: 1 to 3)"
     assert baseline[0].get_color() == "black" != mim[0].get_color()
     assert mim[0].get_ydata() == pytest.approx([0.5, 0.85, 0.92])
     spans = [
@@ -238,7 +238,7 @@ def test_learning_curves(tmp_path, drawn):
     "scores",
     [
         {"mim": {5: [0.5]}},
-        {"mim": {5: [NAN], 10: [0.5]}, "scratch": {}},
+        {"mim": {5: [NAN], 10: [0.5]}, "Baseline": {}},
         {f"method {i}": {n: [0.5, 0.6] for n in (1, 95, 100, 345)} for i in range(9)},
     ],
 )
@@ -251,43 +251,74 @@ def test_learning_curves_of_little_and_of_much(scores, tmp_path, drawn):
     assert not overlapping(drawn[0])
 
 
-def cine(frames: int, time_ms: bool = True, **changes) -> dict:
-    t = np.arange(frames) / frames
-    lv = 100 + 50 * np.cos(2 * np.pi * t)
-    found = {"lv_ml": lv, "rv_ml": lv * 1.1, "ed": int(lv.argmax()), "es": int(lv.argmin())}
-    return {"time_ms": 800 * t if time_ms else None, **found, **changes}
-
-
-def test_time_axis():
-    x, label = plots.time_axis(cine(4))
-    assert x.tolist() == [0, 200, 400, 600] and label == "time (ms)"
-    x, label = plots.time_axis(cine(3, time_ms=False))
-    assert x.tolist() == [0, 1, 2] and label == "frame"
+LV = 100 + 50 * np.cos(2 * np.pi * np.arange(20) / 20)
 
 
 @pytest.mark.parametrize(
-    ("curve", "lines", "ticks"),
+    ("lv_ml", "step_s", "phases", "lines", "label"),
     [
-        (cine(20), [0.0, 400.0], "time (ms)"),
-        (cine(20, time_ms=False), [0, 10], "frame"),
-        (cine(1, time_ms=False, ed=None, es=None), [], "frame"),
-        (cine(6, rv_ml=np.full(6, NAN), lv_ml=np.full(6, NAN)), [0.0, 400.0], "time (ms)"),
+        (LV, 0.04, {"ED": 0, "ES": 10}, [0.0, 400.0], "time (ms)"),
+        (LV, None, {"ED": 0, "ES": 10}, [0, 10], "frame"),
+        (LV[:1], None, {}, [], "frame"),
+        (np.full(6, NAN), 0.1, {"ED": 0, "ES": 3}, [0.0, 300.0], "time (ms)"),
     ],
 )
-def test_volume_curve(tmp_path, drawn, curve, lines, ticks):
-    plots.volume_curve("a folder with a long name/" * 3 + "cine.nii.gz", curve, tmp_path / "a.png")
+def test_volume_curve(tmp_path, drawn, lv_ml, step_s, phases, lines, label):
+    volumes = {"LV": lv_ml, "RV": 1.1 * lv_ml}
+    title = "a folder with a long name/" * 3 + "cine.nii.gz"
+    plots.volume_curve(title, volumes, tmp_path / "a.png", step_s=step_s, phases=phases)
     (axis,) = drawn[0].axes
-    assert (np.array(axis.lines[0].get_ydata()) == curve["lv_ml"])[~np.isnan(curve["lv_ml"])].all()
+    np.testing.assert_array_equal(axis.lines[0].get_ydata(), lv_ml)
     assert [line.get_xdata()[0] for line in axis.lines[2:]] == pytest.approx(lines)
-    assert (axis.get_xlabel(), axis.get_ylabel()) == (ticks, "volume (ml)") and len(axis.get_title()) == 60
-    names = ["LV", "RV", "ED", "ES"][: len(axis.lines)]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == (label, "volume (ml)") and len(axis.get_title()) == 60
+    names = ["LV", "RV", *phases]
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == names
     assert_printable(drawn[0], tmp_path / "a.png")
     assert not overlapping(drawn[0])
 
 
+def test_excluded_frames_are_marked_in_the_volume_curve(tmp_path, drawn):
+    volumes = {"LV": LV, "RV": LV + 1}
+    phases = {"ED": 0, "ES": 9}
+    plots.volume_curve("a", volumes, tmp_path / "a.png", step_s=0.04, phases=phases, excluded=[10, 19])
+    marks = drawn[0].axes[0].lines[-1]
+    assert marks.get_xdata() == pytest.approx([400, 760, 400, 760])
+    assert marks.get_ydata() == pytest.approx([*LV[[10, 19]], *LV[[10, 19]] + 1])
+    assert not overlapping(drawn[0])
+
+
+def sheet_case(reference, prediction) -> dict:
+    image = np.arange(3 * 50 * 60, dtype=np.int16).reshape(3, 50, 60)
+    return {"title": "a $x_{$", "image": image, "reference": reference, "prediction": prediction,
+            "spacing_mm": (2.0, 2.0), "centre": (25.0, 30.0)}  # fmt: skip
+
+
+def test_contour_sheet_draws_the_outline_of_each_class(tmp_path, monkeypatch):
+    figures = []
+    save = contours.save_figure
+    monkeypatch.setattr(contours, "save_figure", lambda f, *a: figures.append(f) or save(f, *a))
+    reference, prediction = np.zeros((2, 3, 50, 60), np.uint8)
+    reference[1, 10:20, 30:50] = 1
+    prediction[:, 12:20, 30:50] = 1
+    prediction[0, 0:5, 0:6] = 3
+    contours.contour_sheet(
+        [sheet_case(reference, prediction), sheet_case(None, prediction)], tmp_path / "a.png", columns=3
+    )
+    axes = figures[0].axes
+    blue, orange = axes[0].lines  # the only slice that the reference labels; pixel edges, half a pixel out
+    assert (blue.get_color(), orange.get_color()) == (contours.BLUE, contours.ORANGE)
+    box = contours.around((25.0, 30.0), (2.0, 2.0))
+    for line, (top, bottom) in ((blue, (10, 20)), (orange, (12, 20))):
+        assert (line.get_ydata().min(), line.get_ydata().max()) == (top - 0.5, bottom - 0.5)
+        assert (line.get_xdata().min(), line.get_xdata().max()) == (29.5, 49.5)
+    assert box == (slice(0, 66), slice(0, 71))
+    corner = axes[3].lines[1]  # closed at the border of the image
+    assert (corner.get_xdata()[0], corner.get_ydata()[0]) == (corner.get_xdata()[-1], corner.get_ydata()[-1])
+    assert [len(axis.lines) for axis in axes[3:]] == [2, 1, 1] and not axes[1].axison
+
+
 def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path, drawn):
-    plots.volume_curve("a $x_{$ b", cine(20), tmp_path / "a.png")
+    plots.volume_curve("a $x_{$ b", {"LV": LV, "RV": LV}, tmp_path / "a.png", step_s=None, phases={})
     row = {"subject": "a $x_{$", "vendor": "Ace $x_{$", "phase": "ED", "class": "LV", "dice": 0.5}
     plots.boxes([row], tmp_path / "b.png")
     assert drawn[0].axes[0].get_title() == "a $x_{$ b"
@@ -296,15 +327,15 @@ def test_names_that_look_like_formulas_are_drawn_as_they_are(tmp_path, drawn):
 
 def test_nothing_to_draw_writes_nothing(tmp_path):
     plots.bland_altman({}, tmp_path / "a.png")
-    assert not plots.learning_curves({"mim": {}}, tmp_path / "a.png")
+    assert not plots.learning_curves({"MIM": {}}, tmp_path / "a.png")
     assert not any(tmp_path.iterdir())
 
 
 def test_delays_follow_real_time():
-    assert gif.delays_ms(4, 0.036) == [40, 30, 40, 30]  # ends at 36, 72, 108, 144 ms, in steps of 10
-    assert sum(gif.delays_ms(25, 0.0333)) == 830
-    assert gif.delays_ms(2, 0.004) == [20, 20]
-    assert gif.delays_ms(2, None) == [40, 40]
+    assert contours.delays_ms(4, 0.036) == [40, 30, 40, 30]  # ends at 36, 72, 108, 144 ms, in steps of 10
+    assert sum(contours.delays_ms(25, 0.0333)) == 830
+    assert contours.delays_ms(2, 0.004) == [20, 20]
+    assert contours.delays_ms(2, None) == [40, 40]
 
 
 def discs(frames: int, id: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -331,10 +362,10 @@ def frames_of(path: Path) -> tuple[list[np.ndarray], list[int], dict]:
 
 def test_animation(tmp_path):
     images, labels = discs(10)
-    gif.animate(images, labels, (1.0, 1.0), tmp_path / "a.gif", 0.036)
+    contours.animate(images, labels, (1.0, 1.0), tmp_path / "a.gif", 0.036)
     frames, delays, info = frames_of(tmp_path / "a.gif")
     assert len(frames) == 10 and frames[0].shape == (250, 300, 3)
-    assert delays == gif.delays_ms(10, 0.036) and sum(delays) == 360 and info["loop"] == 0
+    assert delays == contours.delays_ms(10, 0.036) and sum(delays) == 360 and info["loop"] == 0
     lv, myo, rv = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in plots.CLASS_COLOURS.values())
     # five pixels of the picture to one of the slice; the row through the middle of both ventricles
     row = frames[0][127]
@@ -354,14 +385,14 @@ def test_animation(tmp_path):
 
 
 def test_animation_on_uneven_pixels(tmp_path):
-    gif.animate(*discs(2), (2.0, 1.0), tmp_path / "a.gif", None)
+    contours.animate(*discs(2), (2.0, 1.0), tmp_path / "a.gif", None)
     frames, delays, _ = frames_of(tmp_path / "a.gif")
     assert frames[0].shape == (300, 180, 3) and delays == [40, 40]  # 100 mm x 60 mm
 
 
 @pytest.mark.parametrize("id", [1, 2, 3])
 def test_animation_of_one_class_shows_one_colour(id, tmp_path):
-    gif.animate(*discs(3, id), (1.0, 1.0), tmp_path / "a.gif", 0.05)
+    contours.animate(*discs(3, id), (1.0, 1.0), tmp_path / "a.gif", 0.05)
     for frame in frames_of(tmp_path / "a.gif")[0]:
         coloured = np.unique(frame[np.ptp(frame, axis=2) > 0], axis=0)
         assert ["#{:02X}{:02X}{:02X}".format(*c) for c in coloured] == [
@@ -371,12 +402,12 @@ def test_animation_of_one_class_shows_one_colour(id, tmp_path):
 
 def test_animation_of_little(tmp_path):
     path = tmp_path / "a.gif"
-    gif.animate(*discs(1), (1.0, 1.0), path, 0.04)
+    contours.animate(*discs(1), (1.0, 1.0), path, 0.04)
     assert len(frames_of(path)[0]) == 1
     flat = np.full((4, 20, 20), NAN)
-    gif.animate(flat, np.zeros((4, 20, 20), np.uint8), (1.0, 1.0), path, 0.04)
+    contours.animate(flat, np.zeros((4, 20, 20), np.uint8), (1.0, 1.0), path, 0.04)
     frames, delays, _ = frames_of(path)
     assert sum(delays) == 160 and not frames[0].any()  # Pillow joins equal frames, and keeps their time
     with pytest.raises(ValueError, match="one shape"):
-        gif.animate(flat, np.zeros((4, 20, 10), np.uint8), (1.0, 1.0), path, 0.04)
+        contours.animate(flat, np.zeros((4, 20, 10), np.uint8), (1.0, 1.0), path, 0.04)
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]

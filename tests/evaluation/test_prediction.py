@@ -1,5 +1,7 @@
 """Label maps of new cines: clean-up, mirror images, ensembles, the file that is written, the flags."""
 
+from dataclasses import replace
+
 import nibabel
 import numpy as np
 import pytest
@@ -118,11 +120,12 @@ def heart(frames: int = 6) -> np.ndarray:
 
 
 def flagged(labels: np.ndarray, one, reach: float = 80.0) -> list[str]:
-    record = store.CineRecord(**{**one.cines[0].__dict__, "shape": labels.shape, "centre": (29.5, 29.5)})
-    volumes = [
-        {n: float((frame == i).sum()) for i, n in enumerate(("LV", "MYO", "RV"), 1)} for frame in labels
-    ]
-    return [what for _, what in prediction.flags(labels, volumes, record, reach)]
+    record = replace(
+        one.cines[0], shape=labels.shape, centre=(29.5, 29.5), sound_frames=tuple(range(len(labels)))
+    )
+    volumes = {n: (labels == i).sum(axis=(1, 2, 3)) * 1.0 for i, n in enumerate(("LV", "MYO", "RV"), 1)}
+    phases, _ = prediction.find_phases(volumes["LV"], record.sound_frames)
+    return [what for _, what in prediction.flags(labels, volumes, record, reach, phases)]
 
 
 def test_a_sound_heart_has_no_flag(one):
@@ -158,22 +161,55 @@ def test_what_looks_wrong_is_flagged_worst_first(one):
     assert flagged(heart(), one, reach=36.0) == []
 
 
+def curve(frames: int) -> np.ndarray:
+    """From 100 ml in frame 0 to 40 ml in the middle."""
+    return 70 + 30 * np.cos(2 * np.pi * np.arange(frames) / frames)
+
+
+def test_ed_and_es_are_the_extremes_of_a_sound_curve():
+    assert prediction.find_phases(curve(20), range(20)) == ({"ED": 0, "ES": 10}, [])
+
+
+@pytest.mark.parametrize(
+    ("bad", "ml", "sound"),
+    [(3, 0.0, True), (3, 160.0, True), (7, 5.0, True), (4, 110.0, False), (19, 0.0, True), (19, 1.0, False)],
+)
+def test_ed_and_es_are_robust_to_one_bad_frame(bad, ml, sound):
+    lv = curve(20)
+    lv[bad] = ml
+    frames = [t for t in range(20) if sound or t != bad]
+    assert prediction.find_phases(lv, frames) == ({"ED": 0, "ES": 10}, [bad])
+
+
+def test_ed_and_es_of_little():
+    assert prediction.find_phases(np.array([80.0]), [0]) == ({"ED": 0}, [])
+    assert prediction.find_phases(np.array([80.0, 0.0]), [0, 1]) == ({"ED": 0}, [1])
+    assert prediction.find_phases(np.zeros(3), [0, 1, 2]) == ({"ED": 0, "ES": 0}, [])
+
+
+def test_extremes_that_lie_far_apart_are_flagged(one):
+    labels = np.concatenate([heart(10), heart(10)])  # two beats
+    found = flagged(labels, one)
+    assert [what for what in found if "largest" in what and "0 and 10" in what]
+    assert [what for what in found if "smallest" in what and "5 and 15" in what]
+
+
 def test_thirds_and_slices_by_hand():
     """Six slices, the reference labels 1 to 4: slice 0 and 5 lie outside every third."""
-    truth = np.zeros((6, 4, 4), np.uint8)
-    truth[1:5, :2] = 1
-    labels = truth.copy()
+    reference = np.zeros((6, 4, 4), np.uint8)
+    reference[1:5, :2] = 1
+    labels = reference.copy()
     labels[1, 1] = 0  # half of it: Dice 2 * 4 / (4 + 8)
     labels[5, 0, 0] = 2
-    rows = {(r["slice"], r["class"]): r for r in scoring._slice_rows(labels, truth)}
+    rows = {(r["slice"], r["class"]): r for r in scoring.slice_rows(labels, reference)}
     assert [rows[z, "LV"]["third"] for z in range(6)] == ["", "base", "base", "mid", "apex", ""]
     assert rows[1, "LV"]["dice"] == pytest.approx(8 / 12) and rows[2, "LV"]["dice"] == 1.0
     assert np.isnan(rows[1, "RV"]["dice"]) and rows[5, "MYO"]["dice"] == 0.0
     assert rows[3, "LV"]["position"] == 0.5
-    two = [r["third"] for r in scoring._slice_rows(labels[:3], truth[:3]) if r["class"] == "LV"]
-    three = [r["third"] for r in scoring._slice_rows(labels[:4], truth[:4]) if r["class"] == "LV"]
+    two = [r["third"] for r in scoring.slice_rows(labels[:3], reference[:3]) if r["class"] == "LV"]
+    three = [r["third"] for r in scoring.slice_rows(labels[:4], reference[:4]) if r["class"] == "LV"]
     assert two == ["", "", ""] and three == ["", "base", "mid", "apex"]  # two labelled slices, and three
-    (single,) = (r for r in scoring._slice_rows(labels[:1], truth[:1]) if r["class"] == "LV")
+    (single,) = (r for r in scoring.slice_rows(labels[:1], reference[:1]) if r["class"] == "LV")
     assert np.isnan(single["position"]) and single["third"] == ""
 
 
@@ -203,7 +239,7 @@ def test_seeds_of_one_experiment_share_their_training_subjects(tmp_path):
         return {**link, "split": split}
 
     def recipe(link):
-        return scoring.recipe(checkpoints.Checkpoint(tmp_path, {}, {}, Provenance.from_dict(link)))
+        return scoring.training_recipe(checkpoints.Checkpoint(tmp_path, {}, {}, Provenance.from_dict(link)))
 
     one = recipe(made(["x/a", "x/b"], ["x/c"], hyperparameters={"lr": 1}))
     assert one == recipe(made(["x/b", "x/a"], ["x/c"], hyperparameters={"lr": 1}, seed=1, subjects=["x/b"]))

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import evaluate
 import finetune
 import train_ssp
 from cmrssp.errors import UserError
-from cmrssp.evaluation import study, tables
+from cmrssp.evaluation import paper, study, text
 
 SUBJECTS = {
     "mnms/a": "SIEMENS", "mnms/b": "Philips Medical Systems", "mnms2/c": "GE MEDICAL SYSTEMS",
@@ -61,7 +62,7 @@ def made(run, dice, *, beat=0.02, spread=0.01, subjects=SUBJECTS, **arm):
 
 
 def table(runs, name):
-    (found,) = [t for t in tables.tables(runs) if t.name == name]
+    (found,) = [t for t in paper.tables(runs) if t.name == name]
     return found
 
 
@@ -77,9 +78,9 @@ def test_table_1_is_that_of_the_paper(tmp_path):
     expected = [line.split("\t") for line in PAPER.splitlines()]
     for line in expected:
         n, slices = (int(number) for number in line[0].strip(")").split(" ("))
-        for method, cell in zip(study.METHODS, line[1:], strict=True):
+        for method, cell in zip(study.LABELS, line[1:], strict=True):
             mean, std = map(float, cell.split(" ± "))
-            for seed in study.SEEDS:
+            for seed in paper.SEEDS:
                 made(
                     tmp_path / "deep" / method / f"{n}-{seed}", mean + (seed - 1) * std, pretraining=method,
                     seed=seed, n_subjects=n, all_subjects=n == 296, slices=slices + 30 * (seed - 1),
@@ -92,11 +93,11 @@ def test_table_1_is_that_of_the_paper(tmp_path):
     assert first.header == ["#subjects (#slices)", "Baseline", "SimCLR", "PCL", "DINO", "MIM"]
     assert first.rows == expected
     assert first.title.startswith("Table 1: Mean test Dice over 4 test subjects")
-    curves = tables.learning_curves(runs)
+    curves = paper.learning_curves(runs)
     assert {m: list(points) for m, points in curves.items()} == {
-        m: [10, 15, 25, 50, 296] for m in ("scratch", "simclr", "pcl", "dino", "mim")
+        m: [10, 15, 25, 50, 296] for m in ("Baseline", "SimCLR", "PCL", "DINO", "MIM")
     }
-    assert curves["mim"][15] == pytest.approx([0.845, 0.86, 0.875])
+    assert curves["MIM"][15] == pytest.approx([0.845, 0.86, 0.875])
 
 
 @pytest.fixture
@@ -169,9 +170,9 @@ def test_table_1_takes_its_own_arms_alone(whole):
         ["296 (349)", "0.89 ± 0.001", "", "", "", "**0.90 ± 0.002**"],
         *([f"{n} (-)", "", "", "", "", ""] for n in (50, 25, 15, 10)),
     ]
-    curves = tables.learning_curves(whole)
-    assert set(curves) == {"scratch", "mim"}
-    assert curves["mim"] == {296: pytest.approx([0.898, 0.90, 0.902])}
+    curves = paper.learning_curves(whole)
+    assert set(curves) == {"Baseline", "MIM"}
+    assert curves["MIM"] == {296: pytest.approx([0.898, 0.90, 0.902])}
 
 
 def test_subjects_weigh_the_same_however_many_phases_they_have(tmp_path):
@@ -210,7 +211,7 @@ def test_subjects_weigh_the_same_however_many_phases_they_have(tmp_path):
     ],
 )
 def test_bold_is_decided_on_what_is_printed(tmp_path, middles, bold):
-    for method, dice in zip(study.METHODS, middles, strict=True):
+    for method, dice in zip(study.LABELS, middles, strict=True):
         if dice is not None:
             made(tmp_path / method, dice, pretraining=method, n_subjects=25)
     cells = table(study.collect(tmp_path), "table1").rows[2][1:]
@@ -232,7 +233,7 @@ def test_seeds_that_differ_in_more_are_named(tmp_path, capsys):
     study.collect(tmp_path)
     first = capsys.readouterr().out.splitlines()[0]
     folders = f"{tmp_path / 'mim0'}, {tmp_path / 'mim1'}"
-    assert first == f"seeds of one arm that differ in pretraining mask_ratio, too: {folders}"
+    assert first == f"seeds of one arm that also differ in pretraining mask_ratio: {folders}"
 
 
 def test_of_the_same_arm_and_seed_the_newest_counts(tmp_path, capsys):
@@ -250,7 +251,7 @@ def test_different_test_subjects_are_refused(tmp_path):
     other = made(tmp_path / "b", 0.8, pretraining="mim", seed=1, subjects=dict(list(SUBJECTS.items())[:1]))
     with pytest.raises(UserError) as error:
         study.collect(tmp_path)
-    assert str(error.value).startswith(f"{one} and {other}: evaluated on different subjects or phases, 3 ")
+    assert str(error.value).startswith(f"{one} and {other}: evaluated on different subjects or phases: 3 ")
     metrics = other / "evaluation-test" / "metrics.csv"
     metrics.write_text((one / "evaluation-test" / "metrics.csv").read_text())
     summary = other / "evaluation-test" / "summary.json"
@@ -258,18 +259,18 @@ def test_different_test_subjects_are_refused(tmp_path):
     assert len(study.collect(tmp_path)) == 2
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join(line for line in lines if "mnms/b" not in line or ",ED," not in line))
-    with pytest.raises(UserError, match=r"subjects or phases, 1 subjects differ, the first is mnms/b"):
+    with pytest.raises(UserError, match=r"subjects or phases: 1 subjects differ, the first is mnms/b"):
         study.collect(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("summary.json", '"arm"', '"leg"', "has no arm, run evaluate.py again"),
+        ("summary.json", '"arm"', '"leg"', "has no arm; run evaluate.py again"),
         ("summary.json", "{", "[", "Expecting"),
         ("summary.json", '{"split": "test"', '["test"]', "Extra data"),
         ("summary.json", '"seed"', '"sead"', "lacks 'seed'"),
-        ("summary.json", '"mim"', '"mae"', "arm: pretraining: expected one of scratch, .*, got 'mae'"),
+        ("summary.json", '"mim"', "7", "arm: pretraining: got 7"),
         ("summary.json", '"n_subjects": 15', '"n_subjects": null', "arm: n_subjects: got None"),
         ("summary.json", '"vendors": null', '"vendors": "GE"', "arm: vendors: got 'GE'"),
         ("summary.json", '"vendors": null', '"vendors": [1]', "'int' object"),
@@ -294,14 +295,13 @@ def test_what_cannot_be_read_is_named_and_skipped(tmp_path, capsys, file, old, n
     assert re.search(message, out[len(start) :])
 
 
-def test_other_splits_are_not_read_and_a_folder_without_runs_is_refused(tmp_path, capsys):
+def test_other_splits_are_not_read(tmp_path, capsys):
     (tmp_path / "run" / "evaluation-validation").mkdir(parents=True)
     (tmp_path / "run" / "evaluation-validation" / "summary.json").write_text("{")
     (tmp_path / "half" / "evaluation-test").mkdir(parents=True)
     (tmp_path / "half" / "evaluation-test" / "summary.json").write_text('{"split": "validation"}')
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=r"expected evaluated runs .* found none; run evaluate.py"):
-            study.collect(folder)
+        assert study.collect(folder) == []
     assert capsys.readouterr().out == ""
     (tmp_path / "half" / "evaluation-test" / "summary.json").write_text("[]")
     run = made(tmp_path, 0.8, pretraining="mim", n_subjects=12)  # the folder itself is a run
@@ -312,43 +312,42 @@ def test_other_splits_are_not_read_and_a_folder_without_runs_is_refused(tmp_path
     skipped, no_metrics, foreign = capsys.readouterr().out.splitlines()
     assert skipped.endswith(": expected a JSON object") and "metrics.csv" in no_metrics
     assert foreign == f"in no table: {run}; the paper has no such run"
-    assert tables.learning_curves(runs) == {"mim": {12: [pytest.approx(0.8)]}}
+    assert paper.learning_curves(runs) == {"MIM": {12: [pytest.approx(0.8)]}}
 
 
-def commands(runs, runs_dir, script, *words):
-    """Those of a script that hold all these words."""
-    found = [shlex.split(command) for command in study.missing(runs, runs_dir)]
-    return [c[2:] for c in found if c[:2] == ["python", script] and set(words) <= set(c)]
+def commands(runs, runs_dir, script, *flags, data=()):
+    """The flags of those commands of a script that hold all these ones."""
+    lines = [shlex.split(part) for line in paper.missing(runs, runs_dir, data) for part in line.split(" && ")]
+    return [words[2:] for words in lines if words[:2] == ["python", script] and set(flags) <= set(words)]
+
+
+def test_an_empty_folder_lacks_the_whole_study(tmp_path):
+    """4 pretrainings; for each of 3 seeds 5 subsets of 5 methods, and 2 methods in 5 further arms."""
+    every = paper.missing([], tmp_path / "runs", ["MnM", "MnM2"])
+    assert len(every) == len(set(every)) == 4 + 3 * (5 * 5 + 2 * 5)
+    out = tmp_path / "runs"
+    assert every[3] == f"python train_ssp.py --method mim --data MnM MnM2 --out {out}/mim --resume auto"
+    assert every[4] == (
+        f"python finetune.py --data MnM MnM2 --seed 0 --out {out}/scratch-all-seed0 --resume auto && "
+        f"python evaluate.py --split test --checkpoint {out}/scratch-all-seed0"
+    )
+    assert sum("--seed 2 " in line for line in every) == 35
 
 
 def test_a_study_with_one_run_lacks_all_others(tmp_path):
     made(tmp_path / "first", 0.8, pretraining="mim", n_subjects=15, seed=1)
     runs = study.collect(tmp_path)
-    every = study.missing(runs, "runs")
-    assert len(every) == len(set(every)) == 4 + 2 * (3 * (5 * 5 + 4 + 4 + 2) - 1)
-    assert every[:5] == [
-        "python train_ssp.py --method simclr --data DATA --out runs/simclr",
-        "python train_ssp.py --method pcl --data DATA --out runs/pcl",
-        "python train_ssp.py --method dino --data DATA --out runs/dino",
-        "python train_ssp.py --method mim --data DATA --out runs/mim",
-        "python finetune.py --data DATA --seed 0 --out runs/scratch-all-seed0",
-    ]
-    assert every[5] == "python evaluate.py --split test --checkpoint runs/scratch-all-seed0"
-    start = "python finetune.py --init runs/mim"
-    assert [c for c in every if "mim-n15" in c] == [
-        f"{start} --n-subjects 15 --seed 0 --out runs/mim-n15-seed0",
-        "python evaluate.py --split test --checkpoint runs/mim-n15-seed0",
-        f"{start} --n-subjects 15 --seed 2 --out runs/mim-n15-seed2",
-        "python evaluate.py --split test --checkpoint runs/mim-n15-seed2",
-    ]
-    for line in (
-        f"{start} --phases es --seed 0 --out runs/mim-all-es-seed0",
-        "python finetune.py --data DATA --phases ed --seed 2 --out runs/scratch-all-ed-seed2",
-        f"{start} --vendors Siemens Philips --seed 1 --out runs/mim-all-ab-seed1",
-        "python finetune.py --data DATA --vendors GE Canon --seed 1 --out runs/scratch-all-cd-seed1",
-        f"{start} --augmentation off --seed 0 --out runs/mim-all-noaug-seed0",
+    assert len(paper.missing(runs, Path("runs"))) == 4 + 3 * (5 * 5 + 4 + 4 + 2) - 1
+    outs = [words[-3] for words in commands(runs, Path("runs"), "finetune.py", "15", "runs/mim")]
+    assert outs == ["runs/mim-n15-seed0", "runs/mim-n15-seed2"]
+    for flags in (
+        ("--init", "runs/mim", "--phases", "es", "--seed", "0", "runs/mim-all-es-seed0"),
+        ("--data", "DATA", "--phases", "ed", "--seed", "2", "runs/scratch-all-ed-seed2"),
+        ("--init", "runs/mim", "--vendors", "Siemens", "Philips", "--seed", "1", "runs/mim-all-ab-seed1"),
+        ("--data", "DATA", "--vendors", "GE", "Canon", "--seed", "1", "runs/scratch-all-cd-seed1"),
+        ("--init", "runs/mim", "--augmentation", "off", "--seed", "0", "runs/mim-all-noaug-seed0"),
     ):
-        assert every.count(line) == 1
+        assert len(commands(runs, Path("runs"), "finetune.py", *flags)) == 1, flags
 
 
 def test_a_cell_with_three_seeds_lacks_none(tmp_path):
@@ -356,58 +355,57 @@ def test_a_cell_with_three_seeds_lacks_none(tmp_path):
         made(tmp_path / f"three-{seed}", 0.8, pretraining="dino", n_subjects=10, seed=seed)
     made(tmp_path / "one", 0.8, pretraining="dino", n_subjects=25, seed=7)
     runs = study.collect(tmp_path)
-    assert commands(runs, "runs", "finetune.py", "runs/dino", "10") == []
-    outs = [c[-1] for c in commands(runs, "runs", "finetune.py", "runs/dino", "25")]
+    assert commands(runs, Path("runs"), "finetune.py", "runs/dino", "10") == []
+    outs = [words[-3] for words in commands(runs, Path("runs"), "finetune.py", "runs/dino", "25")]
     assert outs == ["runs/dino-n25-seed0", "runs/dino-n25-seed1"]
 
 
-def test_commands_take_data_and_pretrainings_that_are_known(tmp_path):
+def test_commands_take_the_data_of_the_newest_run(tmp_path):
     root = tmp_path / "my runs"
     run = made(root / "one", 0.8, pretraining="scratch", n_subjects=15)
     args = {"data": ["/data/M&Ms", "x"], "quick": True, "skip_broken": True, "label_suffix": "_seg"}
     (run / "args.json").write_text(json.dumps(args | {"kind": "fine-tuning"}))
     (run / "split.json").write_text("{}")
+    runs = study.collect(root)
+    data = ["--data", "/data/M&Ms", "x", "--label-suffix", "_seg", "--split-file", str(run / "split.json")]
+    assert commands(runs, root, "train_ssp.py", "pcl") == [
+        ["--method", "pcl", *data, "--skip-broken", "--quick", "--out", str(root / "pcl"), "--resume", "auto"]
+    ]
+    out = str(root / "scratch-all-ed-seed2")
+    assert commands(runs, root, "finetune.py", out) == [
+        [*data, "--phases", "ed", "--skip-broken", "--quick", "--seed", "2", "--out", out, "--resume", "auto"]
+    ]
+    (score,) = commands(runs, root, "evaluate.py", out)
+    assert score == ["--split", "test", "--checkpoint", out, "--skip-broken"]
+    (typed,) = commands(runs, root, "train_ssp.py", "pcl", data=["y"])
+    assert typed[2:4] == ["--data", "y"] and "--split-file" not in typed
+
+
+def test_commands_start_from_finished_pretrainings_with_the_same_test_subjects(tmp_path):
+    made(tmp_path / "one", 0.8, pretraining="scratch", n_subjects=15)
     for name, test, finished, age in (
         ("mim-old", SUBJECTS, True, 1),
         ("mim-new", [*SUBJECTS, "mnms/without-labels"], True, 2),
         ("mim-elsewhere", ["acdc/1"], True, 3),
         ("mim-running", SUBJECTS, False, 4),
     ):
-        folder = root / name
+        folder = tmp_path / name
         folder.mkdir()
         (folder / "args.json").write_text('{"kind": "pretraining", "method": "mim"}')
         (folder / "split.json").write_text(json.dumps({"test": list(test)}))
         if finished:
             (folder / "unet.pt").touch()
             os.utime(folder / "unet.pt", (age, age))
-    (root / "scratch-n10-seed2").mkdir()
-    (root / "scratch-n10-seed2" / "unet.pt").touch()  # trained, not evaluated
-    runs = study.collect(root)
-    data = ["--data", "/data/M&Ms", "x", "--label-suffix", "_seg", "--split-file", str(run / "split.json")]
-    common = ["--skip-broken", "--quick"]
-    assert commands(runs, root, "train_ssp.py", "mim") == []
-    assert commands(runs, root, "train_ssp.py", "pcl") == [
-        ["--method", "pcl", *data, *common, "--out", str(root / "pcl")]
-    ]
-    assert commands(runs, root, "finetune.py", "--phases", "ed", "2") == [
-        [*data, "--phases", "ed", *common, "--seed", "2", "--out", str(root / "scratch-all-ed-seed2")],
-        ["--init", str(root / "mim-new"), "--phases", "ed", *common, "--seed", "2",
-         "--out", str(root / "mim-all-ed-seed2")],
-    ]  # fmt: skip
-    out = str(root / "scratch-n10-seed2")
-    assert commands(runs, root, "finetune.py", out) == []
-    assert commands(runs, root, "evaluate.py", out) == [["--split", "test", "--checkpoint", out, *common]]
-    tuned = made(root / "two", 0.8, pretraining="mim", n_subjects=15)
-    (tuned / "args.json").write_text(json.dumps({"init": str(root / "mim-old")}))
-    assert commands(study.collect(root), root, "finetune.py", "--phases", "ed", str(root / "mim-old"))
-    newer = made(root / "mim-n10-seed0", 0.8, pretraining="mim", n_subjects=12)  # a foreign run has that name
-    (newer / "args.json").write_text(json.dumps({"init": str(root / "mim-elsewhere")}))
-    (newer / "unet.pt").touch()
-    os.utime(newer / "evaluation-test" / "summary.json", (2 * 10**9, 2 * 10**9))
-    assert commands(study.collect(root), root, "finetune.py", str(newer), str(root / "mim-elsewhere"))
-    (newer / "args.json").unlink()
-    (tuned / "args.json").write_text(json.dumps({"init": str(root / "gone")}))
-    assert commands(study.collect(root), root, "finetune.py", "--phases", "ed", str(root / "mim-new"))
+    runs = study.collect(tmp_path)
+    assert commands(runs, tmp_path, "train_ssp.py", "mim") == []
+    assert commands(runs, tmp_path, "finetune.py", "--phases", "ed", str(tmp_path / "mim-new"))
+    tuned = made(tmp_path / "two", 0.8, pretraining="mim", n_subjects=15)
+    (tuned / "args.json").write_text(json.dumps({"init": str(tmp_path / "mim-old")}))
+    runs = study.collect(tmp_path)
+    assert commands(runs, tmp_path, "finetune.py", "--phases", "ed", str(tmp_path / "mim-old"))
+    (tuned / "args.json").write_text(json.dumps({"init": str(tmp_path / "gone")}))
+    runs = study.collect(tmp_path)
+    assert commands(runs, tmp_path, "finetune.py", "--phases", "ed", str(tmp_path / "mim-new"))
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -417,25 +415,25 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
     if quick:
         (run / "args.json").write_text('{"data": ["a b", "c"], "quick": true, "skip_broken": true}')
         (run / "split.json").write_text("{}")
-    every = [shlex.split(command)[1:] for command in study.missing(study.collect(root), root)]
+    lines = [line for each in paper.missing(study.collect(root), root) for line in each.split(" && ")]
     config = {"channels": [4, 8], "image_size": 32, "spacing_mm": 6.0, "classes": None}
     link = dict.fromkeys(("method", "data", "split", "split_seed", "seed", "subjects"), "x")
     trained, previous = set(), None
-    for name, *argv in every:
+    for name, *argv in (shlex.split(line)[1:] for line in lines):
         if name == "train_ssp.py":
-            args, _ = train_ssp.parse(argv)
+            args = train_ssp.parse(argv)[0]
             (root / args.method).mkdir()
             torch.save(
                 {"state_dict": {}, "config": config, "provenance": link}, root / args.method / "unet.pt"
             )
             assert (args.out, args.quick) == (str(root / args.method), quick)
         elif name == "finetune.py":
-            args, checkpoint, _ = finetune.parse(argv)
+            args, checkpoint, *_ = finetune.parse(argv)
             known = study.Arm(
                 checkpoint.path.parent.name if checkpoint else "scratch", args.n_subjects, args.phases,
                 frozenset(args.vendors or ()), "on" if args.augment else "off",
             )  # fmt: skip
-            assert known in study.arms() and args.out == str(root / known.name(args.seed))
+            assert known in study.arms() and args.out == str(root / known.run_name(args.seed))
             assert checkpoint or args.data == (["a b", "c"] if quick else ["DATA"])
             assert (args.quick, args.lr) == (quick, 0.005 if checkpoint else 0.01)
             trained.add((known, args.seed))
@@ -443,16 +441,44 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
             args = evaluate.parse(argv)
             assert (name, args.split) == ("evaluate.py", "test") and args.checkpoint == [previous]
         previous = args.out
-    assert len(trained) == 104 and len(every) == 4 + 2 * 104
+    assert len(trained) == 104 and len(lines) == 4 + 2 * 104
+
+
+def test_a_method_that_the_paper_does_not_have_and_self_training_are_further_columns_and_rows(tmp_path):
+    every = {"n_subjects": 296, "all_subjects": True}
+    for name, dice, arm in (
+        ("a", 0.80, {"pretraining": "scratch"}),
+        ("b", 0.85, {"pretraining": "motion"}),
+        ("c", 0.86, {"pretraining": "motion", "predicted": True}),
+        ("d", 0.70, {"pretraining": "scratch", "phases": "ed"}),
+        ("e", 0.75, {"pretraining": "motion", "phases": "ed"}),
+    ):
+        made(tmp_path / name, dice, beat=0, **every, **arm)
+    runs = study.collect(tmp_path)
+    first = table(runs, "table1")
+    assert first.header[6:] == ["motion", "motion + self-training"]
+    assert first.rows[0] == ["296 (349)", "0.80 ± -", "", "", "", "", "0.85 ± -", "**0.86 ± -**"]
+    assert [row[0] for row in table(runs, "table2").rows] == ["None", "MIM", "motion", "None", "MIM"]
+    assert list(paper.learning_curves(runs)) == ["Baseline", "motion", "motion + self-training"]
+    assert not commands(runs, tmp_path, "train_ssp.py", "motion")  # the paper's study does without
+
+
+def test_a_class_that_no_reference_has_is_left_out_of_the_scores(tmp_path):
+    run = made(tmp_path / "a", 0.8, pretraining="mim", n_subjects=15)
+    path = run / "evaluation-test" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "without_reference": ["RV"]}))
+    (found,) = study.collect(tmp_path)
+    assert found.dice(classes=["RV"]) == {}
+    assert found.dice()["mnms/a"] == pytest.approx(0.81)  # 0.8 + 0.01, and 0.03 and -0.03 for LV and MYO
 
 
 def test_markdown_and_csv(tmp_path):
     for method, dice in (("scratch", 0.8), ("mim", 0.9)):
         made(tmp_path / "runs" / method, dice, pretraining=method, n_subjects=15)
-    every = tables.tables(study.collect(tmp_path / "runs"))
+    every = paper.tables(study.collect(tmp_path / "runs"))
     names = ["table1", "table2", "table3", "table4", "section3", "supplementB"]
     assert [t.name for t in every] == names
-    lines = tables.markdown(every[0]).splitlines()
+    lines = text.markdown(every[0]).splitlines()
     assert lines[0] == every[0].title and lines[1] == ""
     assert lines[2:4] == [
         "| #subjects (#slices) | Baseline | SimCLR | PCL | DINO | MIM |",
@@ -460,11 +486,11 @@ def test_markdown_and_csv(tmp_path):
     ]
     assert lines[7] == "| 15 (349) | 0.80 ± - |  |  |  | **0.90 ± -** |" and len(lines) == 9
     assert all(len({len(row) for row in (t.header, *t.rows)}) == 1 for t in every)
-    paths = tables.write_csv(every, tmp_path / "new" / "tables")
-    assert sorted(p.name for p in (tmp_path / "new" / "tables").iterdir()) == sorted(
-        f"{n}.csv" for n in names
-    )
-    with open(paths[0], newline="", encoding="utf-8") as file:
+    paper.write(every, ["python a", "python b"], tmp_path / "new" / "tables")
+    folder = tmp_path / "new" / "tables"
+    assert {p.name for p in folder.iterdir()} == {*(f"{n}.csv" for n in names), "commands.sh"}
+    assert (folder / "commands.sh").read_text() == "python a\npython b\n"
+    with open(folder / "table1.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[0] == every[0].header
     assert rows[4] == ["15 (349)", "0.80 ± -", "", "", "", "0.90 ± -"] and len(rows) == 6

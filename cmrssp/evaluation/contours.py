@@ -1,0 +1,120 @@
+"""Outlines of label maps on images: the contour sheet, and an animation of one slice."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from skimage.measure import find_contours
+from skimage.morphology import erosion
+from skimage.transform import resize
+
+from cmrssp.data.store import Store
+from cmrssp.data.subject import CLASSES
+from cmrssp.evaluation.plots import CLASS_COLOURS
+from cmrssp.files import atomic
+from cmrssp.runs.figures import BLUE, ORANGE, save_figure
+
+_SQUARE_MM = 160.0  # side of what is shown
+_GIF_PX = 300  # the longer side
+_LINE_PX = 2  # width of an outline, on the inner side of a class's edge
+_GREYS = 252  # of the palette's 256: the classes and one that Pillow needs for "unchanged" take the rest
+_FRAME_S = 0.04  # for an unknown time step: 25 frames a second
+
+
+def around(centre: Sequence[float], spacing_mm: Sequence[float]) -> tuple[slice, slice]:
+    """Rows and columns of a 160 mm square around a centre in pixels, as far as the image reaches."""
+    half = [_SQUARE_MM / 2 / spacing for spacing in spacing_mm]
+    return tuple(slice(max(0, int(c - h)), int(c + h) + 1) for c, h in zip(centre, half, strict=True))
+
+
+def case(store: Store, subject: int, frame: int, title: str, prediction: np.ndarray) -> dict:
+    """What `contour_sheet` shows of a frame; with its reference where the store holds labels."""
+    return {
+        "title": title,
+        "image": store.volume(subject, frame),
+        "reference": store.label_volume(subject, frame) if store.labels else None,
+        "prediction": prediction,
+        "spacing_mm": store.cines[subject].geometry.spacing_mm,
+        "centre": store.cines[subject].centre,
+    }
+
+
+def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
+    """Contours of reference and prediction on evenly spread slices, base on the left; one row per case.
+
+    case: title, image (Z, H, W), reference and prediction (Z, H, W) label ids (reference may be None),
+    spacing_mm and centre as (row, column).
+    """
+    figure = Figure(figsize=(2.3 * columns, 2.45 * len(cases) + 0.4))
+    axes = figure.subplots(len(cases), columns, squeeze=False)
+    for row, case in zip(axes, cases, strict=True):
+        shown = case["prediction"] if case["reference"] is None else case["reference"]
+        slices = np.flatnonzero(shown.any(axis=(1, 2)))
+        slices = slices if len(slices) else np.arange(len(shown))
+        chosen = slices[np.unique(np.linspace(0, len(slices) - 1, columns).round().astype(int))]
+        box, spacing = around(case["centre"], case["spacing_mm"]), case["spacing_mm"]
+        high = np.percentile(case["image"][(slice(None), *box)], 99.5)
+        for axis in row[len(chosen) :]:
+            axis.set_axis_off()
+        for axis, z in zip(row, chosen, strict=False):
+            grey = {"cmap": "gray", "vmin": 0, "vmax": high, "aspect": spacing[0] / spacing[1]}
+            axis.imshow(case["image"][(z, *box)], **grey)
+            for labels, colour in ((case["reference"], BLUE), (case["prediction"], ORANGE)):
+                for id in () if labels is None else range(1, len(CLASSES) + 1):
+                    mask = np.pad(labels[(z, *box)] == id, 1)  # closed also at the edge of the square
+                    for line in find_contours(mask.astype(float), 0.5):
+                        axis.plot(line[:, 1] - 1, line[:, 0] - 1, color=colour, linewidth=1.1)
+            axis.set(xticks=[], yticks=[], xlabel=f"slice {z + 1} of {len(case['image'])}")
+            axis.xaxis.label.set_fontsize(7)
+        row[0].set_title(case["title"], loc="left", fontsize=9, parse_math=False)
+    reference = "blue: reference, " if any(case["reference"] is not None for case in cases) else ""
+    legend = f"{reference}orange: prediction; {_SQUARE_MM:.0f} mm square around the crop centre"
+    axes[-1, 0].text(0, -0.25, legend, transform=axes[-1, 0].transAxes, fontsize=9)
+    save_figure(figure, path)
+
+
+def delays_ms(frames: int, frame_s: float | None) -> list[int]:
+    """The duration of each frame of a GIF, in steps of 10 ms whose sum follows real time; at least 20 ms,
+    because browsers slow shorter ones down to 100 ms. 40 ms where `frame_s` is None or 0.
+    """
+    ends = np.round(np.arange(frames + 1) * (frame_s or _FRAME_S) * 100)
+    return [int(10 * max(2, steps)) for steps in np.diff(ends)]
+
+
+def animate(
+    images: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float], path: Path, frame_s: float | None
+) -> None:
+    """Write an endless GIF of one slice with the outlines of its classes, in real time where `frame_s` is
+    known.
+
+    images (T, H, W), grey from the lowest to the 99.5th percentile of all frames; labels (T, H, W) ids;
+    spacing_mm (row, column). Raises ValueError where the shapes differ.
+    """
+    if images.shape != labels.shape or images.ndim != 3:
+        raise ValueError(f"animate: expected two (T, H, W) of one shape, got {images.shape}, {labels.shape}")
+    images = np.nan_to_num(np.asarray(images, np.float32))
+    low, high = images.min(), np.percentile(images, 99.5)
+    size_mm = np.array(images.shape[1:]) * spacing_mm
+    size = [max(1, round(side)) for side in size_mm / size_mm.max() * _GIF_PX]  # square pixels
+    pictures = []
+    for image, label in zip((images - low) / max(high - low, 1e-6), labels, strict=True):
+        grey = resize(image, size, order=3, mode="edge")
+        frame = (grey.clip(0, 1) * (_GREYS - 1)).round().astype(np.uint8)
+        weights = [
+            resize((label == id).astype(np.float32), size, order=1, mode="edge")
+            for id in range(len(CLASSES) + 1)
+        ]
+        smooth = np.argmax(weights, axis=0)  # the class of the largest weight at each pixel
+        for id in range(1, len(CLASSES) + 1):
+            inside = erosion(smooth == id, np.ones((2 * _LINE_PX + 1,) * 2))
+            frame[(smooth == id) & ~inside] = _GREYS + id - 1
+        pictures.append(Image.fromarray(frame))
+    greys = np.linspace(0, 255, _GREYS).round().astype(np.uint8).repeat(3).tobytes()
+    palette = greys + b"".join(bytes.fromhex(colour[1:]) for colour in CLASS_COLOURS.values())
+    for picture in pictures:
+        picture.putpalette(palette)
+    with atomic(path) as file:
+        delays = delays_ms(len(pictures), frame_s)
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], loop=0, duration=delays)
