@@ -154,9 +154,9 @@ def test_compare_does_not_depend_on_the_order_of_subjects():
 
 def test_compare_refuses():
     both = runs()
-    with pytest.raises(UserError, match="got A$"):
+    with pytest.raises(UserError, match=r"got A$"):
         compare({"A": both["A"]}, seed=0)
-    with pytest.raises(UserError, match="got none"):
+    with pytest.raises(UserError, match=r"got none"):
         compare({}, seed=0)
     for wrong in (
         dict(list(both["B"].items())[1:]),
