@@ -6,6 +6,8 @@ class UserError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line; with its type where it was not written for users."""
+    """What an error says, in one line of at most 300 characters; with its type if it is not for users."""
     text = " ".join(str(error).split())[:300]
-    return text if text and isinstance(error, UserError | OSError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + f": {str(error.filename)[-60:]}" * bool(error.filename)
+    return text if text and isinstance(error, UserError) else f"{type(error).__name__}: {text}"

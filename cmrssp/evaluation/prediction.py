@@ -146,11 +146,11 @@ def _measure(
 def find_phases(lv_ml: np.ndarray, sound: Collection[int]) -> tuple[dict[str, int], list[int]]:
     """({ED: frame of the largest LV, ES: frame of the smallest}, frames that were left out), from the LV
     volume of each frame (T,). Left out are frames that are not `sound`, without LV, or that jump out of the
-    curve; without any other frame, none is. ES is missing where only one frame is left.
+    curve; if no frame remains, none is left out. ES is missing where only one frame remains.
     """
     frames = np.arange(len(lv_ml))
     kept = frames[np.isin(frames, list(sound)) & (lv_ml > 0)]
-    kept = np.delete(kept, jumps(lv_ml[kept]))
+    kept = np.setdiff1d(kept, jumps(lv_ml, sound))
     kept = kept if len(kept) else frames
     phases = {"ED": int(kept[lv_ml[kept].argmax()])}
     if len(kept) > 1:
@@ -158,14 +158,20 @@ def find_phases(lv_ml: np.ndarray, sound: Collection[int]) -> tuple[dict[str, in
     return phases, np.setdiff1d(frames, kept).tolist()
 
 
-def jumps(ml: np.ndarray) -> np.ndarray:
-    """The frames of a volume curve (T,) over one cycle that lie far from both neighbours."""
-    if len(ml) < _FEWEST_FRAMES:
-        return np.zeros(0, int)
-    smooth = np.median([np.roll(ml, 1), ml, np.roll(ml, -1)], axis=0)
-    # how far the turn of a sound curve can lie from them, with systole in a third of the cycle
-    turn = np.ptp(smooth) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(ml))))
-    return np.flatnonzero(np.abs(ml - smooth) > _JUMP * smooth.max() + turn)
+def jumps(ml: np.ndarray, sound: Collection[int]) -> list[int]:
+    """The frames of a volume curve (T,) over one cycle that lie far from both neighbours, among the `sound`
+    ones with a volume.
+    """
+    frames = [t for t in sorted(sound) if ml[t] > 0]
+    curve, found = ml[frames], []
+    for i, t in enumerate(frames) if len(frames) >= _FEWEST_FRAMES else ():
+        rest = np.delete(curve, i)  # a jump must not raise its own limit
+        # how far the turn of a sound curve lies from both neighbours, with systole in a third of the cycle
+        turn = np.ptp(rest) / 2 * (1 - np.cos(min(np.pi, 3 * np.pi / len(curve))))
+        median = np.median([curve[i - 1], curve[i], curve[(i + 1) % len(curve)]])
+        if abs(curve[i] - median) > _JUMP * rest.max() + turn:
+            found.append(t)
+    return found
 
 
 def flags(
@@ -193,7 +199,7 @@ def flags(
         open_part = f"{100 * (border - beside) / border:.0f} % of its border"
         found.append((4, f"LV cavity not enclosed by myocardium ({open_part})"))
     for name in ("LV", "RV"):
-        if len(frames := jumps(ml[name])):
+        if frames := jumps(ml[name], record.sound_frames):
             found.append((3, f"jump in the {name} volume at frame {', '.join(map(str, frames[:5]))}"))
     found += [(3, what) for what in _far_apart(ml["LV"], record.sound_frames)]
     scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_main(labels == id) > _SCATTERED]

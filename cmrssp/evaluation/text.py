@@ -80,7 +80,9 @@ def prediction_table(rows: Sequence[dict]) -> str:
     lines = [f"{'cine':<32}" + "".join(f"{title:>9}" for title in columns.values()) + "   flags"]
     for row in rows:
         cells = "".join(f"{'-':>9}" if row[c] is None else f"{row[c]:>9.1f}" for c in columns)
-        lines.append(f"{row['cine']:<32}{cells}   {row['flags'] or 'none'}")
+        said = [row["flags"], "error: " + row["error"] if row["error"] else ""]
+        name = row["cine"] if len(row["cine"]) <= 60 else f"{row['cine'][:28]}…{row['cine'][-31:]}"
+        lines.append(f"{name:<32}{cells}   {'; '.join(filter(None, said)) or 'none'}")
     return "\n".join(lines)
 
 
