@@ -230,9 +230,13 @@ def learning_curves(
 
 
 def volume_curve(
-    title: str, volumes_ml: Mapping[str, Sequence[float]], path: Path, *, step_s: float | None,
-    phases: Mapping[str, int | None], excluded: Sequence[int] = (),
-) -> None:  # fmt: skip
+    title: str,
+    volumes_ml: Mapping[str, Sequence[float]],
+    path: Path,
+    step_s: float | None,
+    phases: Mapping[str, int],
+    excluded: Sequence[int] = (),
+) -> None:
     """Volumes over the cycle. volumes_ml: {LV, RV: (T,)}; step_s: time between frames, None if unknown;
     phases: {ED, ES: frame or None}, drawn as vertical lines; `excluded` frames, which cannot be ED or ES, are
     marked.

@@ -93,9 +93,9 @@ def predict(
     row = {**_NOTHING, "cine": subject.file_name}
     errors: list[str] = []
 
-    def attempt(step: Callable[..., None], *arguments: object) -> None:
+    def attempt(step: Callable[[], None]) -> None:
         try:
-            step(*arguments)
+            step()
         except Exception as error:  # the other steps and the other cines must not suffer
             errors.append(one_line(error).removeprefix(f"{subject.cine}: "))
 
@@ -106,12 +106,14 @@ def predict(
         labels = np.stack(list(predicted))
         reach = min(method.image_size * method.spacing_mm for method in methods) / 2
         ml, phases, left_out = _measure(labels, record, reach, row)
-        attempt(write_labels, Path(f"{stem}_labels.nii.gz"), labels, record.geometry, cine_image(subject))
-        attempt(_draw_contours, cines, labels, phases, Path(f"{stem}_contours.png"))
+        attempt(
+            lambda: write_labels(Path(f"{stem}_labels.nii.gz"), labels, record.geometry, cine_image(subject))
+        )
+        attempt(lambda: _draw_contours(cines, labels, phases, Path(f"{stem}_contours.png")))
         if len(labels) > 1:
-            step_s = record.time_step_s
-            attempt(_draw_curve, subject.id, ml, Path(f"{stem}_volumes.png"), step_s, phases, left_out)
-            attempt(_draw_beat, cines, labels, phases["ED"], Path(f"{stem}.gif"))
+            step_s, path = record.time_step_s, Path(f"{stem}_volumes.png")
+            attempt(lambda: plots.volume_curve(subject.id, ml, path, step_s, phases, left_out))
+            attempt(lambda: _draw_beat(cines, labels, phases["ED"], Path(f"{stem}.gif")))
 
     attempt(segment)
     if errors:
@@ -245,17 +247,6 @@ def _draw_contours(cines: Store, labels: np.ndarray, phases: dict[str, int], pat
         contours.case(cines, 0, t, f"{name}, {phase}, frame {t}", labels[t]) for phase, t in phases.items()
     ]
     contours.contour_sheet(sheet, path, columns=6)
-
-
-def _draw_curve(
-    title: str,
-    ml: dict[str, np.ndarray],
-    path: Path,
-    step_s: float | None,
-    phases: dict[str, int],
-    left_out: list[int],
-) -> None:
-    plots.volume_curve(title, ml, path, step_s=step_s, phases=phases, excluded=left_out)
 
 
 def _draw_beat(cines: Store, labels: np.ndarray, ed: int, path: Path) -> None:
