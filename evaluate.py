@@ -111,9 +111,7 @@ def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, devi
     """0, or 2 where a subject could not be scored; the others are scored."""
     first = trained[0]
     known = {"data": first.provenance.data, "label_suffix": first.provenance.label_suffix}
-    paths, label_suffix = dataset.source(
-        {"data": first.provenance.data, "label_suffix": first.provenance.label_suffix, **vars(args)}
-    )
+    paths, label_suffix = dataset.source({**known, **vars(args)})
     dataset.announce(paths)
     prepared = prepare(
         paths,
@@ -188,7 +186,7 @@ def predict(args, methods: list[segmentation.Segmentation], label_suffix: str, d
     """0, or 2 where something failed for a cine; the others are predicted, and the table says what failed."""
     out = Path(args.out or "predictions")
     check_writable("--out", out)
-    _, label_suffix = dataset.source({"label_suffix": provenance.label_suffix, **vars(args)})
+    _, label_suffix = dataset.source({"label_suffix": label_suffix, **vars(args)})
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     options = {"flips": args.flips, "largest_component": args.largest_component}

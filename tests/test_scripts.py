@@ -147,7 +147,6 @@ def test_an_unfinished_training_is_scored_apart_and_in_no_table(way, tmp_path, c
     epochs = content["provenance"]["epochs"]
     assert f"of a training that has not ended, {epochs} of {epochs + 1} epochs" in capsys.readouterr().out
     assert (tmp_path / "part" / f"evaluation-test-epoch{epochs}" / "summary.json").is_file()
-    assert "expected evaluated runs" in refused("evaluate.py", "--tables", tmp_path / "part")
 
 
 def test_the_logged_dice_is_that_of_the_evaluation(way):
@@ -364,9 +363,9 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith(str(other))]
     assert len(lines) == 4 and all("+0.2500" in line for line in lines)  # mean, LV, MYO, RV
-    assert "needs two or more runs" in refused("evaluate.py", "--compare", run)
+    assert str(run) in refused("evaluate.py", "--compare", run)
     line = refused("evaluate.py", "--compare", run, other, "--split", "train")
-    assert "no whole scores of the train split" in line and "run python evaluate.py --split train" in line
+    assert str(run) in line and "python evaluate.py --split train" in line
     gone = {row["subject"] for row in rows[:3]}
     scoring.write_csv(
         other / "evaluation-test" / "metrics.csv", [r for r in rows if r["subject"] not in gone]
@@ -374,9 +373,7 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     summary = json.loads((run / "evaluation-test" / "summary.json").read_text())
     fewer = {**summary, "subjects": sorted(set(summary["subjects"]) - gone)}
     (other / "evaluation-test" / "summary.json").write_text(json.dumps(fewer))
-    assert "different subjects or phases, 1 subjects differ" in refused(
-        "evaluate.py", "--compare", run, other
-    )
+    assert "1 subjects differ" in refused("evaluate.py", "--compare", run, other)
     for wrong in (
         [row for row in rows if row["phase"] == "ED"],
         [{name: row[name] for name in row if name != "dice"} for row in rows],
@@ -384,9 +381,9 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
         (other / "evaluation-test" / "summary.json").write_text(json.dumps(summary))
         scoring.write_csv(other / "evaluation-test" / "metrics.csv", wrong)
         line = refused("evaluate.py", "--compare", run, other)
-        assert "different subjects or phases" in line or "no whole scores of the test split" in line
-    assert "--out says nothing to --compare" in refused("evaluate.py", "--compare", run, "--out", "x")
-    assert "--flips says nothing to --compare" in refused("evaluate.py", "--compare", run, other, "--flips")
+        assert "different subjects or phases" in line or str(other) in line
+    assert "error: --out " in refused("evaluate.py", "--compare", run, "--out", "x")
+    assert "error: --flips " in refused("evaluate.py", "--compare", run, other, "--flips")
     # two runs of one name, and a third that differs in more than the seed, stay apart
     for folder, change in (("a", {}), ("b", {"settings": {"epochs": 7}}), ("c", {"recipe": {"lr": 7.0}})):
         copy = shutil.copytree(run / "evaluation-test", tmp_path / folder / "run" / "evaluation-test")
@@ -412,11 +409,16 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     said = capsys.readouterr().out
     mean = np.mean([float(row["dice"]) for row in rows])
     assert f"{mean:.2f} ± -" not in said and "in no table" in said  # the paper has no 3 subjects
-    assert "python finetune.py --init runs/mim-hearts --n-subjects 10 --seed 0" in said.replace(
-        str(cwd) + "/", ""
-    )
+    command = "python finetune.py --init runs/mim-hearts --n-subjects 10 --seed 0"
+    assert command in said.replace(f"{cwd}/", "")
     assert (cwd / "runs" / "tables" / "table1.csv").is_file()
-    assert "expected evaluated runs" in refused("evaluate.py", "--tables", tmp_path / "nothing")
+    assert command in (cwd / "runs" / "tables" / "commands.sh").read_text().replace(f"{cwd}/", "")
+
+
+def test_the_tables_of_an_empty_folder_are_the_commands_of_the_study(tmp_path, capsys):
+    assert evaluate.main(["--tables", str(tmp_path / "runs"), "--data", "MnM", "MnM2"]) == 0
+    lines = (tmp_path / "runs" / "tables" / "commands.sh").read_text().splitlines()
+    assert len(lines) == 4 + 105 and all(line in capsys.readouterr().out for line in lines[:1])
 
 
 def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, refused):
@@ -448,7 +450,7 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     lv = (found == 1).sum(axis=(0, 1, 2)) * voxel_ml
     assert float(rows["six"]["lv_edv_ml"]) == pytest.approx(lv.max(), rel=1e-3)
     assert (int(rows["six"]["ed_frame"]), int(rows["six"]["es_frame"])) == (lv.argmax(), lv.argmin())
-    assert float(rows["six"]["heart_rate_per_min"]) == pytest.approx(60 / (6 * 0.03452), rel=1e-3)
+    assert rows["six"]["heart_rate_per_min"] == "" and "290" in rows["six"]["flags"]  # 60 / (6 * 0.03452)
     assert rows["one"]["lv_ef_percent"] == rows["one"]["lv_esv_ml"] == "" and rows["one"]["lv_edv_ml"] != ""
     capsys.readouterr()
     mixed = tmp_path / "mixed"
@@ -459,7 +461,7 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     assert "not predicted: left out: files that are not named as in" in capsys.readouterr().out
     assert (tmp_path / "mixed out" / "A1B2C3_labels.nii.gz").is_file()
     line = refused("evaluate.py", "--predict", mixed, *checkpoint, "--out", mixed)
-    assert f"its cines all lie in {mixed}, where the results go" in line
+    assert str(mixed) in line and "--out" in line
     line = refused("evaluate.py", "--predict", mixed, *checkpoint, "--out", mixed / "stranger.nii")
     assert "stranger.nii is no folder that can be written to" in line
     shutil.copy(mixed / "stranger.nii", os.fsencode(mixed) + b"/M\xfcller.nii")
@@ -486,7 +488,7 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     ):
         line = refused("evaluate.py", "--predict", tmp_path / what, *checkpoint, "--out", tmp_path / "none")
         assert words in line, line
-    assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["clinical.csv"]  # says why
     line = refused("evaluate.py", "--predict", scans, "--checkpoint", cwd / "runs" / "mim-hearts")
     assert "expected a fine-tuned segmentation network, got one pretrained by mim" in line
 
