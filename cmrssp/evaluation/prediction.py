@@ -54,7 +54,7 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
     for path in map(Path, paths):
         if path.is_dir():
             try:
-                found, problems = dataset.find([str(path.resolve())], cache, label_suffix, tables=False)
+                found, problems = dataset.find([str(path.resolve())], cache, label_suffix, ignore_split=True)
             except (FileNotFoundError, UserError) as error:
                 raise UserError(str(error).replace("--data", "--predict")) from None
             for problem in problems:
