@@ -86,9 +86,9 @@ class Segmentation(Method):
             self.encoder.train(epoch >= self.freeze_encoder)  # frozen: its batch statistics stay fixed
         return self.loss(dice_cross_entropy, self.outputs(views), views["label"]), {}
 
-    def compile_networks(self) -> None:
-        self.unet.compile(dynamic=False)
-        self.loss = torch.compile(self.loss, dynamic=False)
+    def compile_networks(self, mode: str | None = None) -> None:
+        self.unet.compile(dynamic=False, mode=mode)
+        self.loss = torch.compile(self.loss, dynamic=False, mode=mode)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         if self.encoder_lr_factor == 1:

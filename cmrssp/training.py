@@ -10,7 +10,7 @@ import torch
 
 from cmrssp.data.batches import Batch, Batches
 from cmrssp.hardware import distributed
-from cmrssp.hardware.device import AMP_TYPES, untuned
+from cmrssp.hardware.device import AMP_TYPES, report_graph_fallback, untuned
 from cmrssp.runs.folder import Run
 from cmrssp.runs.progress import Progress
 from cmrssp.runs.requests import Requests
@@ -19,6 +19,7 @@ from cmrssp.runs.signals import holding
 from cmrssp.ssp.method import Method
 from cmrssp.weights.provenance import Provenance
 
+_CAPTURED_AFTER = 4  # steps: torch warms up, then captures its graphs
 Validation = Callable[[Method, int], dict[str, float]]  # (method, epochs done) -> figures for the log
 
 
@@ -37,7 +38,7 @@ class Step:
         self.steps_per_epoch = len(batches)
         method.to(self.device, memory_format=torch.channels_last).train()
         if settings.compile:
-            method.compile_networks()
+            method.compile_networks("reduce-overhead" if settings.graph else None)
         self.network = distributed.wrap(method, self.device)
         self.optimizer = torch.optim.SGD(
             method.param_groups(settings.weight_decay),
@@ -48,6 +49,7 @@ class Step:
         )
         self._begin_momentum()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self.done = 0
 
     def _begin_momentum(self) -> None:
         """Give every parameter a momentum of 0. The fused kernel would start from uninitialised memory if
@@ -77,6 +79,11 @@ class Step:
         what the method logs. The host never waits for the device here.
         """
         now = epoch + number / self.steps_per_epoch
+        if self.settings.graph:
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs may overwrite what the last step left
+            self.done += 1
+            if self.done == _CAPTURED_AFTER:
+                report_graph_fallback()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, now) * group.get("lr_factor", 1.0)
         generator = step_generator(self.settings.seed, epoch, number, distributed.rank())
@@ -91,7 +98,7 @@ class Step:
         self.scaler.update()
         self.method.on_step_end(now)
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.detach(), "gradient_norm": norm, **logs}
+        return {"loss": loss.detach().clone(), "gradient_norm": norm, **logs}
 
 
 def train(

@@ -15,7 +15,6 @@ import train_ssp
 from cmrssp import augmentation
 from cmrssp.data import phantom
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.hardware import memory
 from cmrssp.runs.resume import Stopped
 from cmrssp.training import Step, step_generator
 
@@ -41,7 +40,7 @@ def batches(cines, device, labelled=True):
 def test_the_same_batches_as_on_a_cpu(hearts, resident):
     loader = batches(hearts, GPU)
     if resident:
-        memory._keep_slices(loader, "auto", 0.0)
+        loader.keep_on_device()
         assert loader.resident is not None
     expected = batches(hearts, torch.device("cpu")).epochs(0, 2)
     for ours, theirs in zip(loader.epochs(0, 2), expected, strict=True):

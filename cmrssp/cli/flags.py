@@ -8,6 +8,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 
 from cmrssp.cli.argument_types import folder, not_empty, on_off, save_interval
 from cmrssp.cli.entry import Parser
+from cmrssp.data.batches import Batches
 from cmrssp.data.dataset import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
-from cmrssp.hardware.device import resolve_amp, resolve_compile
+from cmrssp.hardware.device import resolve_amp, resolve_compile, resolve_graph
 from cmrssp.runs.settings import Settings
 from cmrssp.ssp.flag_types import at_least_0, fraction, positive
 from cmrssp.ssp.method import Method
@@ -229,7 +231,20 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("speed and memory").add_argument
-    add("--compile", action="store_true", help="torch.compile the networks; the first steps take minutes")
+    add(
+        "--compile",
+        nargs="?",
+        const="on",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile the networks, which takes about a minute; auto: for long trainings on a GPU",
+    )
+    add(
+        "--graph",
+        choices=("auto", "off"),
+        default="auto",
+        help="replay the compiled networks as CUDA graphs; auto: on a GPU",
+    )
     add(
         "--device-cache",
         choices=("auto", "on", "off"),
@@ -256,7 +271,7 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
         raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
     if args.schedule == "cosine" and args.final_lr > args.lr:
         raise UserError(f"--final-lr {args.final_lr:g}: expected at most --lr, {args.lr:g}")
-    if args.compile and args.grad_checkpoint:
+    if args.compile == "on" and args.grad_checkpoint:
         raise UserError("--grad-checkpoint: not together with --compile; leave one of them out")
     return Settings(
         epochs=args.epochs,
@@ -271,7 +286,20 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
         seed=args.seed,
         save_every=args.save_every,
         max_skipped=args.max_skipped,
-        compile=resolve_compile(args.compile, device, args.norm),
         validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
         hint="" if args.quick or device.type != "cpu" else "add --quick to finish in minutes on this CPU",
     )
+
+
+def compiled(settings: Settings, args: argparse.Namespace, batches: Batches) -> Settings:
+    """The settings, with what --compile and --graph mean for this training."""
+    choice = {True: "on", False: "off"}.get(args.compile, args.compile)  # so in runs from before `auto`
+    compile = resolve_compile(
+        "off" if args.grad_checkpoint else choice,
+        batches.device,
+        norm=args.norm,
+        num_slices=settings.epochs * len(batches) * batches.batch_size,
+        cache=args.cache,
+    )
+    graph = resolve_graph(args.graph, batches.device, compiled=compile)
+    return replace(settings, compile=compile, graph=graph)

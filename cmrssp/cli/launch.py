@@ -36,6 +36,7 @@ def launch(
     `args` must hold data, label_suffix and split_seed as they are used. `name` is the default name of the run
     folder. `provenance` are the fields of `Provenance` that `args` and `prepared` do not give.
     """
+    settings = flags.compiled(settings, args, batches)
     memory.check(method, batches, amp=settings.amp, device=batches.device, device_cache=args.device_cache)
     if args.benchmark:
         benchmark.run(method, batches, settings, args.benchmark)

@@ -1,4 +1,18 @@
-"""How fast is a training on this machine, what is a step made of, and what could the device do?"""
+"""How fast a training runs on this machine, what its step is made of, and what the device could do.
+
+`python -m cmrssp.hardware` measures all objectives. Measured on an NVIDIA H100 80 GB (torch 2.11, 70 ACDC
+patients, 256 px, the paper's network, not compiled, 2026-11), medians in slices/s; floor: the device's own
+2.95 TB/s and 740 TFLOP/s (fp16). The bias was still added to every convolution, and DINO made its eight crops
+one after the other:
+
+    objective, batch, precision   real path   step   network    views   step / floor   peak memory
+    MIM 128 fp16                       1760   1791      1873    32000           2.55       12.2 GB
+    SimCLR 224 fp16                    2292   2332      2459    59000           2.45       15.5 GB
+    DINO 64 fp16                        922    939      1073     3100           2.76        8.1 GB
+    PCL 64 TF32                        1076   1088      1131    14000           2.68        8.9 GB
+    supervised 32 TF32                  751    759       808    15700           2.78        6.5 GB
+    supervised 32 fp16                  980    949      1496    12000           4.0         3.5 GB
+"""
 
 import math
 import statistics
@@ -10,125 +24,170 @@ from resource import RUSAGE_SELF, getrusage
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cmrssp.data.batches import Batches
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import AMP_TYPES, untuned
 from cmrssp.runs.progress import duration
+from cmrssp.runs.settings import Settings
 from cmrssp.ssp.method import Method
-from cmrssp.training import Settings, Step, step_generator
+from cmrssp.training import Step, step_generator
 
-_MIN_ROUNDS = 5
-_ROUND_S = 1.0  # of one kind of work: rounds are short, so that a slow minute of the machine meets every kind
-_WARM_UP = 3
-_OVERWRITE = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_"}  # their target is not read
+_ROUND_S = 1.0  # for each part; rounds are short, so that a slow minute of the machine meets every part
+_WARM_UP = 4  # steps, the first of which compile and capture
+_OVERWRITE = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_"}  # they do not read their target
 
 
-@dataclass
-class Measured:
-    """Of one kind of work, slices per second in each round."""
+@dataclass(frozen=True)
+class Speed:
+    """What one part of the training takes: slices per second in each round."""
 
-    title: str
+    name: str
     rates: list[float]
 
     @property
-    def rate(self) -> float:
+    def median(self) -> float:
         return statistics.median(self.rates)
 
-    def of(self, other: "Measured") -> str:
-        """This rate as a share of the other: median and range over the rounds."""
-        shares = [a / b for a, b in zip(self.rates, other.rates, strict=True)]
-        share, low, high = statistics.median(shares), min(shares), max(shares)
-        return f"{self.title} / {other.title}: {share:.3f} ({low:.3f} to {high:.3f})"
+    def relative_to(self, other: "Speed") -> str:
+        """The ratio of this rate to the other: median and range over the rounds."""
+        ratios = [a / b for a, b in zip(self.rates, other.rates, strict=True)]
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        return f"{self.name} / {other.name}: {middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that is measured of one training. Work is per slice, limits are those of the device."""
+
+    real_path: Speed
+    step: Speed
+    views: Speed
+    network: Speed
+    steps_per_round: int
+    waiting: float  # fraction of the real path's time in which it waits for slices
+    peak_memory: int  # bytes
+    flops: float
+    moved: float  # bytes in and out of operators
+    peak: float  # FLOP/s
+    bandwidth: float  # byte/s
+
+    @property
+    def floor(self) -> float:
+        """Seconds a slice would take if the device did nothing but its arithmetic, or its memory traffic."""
+        return max(self.flops / self.peak, self.moved / self.bandwidth) / distributed.world_size()
+
+    @property
+    def times_floor(self) -> float:
+        return 1 / (self.step.median * self.floor)
 
 
 def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
-    """Print how long at least `num_steps` steps take. Each round measures every kind of work, every second
-    round in reverse order. The learning rate is 0: the weights do not change.
+    """Measure at least `num_steps` steps and print what was found."""
+    used = {
+        "compile": settings.compile,
+        "graph": settings.graph,
+        "device cache": batches.resident,
+        "grad checkpoint": method.encoder.stages[0].recompute,
+    }
+    print(
+        f"benchmark: {method.name}, batches of {batches.batch_size} slices at {method.image_size} px, "
+        f"channels {' '.join(map(str, method.encoder.channels))}, mixed precision {settings.amp}"
+        + "".join(f", {name} {'on' if on else 'off'}" for name, on in used.items())
+    )
+    print(f"on: {device_name(batches.device)}, torch {torch.__version__}", flush=True)
+    found = measure(method, batches, settings, num_steps=num_steps)
+    rounds, size = len(found.step.rates), batches.batch_size
+    how = f"in {rounds} rounds of {found.steps_per_round} steps"
+    print(f"\n{'':<20}{'slices/s':>10}   {how:<28}{'s a step':>10}")
+    for speed in (found.real_path, found.step, found.views, found.network):
+        spread = f"{min(speed.rates):.4g} to {max(speed.rates):.4g}"
+        print(f"{speed.name:<20}{speed.median:>10.4g}   {spread:<28}{size / speed.median:>10.4g}")
+    waiting = f"waiting for slices: {100 * found.waiting:.1f} % of the time"
+    print(f"\n{found.real_path.relative_to(found.step)}; {waiting}")
+    print(found.step.relative_to(found.network))
+    print(f"peak memory: {found.peak_memory / 1e9:.2f} GB")
+    print(
+        f"a slice: {found.flops / 1e9:.3g} GFLOP, {found.moved / 1e9:.3g} GB in and out of operators; the "
+        f"device: {found.peak / 1e12:.3g} TFLOP/s in a matrix product, {found.bandwidth / 1e9:.3g} GB/s in a "
+        "copy"
+    )
+    bound = "arithmetic" if found.flops / found.peak > found.moved / found.bandwidth else "memory"
+    print(f"floor: {1 / found.floor:.4g} slices/s, set by {bound}; ", end="")
+    print(f"step alone takes {found.times_floor:.2f} times as long")
+    left = duration(len(batches) * settings.epochs * size / found.real_path.median)
+    print(f"the whole training: {settings.epochs} epochs x {len(batches)} steps, {left} without validation")
+
+
+def measure(
+    method: Method, batches: Batches, settings: Settings, *, num_steps: int, fewest_rounds: int = 5
+) -> Measurement:
+    """Time the real path (slices, views, step), the step on one batch, its views, and its networks.
+
+    Each round times every part, every second round in reverse order. The learning rate is 0, so that the
+    weights do not change.
     """
-    device, size, share = batches.device, batches.batch_size, batches.share
+    device, size = batches.device, batches.batch_size
     step = Step(method, batches, replace(settings, lr=0.0, final_lr=0.0))
     stream = batches.epochs(0, 10**9)
-    fixed = next(stream)
-    print(
-        f"benchmark: {method.name}, batches of {size} slices at {method.image_size} px, channels "
-        f"{' '.join(map(str, method.encoder.channels))}, mixed precision {settings.amp}, compile "
-        f"{'on' if settings.compile else 'off'}, device cache {'on' if batches.resident else 'off'}, grad "
-        f"checkpoint {'on' if method.encoder.stages[0].recompute else 'off'}"
-    )
-    print(f"on: {name(device)}, torch {torch.__version__}", flush=True)
+    batch = next(stream)
     with untuned(settings.compile):
-        flops, moved = work(lambda: step(fixed, 0, 0))
-    gradients = None
+        flops, moved = work(lambda: step(batch, 0, 0))
+    views = method.views(batch, step_generator(settings.seed, 0, 0))
+    gradients, waited = None, 0.0
 
-    def network(views: dict[str, torch.Tensor]) -> None:
+    def network(_: int) -> None:
         nonlocal gradients
+        if settings.graph:
+            torch.compiler.cudagraph_mark_step_begin()
         with step.autocast():
             outputs = [output for output in method.outputs(views) if output.requires_grad]
         gradients = gradients or [torch.full_like(output, 1 / output.numel()) for output in outputs]
         torch.autograd.backward(outputs, gradients)
         method.zero_grad(set_to_none=True)
 
-    waited = 0.0
-
-    def real(i: int) -> None:
+    def real_path(number: int) -> None:
         nonlocal waited
         began = time.perf_counter()
-        batch = next(stream)
+        read = next(stream)
         waited += time.perf_counter() - began
-        step(batch, 0, i % len(batches))
+        step(read, 0, number % len(batches))
 
-    views = method.views(fixed, step_generator(settings.seed, 0, 0))
-    kinds: dict[str, Callable[[int], object]] = {
-        "real path": real,
-        "step alone": lambda i: step(fixed, 0, i % len(batches)),
-        "augmentation alone": lambda i: method.views(fixed, step_generator(settings.seed, 0, i)),
-        "network alone": lambda i: network(views),
+    parts: dict[str, Callable[[int], object]] = {
+        "real path": real_path,
+        "step alone": lambda number: step(batch, 0, number % len(batches)),
+        "augmentation alone": lambda number: method.views(batch, step_generator(settings.seed, 0, number)),
+        "network alone": network,
     }
-    for act in kinds.values():
-        for i in range(_WARM_UP if device.type == "cuda" or settings.compile else 1):
-            act(i)
+    for act in parts.values():
+        for number in range(_WARM_UP if device.type == "cuda" or settings.compile else 1):
+            act(number)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    waited, done = 0.0, {title: Measured(title, []) for title in kinds}
-    fitting = math.ceil(_ROUND_S / timed(lambda: step(fixed, 0, 0), device))
-    (each,) = distributed.maximum(min(num_steps, fitting))  # all ranks take as many steps
-    rounds = max(_MIN_ROUNDS, math.ceil(num_steps / each))
-    for number in range(rounds):
-        for title, act in list(kinds.items())[:: 1 if number % 2 else -1]:
-            seconds = timed(lambda act=act: [act(i) for i in range(each)], device)
-            done[title].rates.append(each * size / seconds)
+    waited, rates = 0.0, {name: [] for name in parts}
+    steps = math.ceil(_ROUND_S / timed(lambda: step(batch, 0, 0), device))
+    (steps,) = distributed.maximum(min(num_steps, steps))  # the same on all ranks
+    for number in range(max(fewest_rounds, math.ceil(num_steps / steps))):
+        for name, act in list(parts.items())[:: 1 if number % 2 else -1]:
+            seconds = timed(lambda act=act: [act(i) for i in range(steps)], device)
+            rates[name].append(steps * size / seconds)
     stream.close()
-
-    print(f"\n{'':<20}{'slices/s':>10}   {f'in {rounds} rounds of {each} steps':<28}{'s a step':>10}")
-    for measured in done.values():
-        spread = f"{min(measured.rates):.4g} to {max(measured.rates):.4g}"
-        print(f"{measured.title:<20}{measured.rate:>10.4g}   {spread:<28}{size / measured.rate:>10.4g}")
-    path, alone, _, bare = done.values()
-    waiting = waited / sum(each * size / rate for rate in path.rates)
-    print(f"\n{path.of(alone)}; waiting for slices: {100 * waiting:.1f} % of the time")
-    print(alone.of(bare))
-    print(f"peak memory: {peak_memory(device) / 1e9:.2f} GB")
     peak, bandwidth = ceilings(device, settings.amp)
-    floor = max(flops / peak, moved / bandwidth) / size
-    bound = "arithmetic" if flops / peak > moved / bandwidth else "memory"
-    print(
-        f"a slice: {flops / share / 1e9:.3g} GFLOP, {moved / share / 1e9:.3g} GB in and out of operators; "
-        f"the device: {peak / 1e12:.3g} TFLOP/s in a matrix product, {bandwidth / 1e9:.3g} GB/s in a copy"
-    )
-    print(
-        f"floor: {1 / floor:.4g} slices/s, set by {bound}; step alone takes "
-        f"{1 / (alone.rate * floor):.2f} times as long"
-    )
-    left = len(batches) * settings.epochs * size / path.rate
-    print(
-        f"the whole training: {settings.epochs} epochs x {len(batches)} steps, {duration(left)} (validation "
-        "not counted)"
+    return Measurement(
+        *(Speed(name, rates[name]) for name in parts),
+        steps_per_round=steps,
+        waiting=waited / sum(steps * size / rate for rate in rates["real path"]),
+        peak_memory=peak_memory(device),
+        flops=flops / batches.share,
+        moved=moved / batches.share,
+        peak=peak,
+        bandwidth=bandwidth,
     )
 
 
 def timed(act: Callable[[], object], device: torch.device) -> float:
-    """Seconds, to the end of what the device does of it."""
+    """The seconds until the device has done all of `act`."""
     _wait(device)
     began = time.perf_counter()
     act()
@@ -138,7 +197,7 @@ def timed(act: Callable[[], object], device: torch.device) -> float:
 
 def work(act: Callable[[], object]) -> tuple[int, int]:
     """(floating-point operations of convolutions and matrix products, bytes that the operators read and write
-    when each touches its tensors once) of `act`. Compiled, it may need fewer bytes.
+    if each touches its tensors once) of `act`. Compiled, it may need fewer bytes.
     """
     from torch.utils.flop_counter import FlopCounterMode  # half a second that no training needs
 
@@ -159,34 +218,28 @@ class _Traffic(TorchDispatchMode):
         schema, read, written = operator._schema, [], []
         given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **(kwargs or {})}
         for argument in schema.arguments:
-            tensors = _tensors([given.get(argument.name)])
+            tensors = _tensors(given.get(argument.name))
             writes = argument.alias_info is not None and argument.alias_info.is_write
             written += tensors if writes else []
             read += [] if writes and (argument.is_out or schema.name in _OVERWRITE) else tensors
         held = {tensor.untyped_storage().data_ptr() for tensor in (*read, *written)}
-        written += [t for t in _tensors([result]) if t.untyped_storage().data_ptr() not in held]
+        written += [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in held]
         if written and "empty" not in schema.name:
             self.bytes += sum(t.numel() * t.element_size() for t in (*read, *written))
         return result
 
 
 def _tensors(values) -> list[torch.Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            found += _tensors(value)
-    return found
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def ceilings(device: torch.device, amp: str) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, byte/s of a large copy), the best of several. With float32 on a GPU
-    the product is in TF32 where convolutions may use it.
+    """(FLOP/s of a large matrix product, byte/s of a large copy), each the best of several. On a GPU a
+    float32 product uses TF32 if convolutions may.
     """
     side, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
     if device.type == "cpu" and amp != "off":
-        side = 512  # many a CPU has no units for bfloat16
+        side = 512  # many CPUs have no units for bfloat16
     a, b = (torch.randn(side, side, device=device).to(AMP_TYPES.get(amp, torch.float32)) for _ in range(2))
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
@@ -205,7 +258,7 @@ def peak_memory(device: torch.device) -> int:
     return getrusage(RUSAGE_SELF).ru_maxrss * 1024
 
 
-def name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")

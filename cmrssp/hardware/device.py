@@ -1,4 +1,4 @@
-"""Which device a run takes, and how torch is set up on it."""
+"""The device of a run, the processor cores that it may use, and how torch is set up for it."""
 
 import math
 import os
@@ -12,38 +12,30 @@ from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
 
 AMP_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def available_cores() -> int:
-    """The cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
-    cores = len(os.sched_getaffinity(0))
-    for limit in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        with suppress(OSError, ValueError):  # another version of cgroups; "max", which is no limit
-            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in limit).split()
-            quota, period = map(int, words)
-            if quota > 0:
-                return min(cores, math.ceil(quota / period))
-    return cores
+# From how many slices on, all epochs together, a training gains more from compiling than the minute that it
+# takes: on an H100 it saves 0.1 ms a slice of the paper's network.
+COMPILE_FROM = 500_000
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one; under torchrun each process of a machine takes its own. Says what
-    was taken.
+    """The device for --device, printed; `auto` is a GPU if torch sees one. Under torchrun each process of a
+    machine takes its own GPU. Torch's threads are limited to the cores that this process may use.
     """
+    expected = "--device: expected auto, cpu, cuda or cuda:N, got"
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}") from None
+        raise UserError(f"{expected} {name}") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
-        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name}")
+        raise UserError(f"{expected} {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: expected cpu, or one of {torch.cuda.device_count()} GPUs that torch sees"
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use one of them, or cpu"
         )
-    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     processes = distributed.world_size()
     if processes > 1 and device.type == "cuda":
         device = _own_gpu(name, device)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     each = f"{processes} processes, each with " if processes > 1 else ""
     if device.type == "cuda":
         print(f"device: {each}{torch.cuda.get_device_name(device)}")
@@ -54,10 +46,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _own_gpu(name: str, device: torch.device) -> torch.device:
-    """The GPU of this process among those of its machine."""
+    """The GPU of this process on its machine."""
     if device.index is not None:
         raise UserError(
-            f"--device {name}: torchrun gives every process a GPU of its own; expected auto, cuda or cpu"
+            f"--device {name}: torchrun gives every process its own GPU; expected auto, cuda or cpu"
         )
     present, wanted = torch.cuda.device_count(), distributed.local_world_size()
     if wanted > present:
@@ -69,6 +61,18 @@ def _own_gpu(name: str, device: torch.device) -> torch.device:
     return torch.device("cuda", distributed.local_rank())
 
 
+def available_cores() -> int:
+    """The cores that this process may use: its affinity, and the quota of its container (cgroup v2 or v1)."""
+    cores = len(os.sched_getaffinity(0))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):  # the other version of cgroups, or "max", which is no limit
+            words = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
+            quota, period = map(int, words)
+            if quota > 0:
+                return min(cores, math.ceil(quota / period))
+    return cores
+
+
 def resolve_amp(amp: str, device: torch.device) -> str:
     if amp == "fp16" and device.type != "cuda":
         print("mixed precision: off (fp16 needs a GPU)")
@@ -76,33 +80,59 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     return amp
 
 
-def resolve_compile(wanted: bool, device: torch.device, norm: str) -> bool:
-    """False, and that is said, where torch.compile has no compiler to work with, or nothing to compile."""
-    if wanted and device.type == "cuda" and norm == "batch" and distributed.world_size() > 1:
-        print("--compile: off, torch does not compile the batch norm that several GPUs have in common")
+def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices: int, cache: Path) -> bool:
+    """Whether to use torch.compile, for --compile auto, on or off. With auto it is used on a GPU, for a
+    training of at least COMPILE_FROM slices. Compiled kernels are kept below `cache`.
+    """
+    if choice == "off" or (choice == "auto" and (device.type != "cuda" or num_slices < COMPILE_FROM)):
         return False
-    if wanted:
-        try:
-            torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
-        except Exception as error:  # whatever a compiler that is absent or broken ends in
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"--compile: off, torch finds no compiler that works here ({first})")
-            return False
-    return wanted
+    if device.type == "cuda" and norm == "batch" and distributed.world_size() > 1:
+        print("compile: off, torch cannot compile the batch norm that several GPUs share")
+        return False
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # a missing or broken compiler can raise anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"compile: off, torch finds no working compiler ({first})")
+        return False
+    print("compile: on; the first steps take about a minute, or seconds if --cache has the kernels already")
+    return True
+
+
+def resolve_graph(choice: str, device: torch.device, *, compiled: bool) -> bool:
+    """Whether to replay the compiled networks as CUDA graphs, for --graph auto or off. The host launches a
+    graph at once; launching its kernels one by one can take longer than the GPU needs to run them.
+    """
+    if choice == "off" or device.type != "cuda" or not compiled:
+        return False
+    if distributed.world_size() > 1:
+        print("graph: off, with several processes")
+        return False
+    print("graph: on")
+    return True
+
+
+def report_graph_fallback() -> None:
+    """Print how many parts of the networks torch runs without a CUDA graph, if any."""
+    from torch._dynamo.utils import counters  # seconds that a run without torch.compile does not need
+
+    if skipped := counters["inductor"]["cudagraph_skips"]:
+        print(f"graph: {skipped} parts of the networks run without (why: TORCH_LOGS=perf_hints)", flush=True)
 
 
 @contextmanager
 def untuned(compiled: bool) -> Iterator[None]:
-    """Inside, compiled networks run uncompiled and cuDNN does not search for the fastest algorithm: for
-    shapes that occur rarely, compiling and searching would take longer than they save.
+    """In this block compiled networks run uncompiled, and cuDNN does not search for the fastest algorithm:
+    for shapes that occur rarely, compiling and searching would take longer than they save.
     """
-    tries = torch.backends.cudnn.benchmark
+    search = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield
     finally:
-        torch.backends.cudnn.benchmark = tries
+        torch.backends.cudnn.benchmark = search
 
 
 def prepare_torch(seed: int, deterministic: bool) -> None:

@@ -12,27 +12,28 @@ from cmrssp.hardware import distributed
 from cmrssp.ssp.method import Method
 
 _GB = 1e9
-_RESERVE = 2 * _GB  # beside the slices: batches on their way, libraries
-_MARGIN = 1.3  # gradients on their way and the libraries' work space are not in the estimate
+_RESERVE = 2 * _GB  # kept free besides the slices, for batches under way and libraries
+_MARGIN = 1.3  # the estimate leaves out gradients under way and the work space of libraries
 
 
 def check(
     method: Method, batches: Batches, *, amp: str, device: torch.device, device_cache: str = "off"
 ) -> None:
-    """Print the estimate; raise UserError with a batch size that fits when the device has less. With
-    `device_cache` on, or auto where a GPU has room for them, the slices go into the device's memory now.
+    """Print the estimated memory. Raises UserError if the device has less, with a batch size that fits.
+
+    With `device_cache` on, or auto on a GPU that has room for them, copies the slices to the device now.
     """
     if batches.batch_size < method.fewest_slices:
         raise UserError(
-            f"--batch-size: {method.name} compares the slices of a batch with one another, expected at least "
+            f"--batch-size: {method.name} compares the slices of a batch, expected at least "
             f"{method.fewest_slices} of them, got {batches.batch_size} ({len(batches.slices)} to train on)"
         )
     factor, ranks = 2 ** (len(method.encoder.channels) - 1), distributed.world_size()
     fewest = batches.share * min(number * (side // factor) ** 2 for side, number in method.view_sizes())
     if method.encoder.norm == "batch" and fewest < 2:
         raise UserError(
-            f"--batch-size {batches.batch_size}: batch norm needs more than one value a channel, and the "
-            "bottleneck of these --channels and this --image-size has one; use --batch-size "
+            f"--batch-size {batches.batch_size}: batch norm needs more than one value per channel, but with "
+            "these --channels and this --image-size the bottleneck has one; use --batch-size "
             f"{2 * ranks} or a larger --image-size"
         )
     fixed, per_slice = estimate(method, batches, amp=amp)
@@ -50,33 +51,32 @@ def check(
             f"{device} has {present / _GB:.0f} GB; {hint}"
             + ("" if amp != "off" else ", or --amp fp16 on a GPU")
         )
-    _keep_slices(batches, device_cache, needed)
+    _cache_slices(batches, device_cache, needed)
 
 
-def _keep_slices(batches: Batches, wish: str, training: float) -> None:
-    """Copy the slices into the device's memory if they fit beside the training (bytes); else say why not."""
-    if wish == "off" or (wish == "auto" and batches.device.type == "cpu"):
+def _cache_slices(batches: Batches, choice: str, training: float) -> None:
+    """Copy the slices to the device if they fit besides the training (bytes); else print why not."""
+    if choice == "off" or (choice == "auto" and batches.device.type == "cpu"):
         return
     slices = DeviceCache.needs(
         batches.store, batches.slices, labelled=batches.labelled, motion=batches.motion
     )
     room = free(batches.device) - _MARGIN * training - _RESERVE
-    sizes = f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free beside the training"
+    sizes = f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"
     if slices <= room:
         print(f"device cache: on, {sizes}")
         batches.keep_on_device()
-    elif wish == "on":
+    elif choice == "on":
         raise UserError(f"--device-cache on: {sizes}; use auto or off, or a smaller --batch-size")
     else:
         print(f"device cache: off, {sizes}; they are read ahead")
 
 
 def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, float]:
-    """(bytes whatever the batch, bytes per slice), on the CPU: weights, gradients, momentum; what autograd
-    keeps.
+    """(bytes for any batch: weights, gradients, momentum; bytes per slice: what autograd keeps).
 
-    A copy of the method runs forward on two slices, and every tensor that is kept for the backward pass is
-    counted.
+    A copy of the method runs forward on two slices on the CPU. Every tensor that it keeps for the backward
+    pass counts.
     """
     trial = copy.deepcopy(method).cpu().train()
     batch = {key: value.cpu() for key, value in next(iter(batches.in_order(2))).items()}
@@ -99,14 +99,14 @@ def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, floa
 
 
 def capacity(device: torch.device) -> float:
-    """Bytes of memory of the device; of the machine's own memory this process's share."""
+    """Bytes of memory that the device has; on a CPU those of the machine divided among its processes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.local_world_size()
 
 
 def free(device: torch.device) -> float:
-    """Bytes that nothing uses at present."""
+    """Bytes that are not used now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / distributed.local_world_size()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a method is trained. Every value comes from a flag of the same name."""
+    """How a method is trained. Every value comes from the flag of the same name."""
 
     epochs: int
     lr: float
@@ -21,7 +21,8 @@ class Settings:
     validate_every: int  # epochs
     save_every: str  # minutes ("1min") or epochs ("5")
     max_skipped: int  # steps in a row that fp16 may leave out
-    compile: bool  # the networks, by torch.compile
+    compile: bool = False  # the networks, by torch.compile
+    graph: bool = False  # replay the compiled networks as CUDA graphs
     hint: str = ""  # what to try if the run turns out to take hours
 
 

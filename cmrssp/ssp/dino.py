@@ -168,9 +168,9 @@ class DINO(Method):
         )
         return loss, {}
 
-    def compile_networks(self) -> None:
-        super().compile_networks()
-        self.teacher_encoder.pooled = torch.compile(self.teacher_encoder.pooled, dynamic=False)
+    def compile_networks(self, mode: str | None = None) -> None:
+        super().compile_networks(mode)
+        self.teacher_encoder.pooled = torch.compile(self.teacher_encoder.pooled, dynamic=False, mode=mode)
 
     def teacher_temperature(self, epoch: float) -> float:
         start, end = self.teacher_temperatures

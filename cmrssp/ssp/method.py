@@ -98,11 +98,11 @@ class Method(nn.Module):
         """(0-d float32 loss, detached 0-d tensors to log) at a fractional epoch."""
         raise NotImplementedError
 
-    def compile_networks(self) -> None:
-        """torch.compile in place, so that no key of the state dict changes. Only the pooled features are
-        compiled: each other output would get a gradient of zeros.
+    def compile_networks(self, mode: str | None = None) -> None:
+        """torch.compile in place, so that no key of the state dict changes; `mode` is its argument. Only the
+        pooled features are compiled: each other output would get a gradient of zeros.
         """
-        self.encoder.pooled = torch.compile(self.encoder.pooled, dynamic=False)
+        self.encoder.pooled = torch.compile(self.encoder.pooled, dynamic=False, mode=mode)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         """Groups for the optimiser. A group's `lr_factor` (1 if absent) multiplies the learning rate."""

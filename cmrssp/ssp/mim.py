@@ -88,8 +88,8 @@ class MIM(Method):
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return masked_mse(self.outputs(views)[0], views["image"], views["mask"]), {}
 
-    def compile_networks(self) -> None:
-        self.unet.compile(dynamic=False)
+    def compile_networks(self, mode: str | None = None) -> None:
+        self.unet.compile(dynamic=False, mode=mode)
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         masked = _masked(views)

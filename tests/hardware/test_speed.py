@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 import torch
 import two_processes
+from test_device import compiles
 from torch import nn
 
 import finetune
 import train_ssp
 from cmrssp import augmentation
+from cmrssp.cli import flags
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.hardware import benchmark, memory
-from cmrssp.hardware.device import resolve_compile
+from cmrssp.hardware.__main__ import main
 from cmrssp.training import Step, step_generator
 from cmrssp.unet import UNet, recompute_activations
 
@@ -80,7 +82,7 @@ def test_what_the_device_has_no_room_for_is_read_or_refused(hearts, monkeypatch,
     fixed, per_slice = memory.estimate(method, loader, amp="off")
     training = 1.3 * (fixed + 5 * per_slice) + 2e9
     monkeypatch.setattr(memory, "free", lambda device: training + needed - 1)
-    with pytest.raises(UserError, match=r"--device-cache on: the slices take 0\.0 GB, .* are free beside"):
+    with pytest.raises(UserError, match=r"--device-cache on: the slices take 0\.0 GB, .* are free besides"):
         memory.check(method, loader, amp="off", device=CPU, device_cache="on")
     monkeypatch.setattr(memory, "free", lambda device: training + needed + 1)
     memory.check(method, loader, amp="off", device=CPU, device_cache="on")
@@ -232,9 +234,9 @@ def test_intensity_in_place_equals_the_plain_order():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["segmentation", "simclr", "dino"])
-def test_compiled_networks_give_the_same_loss_and_gradients(name):
+def test_compiled_networks_give_the_same_loss_and_gradients(name, tmp_path):
     """The whole U-Net and its loss; an encoder; one with a teacher beside it. No key is renamed."""
-    if not resolve_compile(True, CPU, "batch"):
+    if not compiles("on", CPU, cache=tmp_path):
         pytest.skip("there is no C++ compiler for torch.compile")
     plain = two_processes.make_method(name)
     compiled = copy.deepcopy(plain)
@@ -247,19 +249,31 @@ def test_compiled_networks_give_the_same_loss_and_gradients(name):
     assert plain.state_dict().keys() == compiled.state_dict().keys()
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, of a compiler that it finds no use for
-def test_without_a_compiler_training_goes_on_uncompiled(monkeypatch, capsys):
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    assert resolve_compile(True, CPU, "batch") is False
-    assert capsys.readouterr().out.startswith("--compile: off, torch finds no compiler that works here (")
+@pytest.mark.slow
+def test_a_step_meant_for_a_graph_falls_back_where_there_is_none(hearts, monkeypatch, tmp_path, capsys):
+    """On a CPU torch makes no graph: the losses are those of eager steps, and one notice is printed."""
+    if not compiles("on", CPU, cache=tmp_path):
+        pytest.skip("there is no C++ compiler for torch.compile")
+    losses = []
+    for fast in (False, True):
+        settings = loop.settings(**two_processes.SETTINGS, compile=fast, graph=fast)
+        step = Step(two_processes.make_method("segmentation"), batches(hearts), settings)
+        batch = next(batches(hearts).in_order())
+        losses.append([step(batch, 0, number)["loss"].item() for number in range(6)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert capsys.readouterr().out.count("graph: ") == 1
 
 
-def test_the_common_batch_norm_of_several_gpus_is_not_compiled(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert resolve_compile(True, torch.device("cuda"), "batch") is False
-    assert capsys.readouterr().out.startswith("--compile: off, torch does not compile the batch norm")
+def test_the_flags_decide_what_is_compiled(hearts):
+    """A checkpointed network is not compiled; a run from before `auto` says False or True."""
+    loader, settings = batches(hearts), loop.settings(**two_processes.SETTINGS)
+    for words in ([], ["--grad-checkpoint"], ["--compile", "off"]):
+        args = train_ssp.parse(["--method", "mim", *words])[0]
+        decided = flags.compiled(settings, args, loader)
+        assert (decided.compile, decided.graph) == (False, False)
+    assert train_ssp.parse(["--method", "mim", "--compile"])[0].compile == "on"
+    args.compile = False
+    assert flags.compiled(settings, args, loader).compile is False
 
 
 def test_work_is_counted_as_by_hand():
@@ -280,8 +294,30 @@ def test_work_is_counted_as_by_hand():
 
 
 def test_shares_of_rates_are_taken_round_by_round():
-    path, alone = benchmark.Measured("a", [9.0, 50.0, 40.0]), benchmark.Measured("b", [10.0, 100.0, 50.0])
-    assert path.of(alone) == "a / b: 0.800 (0.500 to 0.900)" and path.rate == 40.0
+    path, alone = benchmark.Speed("a", [9.0, 50.0, 40.0]), benchmark.Speed("b", [10.0, 100.0, 50.0])
+    assert path.relative_to(alone) == "a / b: 0.800 (0.500 to 0.900)" and path.median == 40.0
+
+
+def test_the_floor_is_the_larger_of_arithmetic_and_traffic():
+    """A slice of 6 FLOP at 2 FLOP/s takes 3 s, its 8 bytes at 4 byte/s take 2 s; the step takes 6 s."""
+    speed = benchmark.Speed("step", [1 / 6])
+    found = benchmark.Measurement(
+        speed, speed, speed, speed, steps_per_round=1, waiting=0.0, peak_memory=0, flops=6.0, moved=8.0,
+        peak=2.0, bandwidth=4.0,
+    )  # fmt: skip
+    assert found.floor == 3.0 and found.times_floor == pytest.approx(2.0)
+
+
+def test_the_table_of_all_objectives(phantom_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", str(phantom_folder), "--cache", str(tmp_path / "cache"), "--quick", "--device", "cpu"]
+    assert main([*words, "--channels", "4", "8", "--image-size", "32", "--batch-size", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[:3] for line in lines] == [
+        [name, "4", "off"] for name in ("mim", "simclr", "dino", "pcl", "segmentation")
+    ]
+    for line in lines:
+        assert all(float(figure) > 0 for figure in line.split()[3:9])
 
 
 def test_the_benchmark_of_both_scripts(phantom_folder, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,83 @@
+"""Measure the training step of every objective on this machine, one line each.
+
+The network and the settings are the paper's, or on a CPU those of --quick. The networks are not compiled:
+with --compile each line takes about a minute longer, unless --cache has the kernels already.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from cmrssp.cli import entry, flags
+from cmrssp.data import dataset, store
+from cmrssp.data.batches import Batches, Slices
+from cmrssp.hardware import benchmark, memory
+from cmrssp.hardware.device import prepare_torch, resolve_device
+from cmrssp.segmentation import Segmentation
+from cmrssp.ssp import METHODS
+from cmrssp.ssp.method import Method
+
+PROG = "python -m cmrssp.hardware"
+_STEPS = 10  # at least, in at least three rounds
+_COLUMNS = ("real path", "step", "network", "views", "step / floor", "memory")
+
+
+def rows(device: torch.device) -> list[tuple[type[Method], str]]:
+    """(objective, mixed precision): the paper's, and the supervised one also in fp16."""
+    pretraining = [
+        (METHODS[name], METHODS[name].defaults["amp"]) for name in ("mim", "simclr", "dino", "pcl")
+    ]
+    return [*pretraining, (Segmentation, "off"), *([(Segmentation, "fp16")] if device.type == "cuda" else [])]
+
+
+def parse(argv: Sequence[str] | None, method: type[Method], amp: str):
+    parser = entry.Parser(prog=PROG, description=__doc__)
+    flags.add_data(parser, default=dataset.PHANTOM)
+    flags.add_network(parser)
+    flags.add_optimisation(parser)
+    flags.add_run(parser, training=True)
+    flags.add_speed(parser)
+    method.add_flags(parser.add_argument_group(method.name))
+    flags.set_defaults(parser, argv, method)
+    parser.set_defaults(amp=amp, compile="off")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv, Segmentation, "off")
+    device = resolve_device(args.device)
+    if device.type == "cpu" and not args.quick:
+        argv = ["--quick", *(sys.argv[1:] if argv is None else argv)]
+    data, label_suffix = dataset.source(vars(args))
+    subjects, _ = dataset.find(data, args.cache, label_suffix)
+    cines = store.build(subjects, args.cache, labels=True, skip_broken=args.skip_broken)
+    lines = []
+    for method_class, amp in rows(device):
+        args = parse(argv, method_class, amp)
+        prepare_torch(args.seed, args.deterministic)
+        method, settings = flags.build(method_class, args), flags.settings(args, device)
+        labelled = method_class is Segmentation
+        keys = [key for key, i in cines.index.items() if not labelled or cines.labels[i].frames]
+        slices = Slices(cines, keys, phases="both" if labelled else None)
+        batches = Batches(
+            cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=labelled, device=device
+        )
+        settings = flags.compiled(settings, args, batches)
+        memory.check(method, batches, amp=settings.amp, device=device, device_cache=args.device_cache)
+        found = benchmark.measure(method, batches, settings, num_steps=_STEPS, fewest_rounds=3)
+        rates = (found.real_path, found.step, found.network, found.views)
+        lines.append(
+            f"{f'{method.name} {batches.batch_size} {settings.amp}':<24}"
+            + "".join(f"{speed.median:>13.4g}" for speed in rates)
+            + f"{found.times_floor:>13.2f}{found.peak_memory / 1e9:>10.1f} GB"
+        )
+        del method, batches
+    print(f"\n{benchmark.device_name(device)}, torch {torch.__version__}; slices/s, medians")
+    print(f"{'objective, batch, amp':<24}" + "".join(f"{column:>13}" for column in _COLUMNS))
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    entry.end(main, PROG)
