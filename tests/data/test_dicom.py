@@ -213,7 +213,7 @@ def contour_volumes(subject) -> dict[tuple[str, int], float]:
     places = {i.path.stem: t for line in subject.source.grid for t, i in enumerate(line)}
     voxel_ml = abs(np.linalg.det(cine_image(subject).affine[:3, :3])) / 1000
     found: Counter = Counter()
-    fine = 8  # sub-pixels along a side
+    fine = 4  # sub-pixels along a side
     for path in (SHARED / subject.id / "contours").glob("IM-0001-*"):
         _, _, number, kind, _ = path.stem.split("-")
         corners = np.loadtxt(path)[:, ::-1]

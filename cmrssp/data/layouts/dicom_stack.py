@@ -61,7 +61,7 @@ class _Voxels:
         voxels = None
         for path, wanted in places.items():
             try:
-                pixels = pydicom.dcmread(path, force=True).pixel_array.reshape(-1, *self.shape[1::-1])
+                pixels = pydicom.pixels.pixel_array(path, raw=True).reshape(-1, *self.shape[1::-1])
                 planes = [pixels[image.index] for image, *_ in wanted]
             except Exception:  # the decoders raise all kinds
                 numbers = {image.number for image, *_ in wanted}
