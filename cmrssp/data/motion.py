@@ -12,17 +12,16 @@ def temporal_deviation(cine: np.ndarray) -> np.ndarray:
 
 
 def motion_map(deviation: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """Temporal deviation (Z, H, W) -> motion map (Z, H, W) float16; 0 where nothing moves.
+    """Temporal deviation (Z, H, W) -> motion map (Z, H, W) float16; all 0 if nothing moves.
 
     The deviation is blurred in plane (sigma 2 mm). Its square root is taken, because a few pixels change far
-    more than the others, and divided by its standard deviation over the stack without empty borders: the
-    scanner's intensity scale then does not matter.
+    more than the others. It is standardised over the stack without empty borders: the scanner's intensity
+    scale then does not matter, and 0, which also fills what lies outside the image, is the mean motion.
     """
     root = np.sqrt(gaussian_filter(deviation, [0, *(_BLUR_MM / s for s in spacing_mm)]))
     if not root.any():
         return root.astype(np.float16)
     box = tuple(slice(index.min(), index.max() + 1) for index in np.nonzero(root))
-    spread = root[box].std(dtype=np.float64)
-    return (root / spread if spread > 1e-3 * root.max() else 0 * root).astype(
-        np.float16
-    )  # flicker: no motion
+    mean, std = root[box].mean(dtype=np.float64), root[box].std(dtype=np.float64)
+    flickers = std < 1e-3 * root.max()  # the whole image changes alike: no motion
+    return (0 * root if flickers else (root - mean) / std).astype(np.float16)

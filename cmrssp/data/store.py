@@ -28,7 +28,7 @@ from cmrssp.files import atomic, sweep
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 
-FORMAT = 7
+FORMAT = 8
 Content = tuple[list[np.ndarray], dict[str, Any]]  # arrays, one behind the other; facts
 
 
