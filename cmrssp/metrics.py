@@ -147,6 +147,21 @@ def clinical(volumes: Mapping[str, Mapping[str, float]]) -> dict[str, float | No
     return numbers
 
 
+def indexed(
+    numbers: Mapping[str, float | None], height_m: float | None, weight_kg: float | None
+) -> dict[str, float | None]:
+    """Body surface area (Du Bois and Du Bois, Arch Intern Med 17(6), 1916) and the volumes and the mass in
+    `numbers` (as from `clinical`) by square metre of it; None where one of the two is not known.
+    """
+    area = 0.007184 * weight_kg**0.425 * (100 * height_m) ** 0.725 if height_m and weight_kg else None
+    names = ("lv_edv_ml", "lv_esv_ml", "lv_sv_ml", "rv_edv_ml", "rv_esv_ml", "rv_sv_ml", "lv_mass_g")
+    values = {name: numbers.get(name) for name in names}
+    return {"body_surface_m2": area} | {
+        f"{name}_per_m2": None if area is None or value is None else value / area
+        for name, value in values.items()
+    }
+
+
 def _distances(prediction: np.ndarray, reference: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
     """`surface_distances` of two structures that are both there."""
     box = find_objects((prediction | reference).view(np.uint8))[

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from golden_metrics import GOLDEN, SPACINGS_MM, masks
 
-from cmrssp.metrics import clinical, score, surface_distances, volumes_ml
+from cmrssp.metrics import clinical, indexed, score, surface_distances, volumes_ml
 
 SPACING_MM = (10.0, 1.25, 1.25)
 SHAPE = (5, 12, 16)
@@ -249,3 +249,12 @@ def test_ejection_fraction_and_mass_of_ellipsoids(offset):
         assert numbers[name] == pytest.approx(true, rel=10**2 / (4 * cavity[0] ** 2) + 0.005)
     assert numbers["lv_ef_percent"] == pytest.approx(100 * (edv - esv) / edv, abs=1.6)
     assert numbers["lv_mass_g"] == pytest.approx(1.05 * (volume(outside) - edv), abs=6)
+
+
+def test_volumes_are_indexed_to_the_body_surface_of_du_bois():
+    """Du Bois and Du Bois's own table: 1.70 m and 70 kg have 1.81 square metres."""
+    numbers = indexed({"lv_edv_ml": 150.0, "lv_esv_ml": None}, 1.70, 70.0)
+    assert numbers["body_surface_m2"] == pytest.approx(1.81, abs=0.005)
+    assert numbers["lv_edv_ml_per_m2"] == pytest.approx(150 / 1.8097, rel=1e-3)
+    assert numbers["lv_esv_ml_per_m2"] is None and numbers["lv_mass_g_per_m2"] is None
+    assert set(indexed({"lv_edv_ml": 150.0}, None, 70.0).values()) == {None}

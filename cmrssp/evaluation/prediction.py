@@ -27,7 +27,7 @@ _EF = (0.05, 0.9)  # of either ventricle
 _APART = 1 / 4  # of the cycle, between the two largest or the two smallest frames
 _FEWEST_FRAMES = 5  # of a curve that can have a jump
 _NOTHING = {"cine": "", "frames": None, "ed_frame": None, "es_frame": None, **metrics.clinical({}),
-            "heart_rate_per_min": None, "severity": 0, "flags": "", "error": ""}  # fmt: skip
+            "heart_rate_per_min": None, **metrics.indexed({}, None, None), "severity": 0, "flags": "", "error": ""}  # fmt: skip
 
 
 class InMemory(Store):
@@ -116,6 +116,7 @@ def predict(
             attempt(lambda: _draw_beat(cines, labels, phases["ED"], Path(f"{stem}.gif")))
 
     attempt(segment)
+    row |= metrics.indexed(row, subject.height_m, subject.weight_kg)
     if errors:
         row |= {"severity": 8, "error": "; ".join(dict.fromkeys(errors))}
     return row

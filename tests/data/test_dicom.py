@@ -236,4 +236,4 @@ def test_expert_contours_enclose_volumes_at_one_frame_a_phase(tmp_path, name, ex
     the distance of the slices in the header. Ejection fractions: 26.1 and 21.8 %.
     """
     (subject,), _ = data.find([str(SHARED / name)], tmp_path)
-    assert contour_volumes(subject) == pytest.approx(expected, rel=0.005)
+    assert contour_volumes(subject) == pytest.approx(expected, rel=0.01)
