@@ -49,15 +49,14 @@ def refuse_other_images(
     if other:
         raise UserError(
             f"--data: {len(other)} of {len(now)} subjects have the names but not the images of those that "
-            "the "
-            f"checkpoint knows, the first is {other[0]}; is it another data set with the same file names?"
+            f"the checkpoint knows, the first is {other[0]}; is it another data set with the same file "
+            "names?"
         )
     seen = {recorded[key]: key for key in trained if key in recorded}
     present = sorted(key for key in held_out if key in now)
     if copies := [key for key in present if seen.get(now[key], key) != key]:
         raise UserError(
             f"--data: {len(copies)} of {len(present)} validation or test subjects have the images of "
-            "subjects "
-            f"that the checkpoint has been trained on, the first is {copies[0]}, as {seen[now[copies[0]]]}; "
-            "leave them out with --split-file"
+            f"subjects that the checkpoint has been trained on, the first is {copies[0]}, as "
+            f"{seen[now[copies[0]]]}; leave them out with --split-file"
         )

@@ -76,8 +76,7 @@ def _in_folder(
         if file.name.lower() == folder.TABLE and not used and not ignore_split:
             raise UserError(
                 f"{file}: would not be read, and may say who tests; expected {root / folder.TABLE}, and no "
-                "file "
-                "named as in M&Ms, M&Ms-2 or ACDC beside it"
+                "file named as in M&Ms, M&Ms-2 or ACDC beside it"
             )
     others = set(below(root, ("",), skip=cache, any_name=True)).difference(files)
     found.append(dicom.subjects_among(sorted(others, key=str), root, cache))
@@ -100,8 +99,8 @@ def _refuse_frames_without_cines(path: str, files: Sequence[Path]) -> None:
         if parts := [f.name for f in files if layout.NAMES.fullmatch(f.name)]:
             raise UserError(
                 f"--data {path}: {parts[0]} and {len(parts) - 1} more files are named as in "
-                f"{layout.DATASET}, but "
-                f"there is no cine *{cine}; as a plain folder every frame would be a subject of its own"
+                f"{layout.DATASET}, but there is no cine *{cine}; as a plain folder every frame would be a "
+                "subject of its own"
             )
 
 

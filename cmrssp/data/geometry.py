@@ -86,8 +86,8 @@ def from_header(
     if not _usable(lengths) or np.linalg.matrix_rank(affine[:3, :3] / np.maximum(lengths, 1e-9)) < 3:
         if not zooms_set:
             raise ValueError(
-                f"expected a spacing in the affine or in pixdim, got axes of length {mm(lengths)} and pixdim "
-                f"{mm(zooms)}; write the spacing into the header"
+                f"expected a spacing in the affine or in pixdim, got axes of length {mm(lengths)} and "
+                f"pixdim {mm(zooms)}; write the spacing into the header"
             )
         affine = np.diag([*zooms, 1.0])
         odd.append((f"the affine is empty: spacing {mm(zooms)} from pixdim, axes as stored", CORRECTED))

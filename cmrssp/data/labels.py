@@ -164,13 +164,12 @@ def _by_frame(
     if frame is None:
         raise BrokenSubject(
             f"{file.path}: expected labels of all {len(cine)} frames, got a 3D file; give a 4D file (zeros "
-            "where "
-            "there are no labels), or the frame as ED or ES in the data set's table"
+            "where there are no labels), or the frame as ED or ES in the data set's table"
         )
     if not 0 <= frame < len(cine) or len(array) != 1:
         raise BrokenSubject(
-            f"{file.path}: expected one of the cine's {len(cine)} frames, got frame {frame} (counted from 0) "
-            f"with {len(array)} volumes"
+            f"{file.path}: expected one of the cine's {len(cine)} frames, got frame {frame} (counted from "
+            f"0) with {len(array)} volumes"
         )
     yield frame, array[0]
 
@@ -183,13 +182,11 @@ def _frame_that_shows(path: Path, cine: np.ndarray, read: Callable, note: Note) 
         note(what, LEFT_OUT)
         return None
 
-    def standard(volume: np.ndarray) -> np.ndarray:
-        values = volume[:, ::_STRIDE, ::_STRIDE].astype(np.float64).ravel()
-        values -= values.mean()
-        return values / max(float(np.linalg.norm(values)), 1e-9)
+    def pixels(volume: np.ndarray) -> np.ndarray:
+        return volume[:, ::_STRIDE, ::_STRIDE].ravel()
 
-    wanted = standard(image[0])
-    alike = np.nan_to_num([float(standard(frame) @ wanted) for frame in cine])
+    wanted = pixels(image[0])
+    alike = np.nan_to_num([np.corrcoef(pixels(frame), wanted)[0, 1] for frame in cine])
     frame = int(alike.argmax())
     if alike[frame] < _ALIKE:
         what = f"no frame of the cine looks like {path.name} (best correlation {alike[frame]:.2f}): not used"
@@ -244,15 +241,13 @@ def _doubts(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | 
     if third and areas[:third].mean() < areas[-third:].mean():
         yield (
             "the labels contradict the slice order: the LV is wider in the last third of the stack than in "
-            "the "
-            "first, which is taken as the base"
+            "the first, which is taken as the base"
         )
     lv, rv = (beside / max(border, 1) for beside, border in (borders(masks, id) for id in (1, 3)))
     if rv > lv:
         yield (
             f"the myocardium lies around label 3 ({rv:.0%} of its border) rather than around label 1 "
-            f"({lv:.0%}): "
-            "are LV and RV exchanged, as in ACDC's numbering?"
+            f"({lv:.0%}): are LV and RV exchanged, as in ACDC's numbering?"
         )
 
 

@@ -20,10 +20,8 @@ _UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, O
                nibabel.spatialimages.HeaderDataError)  # fmt: skip
 nibabel.imageglobals.logger.setLevel("CRITICAL")  # the data report names what is odd in a header, once
 _MAX_COMPRESSION = 1032  # of deflate: no file holds more than its size times this
-_MM, _SECONDS = (
-    {1: 1000.0, 3: 0.001},
-    {16: 1e-3, 24: 1e-6},
-)  # of the codes in xyzt_units; the rest: mm, seconds
+# of the codes in xyzt_units; of all others mm and seconds
+_MM, _SECONDS = {1: 1000.0, 3: 0.001}, {16: 1e-3, 24: 1e-6}
 
 
 def cine_image(subject: Subject) -> nibabel.Nifti1Image:
@@ -47,8 +45,8 @@ def load(path: Path) -> nibabel.Nifti1Image:
         claimed, size = math.prod(shape) * kind.itemsize, path.stat().st_size
         if claimed > size * (_MAX_COMPRESSION if path.suffix.lower() == ".gz" else 1):
             raise BrokenSubject(
-                f"{path}: cannot be read as NIfTI: its header claims {claimed} bytes of voxels, the file has "
-                f"{size}"
+                f"{path}: cannot be read as NIfTI: its header claims {claimed} bytes of voxels, the file "
+                f"has {size}"
             )
         return image
     except BrokenSubject:

@@ -115,7 +115,7 @@ def judge(
 
 
 def _sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: float) -> list[Finding]:
-    _, slices, rows, columns = shape
+    frames, slices, rows, columns = shape
     found = []
     fits = all(PIXEL_MM[0] <= s <= PIXEL_MM[1] for s in spacing_mm) and PITCH_MM[0] <= pitch_mm <= PITCH_MM[1]
     if not fits:
@@ -124,7 +124,7 @@ def _sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: floa
     height, sides = slices * pitch_mm, (rows * spacing_mm[0], columns * spacing_mm[1])
     if not STACK_MM[0] <= height <= STACK_MM[1]:
         limits = f"a heart takes {STACK_MM[0]:.0f} to {STACK_MM[1]:.0f} mm"
-        more = "; is the third axis time?" if height > STACK_MM[1] else ""
+        more = "; is the third axis time?" if height > STACK_MM[1] and frames == 1 else ""
         found.append(
             (f"{slices} slices of {pitch_mm:.4g} mm make {height:.4g} mm, {limits}{more}", NOT_MEASURED)
         )

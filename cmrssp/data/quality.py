@@ -46,8 +46,7 @@ def _far_hearts(store: Store) -> list[Problem]:
             where = "beyond" if reach > CROP_MM / 2 else "near the edge of"
             what = (
                 f"the labelled heart reaches {reach:.0f} mm from the crop centre, {where} the {CROP_MM:.0f} "
-                "mm "
-                "crop of the paper's settings"
+                "mm crop of the paper's settings"
             )
             odd.append(Problem(subject.key, subject.cine.name, what, USED))
     return odd
@@ -98,8 +97,8 @@ def _overview(store: Store) -> list[str]:
     return [
         f"cines: {len(shapes)} subjects ({sets}; vendors: {vendors}), {frames} frames, {slices} slices",
         f"sizes: {sizes[2]} x {sizes[3]} px of {pixels} mm; {sizes[1]} slices, {sizes[0]} frames; pitch "
-        f"{pitches} "
-        f"mm; slice order from the affine in {ordered}, taken as base first in {len(shapes) - ordered}",
+        f"{pitches} mm; slice order from the affine in {ordered}, taken as base first in "
+        f"{len(shapes) - ordered}",
     ]
 
 

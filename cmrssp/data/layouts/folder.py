@@ -71,8 +71,8 @@ def subjects_among(
     lost = sorted(name for name in missing if rows[name]["split"])
     if lost and any(s.id not in rows and stem_of(s.cine.name) not in rows for s in subjects):
         raise UserError(
-            f"{root / TABLE}: gives a split to subjects that have no cine ({', '.join(lost[:8])}), and there "
-            "are cines without a row; expected the files' names without .nii.gz (mind leading zeros)"
+            f"{root / TABLE}: gives a split to subjects that have no cine ({', '.join(lost[:8])}), and "
+            "there are cines without a row; expected the files' names without .nii.gz (mind leading zeros)"
         )
     if missing:
         problems.append(Problem("", TABLE, csv_table.without_cine(missing, ()), LEFT_OUT))
