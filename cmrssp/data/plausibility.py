@@ -124,7 +124,7 @@ def _sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: floa
     height, sides = slices * pitch_mm, (rows * spacing_mm[0], columns * spacing_mm[1])
     if not STACK_MM[0] <= height <= STACK_MM[1]:
         limits = f"a heart takes {STACK_MM[0]:.0f} to {STACK_MM[1]:.0f} mm"
-        more = "; is the third axis time?" if height > STACK_MM[1] and frames == 1 else ""
+        more = "; is the third axis time?" if frames == 1 and slices >= _FEWEST_SLICES else ""
         found.append(
             (f"{slices} slices of {pitch_mm:.4g} mm make {height:.4g} mm, {limits}{more}", NOT_MEASURED)
         )

@@ -8,7 +8,7 @@ import numpy as np
 from cmrssp.data import copies
 from cmrssp.data.copies import refuse_other_images, without_copies  # noqa: F401
 from cmrssp.data.store import Store
-from cmrssp.data.subject import DONE, LEFT_OUT, USED, Problem
+from cmrssp.data.subject import DONE, LEFT_OUT, NOT_MEASURED, USED, Problem
 
 SQUARES_MM = (160.0, 200.0)  # sides of the squares in which whole hearts are looked for
 CROP_MM = 320.0  # what the network sees at the paper's settings
@@ -53,15 +53,19 @@ def _far_hearts(store: Store) -> list[Problem]:
 
 
 def summary(store: Store, found: Sequence[Problem]) -> str:
-    """Three lines (what there is, in which sizes, how much of it is odd), and one on each group of files that
-    was left out.
+    """Three lines (what there is, in which sizes, how much of it is odd), one on each group of files that was
+    left out, and one on the cines that cannot be measured.
     """
     if not store.subjects:
         return "cines: none"
     every = problems(store, found)
     more = "; python -m cmrssp.data lists them" if every else ""
-    left_out = [str(p) for p in every if p.done == LEFT_OUT and not p.subject]
-    return "\n".join([*_overview(store), _counted(every) + more, *left_out])
+    lines = [*_overview(store), _counted(every) + more]
+    lines += [str(p) for p in every if p.done == LEFT_OUT and not p.subject]
+    if wrong := [p for p in every if p.done == NOT_MEASURED]:
+        number = len({p.subject for p in wrong})
+        lines.append(f"cines whose volumes would be wrong: {number}, the first is {wrong[0]}")
+    return "\n".join(lines)
 
 
 def report(store: Store, found: Sequence[Problem]) -> str:

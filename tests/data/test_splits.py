@@ -88,15 +88,22 @@ def test_a_split_file_decides(tmp_path):
     )
     split = splits.choose(members, split_file=file, split_seed=0)
     assert split == {"train": ["mnms/s0001"], "validation": [], "test": ["mnms/s0000"]}
-    for content, message in (
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
         ("[1]", "expected JSON with the lists"),
         ("{", "expected JSON"),
         ('{"train": ["a"], "validation": ["a"], "test": []}', "more than once"),
         ('{"train": ["a"], "validation": ["b"], "test": []}', "names none of the 4 subjects"),
-    ):
-        file.write_text(content)
-        with pytest.raises(UserError, match=message):
-            splits.choose(members, split_file=file, split_seed=0)
+    ],
+)
+def test_a_split_file_that_is_wrong_is_refused(tmp_path, content, message):
+    file = tmp_path / "split.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        splits.choose(subjects(4), split_file=file, split_seed=0)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -107,18 +114,32 @@ def test_split_files_as_windows_writes_them(tmp_path, encoding, name):
     assert splits.read(tmp_path / name)["train"][0] in ("mnms/A", "mnms/B0")
 
 
+def inheriting(members, seed=0):
+    """The split of these subjects that goes on with that of 40 others."""
+    return splits.choose(members, split_file=None, split_seed=seed, inherited=INHERITED)
+
+
+INHERITED = splits.assign(subjects(40), 7)
+
+
 def test_an_inherited_split_holds_for_the_subjects_that_it_names(capsys):
-    inherited = splits.assign(subjects(40), 7)
-    assert splits.choose(subjects(40), split_file=None, split_seed=0, inherited=inherited) == inherited
+    assert inheriting(subjects(40)) == INHERITED
     assert capsys.readouterr().out == ""
-    assert splits.choose(subjects(43), split_file=None, split_seed=0, inherited=inherited) == inherited
-    assert "not used, because the split does not name them: 3 of 43 subjects" in capsys.readouterr().out
-    few = splits.choose(subjects(10), split_file=None, split_seed=0, inherited=inherited)
-    assert all(set(few[part]) <= set(inherited[part]) for part in few) and sum(map(len, few.values())) == 10
+
+
+def test_subjects_that_an_inherited_split_does_not_name_are_not_used(capsys):
+    assert inheriting(subjects(43)) == INHERITED
+    assert "3 of 43" in capsys.readouterr().out
+
+
+def test_an_inherited_split_keeps_fewer_subjects_in_their_parts():
+    few = inheriting(subjects(10))
+    assert all(set(few[part]) <= set(INHERITED[part]) for part in few) and sum(map(len, few.values())) == 10
+
+
+def test_an_inherited_split_of_other_subjects_is_drawn_anew():
     others = subjects(20, "acdc")
-    assert splits.choose(others, split_file=None, split_seed=5, inherited=inherited) == splits.assign(
-        others, 5
-    )
+    assert inheriting(others, seed=5) == splits.assign(others, 5)
 
 
 def test_parts_that_the_data_set_assigns_are_kept():

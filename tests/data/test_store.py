@@ -145,30 +145,45 @@ def test_position_of_a_single_slice_is_nan(write_mnms, beating, tmp_path):
     assert torch.isnan(collate(cines, [(0, 0, 0)], labelled=False)["position"]).all()
 
 
-def test_an_epoch_visits_every_slice_at_most_once(three, tmp_path):
+@pytest.fixture
+def batches_of_four(three, tmp_path):
+    """The batches of all 27 slices of three subjects."""
     cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
-    keys = [s.key for s in three]
-    every = Slices(cines, keys)
-    assert len(every) == 27 and len(Slices(cines, keys, phases="both")) == 12
-    assert {every.locate(i) for i in range(27)} == {
-        (s, t, z) for s in range(3) for t in range(3) for z in range(3)
-    }
-    loader = Batches(cines, every, batch_size=4, seed=1, labelled=False, device=torch.device("cpu"))
+    slices = Slices(cines, [s.key for s in three])
+    return Batches(cines, slices, batch_size=4, seed=1, labelled=False, device=torch.device("cpu"))
 
+
+def test_slices_are_numbered_without_a_gap(batches_of_four):
+    slices = batches_of_four.slices
+    assert len(slices) == 27
+    assert {slices.locate(i) for i in range(27)} == {tuple(place) for place in np.ndindex(3, 3, 3)}
+
+
+def test_slices_of_labelled_frames_alone(three, tmp_path):
+    """Two of three subjects have labels, in two of three frames of three slices."""
+    cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
+    assert len(Slices(cines, [s.key for s in three], phases="both")) == 2 * 2 * 3
+    assert len(Slices(cines, [s.key for s in three], phases="ed")) == 2 * 3
+
+
+def test_an_epoch_visits_every_slice_at_most_once(batches_of_four):
     def places(epoch):
         return [
             (s, f, round(p * 3))
-            for b in loader.epochs(epoch, epoch + 1)
+            for b in batches_of_four.epochs(epoch, epoch + 1)
             for s, f, p in zip(
                 b["subject"].tolist(), b["frame"].tolist(), b["position"].tolist(), strict=True
             )
         ]
 
-    assert len(loader) == 6 and len(set(places(0))) == len(places(0)) == 24
+    assert len(batches_of_four) == 6 and len(set(places(0))) == len(places(0)) == 24
     assert places(0) == places(0) and places(0) != places(1)
-    assert sum(len(b["image"]) for b in loader.in_order()) == 27
-    assert [len(b["image"]) for b in loader.in_order(6)] == [4, 2]
-    some = [torch.cat([b["position"] for b in loader.in_order(9)]).tolist() for _ in range(2)]
+
+
+def test_slices_in_order_are_all_or_a_sample_that_stays(batches_of_four):
+    assert sum(len(b["image"]) for b in batches_of_four.in_order()) == 27
+    assert [len(b["image"]) for b in batches_of_four.in_order(6)] == [4, 2]
+    some = [torch.cat([b["position"] for b in batches_of_four.in_order(9)]).tolist() for _ in range(2)]
     assert some[0] == some[1] and len(set(some[0])) == 3  # every third would be the first of each stack
 
 

@@ -153,24 +153,31 @@ def test_heart_centre_finds_what_beats():
     )  # one frame: the middle of the image
 
 
-def test_broken_files_are_named(tmp_path, write_mnms, beating):
-    cine, labels = beating()
-    folder = write_mnms("A", cine, labels)
-    whole = (folder / "A_sa.nii.gz").read_bytes()
-    (folder / "A_sa.nii.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BrokenSubject, match=r"A_sa\.nii\.gz: cannot be read as NIfTI, it may be truncated"):
-        read_cine(dataset.find([folder], CACHE)[0][0])
-    nibabel.save(nibabel.Nifti1Image(np.full((4, 4, 2, 2), 7, np.int16), np.eye(4)), folder / "A_sa.nii.gz")
-    with pytest.raises(BrokenSubject, match="constant 7 everywhere"):
-        read_cine(dataset.find([folder], CACHE)[0][0])
-    bad = cine.astype(np.float32)
-    bad[0] = np.nan
-    nibabel.save(nibabel.Nifti1Image(bad, np.eye(4)), folder / "A_sa.nii.gz")
-    with pytest.raises(BrokenSubject, match="NaN or infinity in"):
-        read_cine(dataset.find([folder], CACHE)[0][0])
+def test_a_truncated_file_is_named(write_mnms, beating):
+    path = write_mnms("A", beating()[0]) / "A_sa.nii.gz"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BrokenSubject, match=r"A_sa\.nii\.gz: .*truncated"):
+        read_cine(Subject("mnms", "A", path))
 
 
-def test_odd_cines_are_used_and_reported(write_mnms, beating):
+def refused(path, array, message):
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+    with pytest.raises(BrokenSubject, match=rf"{path.name}: .*{message}"):
+        read_cine(Subject("folder", "A", path))
+
+
+def test_a_constant_is_no_image(tmp_path):
+    refused(tmp_path / "A.nii.gz", np.full((4, 4, 2, 2), 7, np.int16), "constant 7")
+
+
+def test_an_image_of_which_much_is_no_number_is_named(tmp_path):
+    """A quarter of 4 x 4 x 2 x 2 voxels."""
+    array = np.arange(64.0).reshape(4, 4, 2, 2)
+    array[0] = np.nan
+    refused(tmp_path / "A.nii.gz", array, "16 of 64")
+
+
+def test_a_few_voxels_that_are_no_number_are_set_to_the_minimum(write_mnms, beating):
     cine, _ = beating()
     odd = cine.astype(np.float32)
     odd[3, 4, 1, 0], odd[5, 6, 2, 1] = np.nan, np.inf
@@ -183,7 +190,10 @@ def test_odd_cines_are_used_and_reported(write_mnms, beating):
     ]
     back = read.geometry.from_canonical(read.stored)
     assert back[3, 4, 1, 0] == back[5, 6, 2, 1] == 0 and back[5, 6, 2, 0] == cine[5, 6, 2, 0] - cine.min()
-    (subject,) = dataset.find([write_mnms("A", cine[..., 0])], CACHE)[0]
+
+
+def test_a_cine_of_one_frame_is_used_and_reported(write_mnms, beating):
+    (subject,) = dataset.find([write_mnms("A", beating()[0][..., 0])], CACHE)[0]
     read = read_cine(subject)
     assert read.stored.shape == (1, 3, 32, 40) and read.centre == (15.5, 19.5)
     assert "one frame where a cine has many" in read.problems[0].what
