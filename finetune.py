@@ -9,7 +9,7 @@ import torch
 from cmrssp.cli import entry, flags, resuming
 from cmrssp.cli.argument_types import vendor_names
 from cmrssp.cli.launch import launch
-from cmrssp.data import dataset, quality, splits, store
+from cmrssp.data import dataset, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.prepare import prepare
 from cmrssp.data.subject import CLASSES
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         transferred=transferred,
         provenance={
             "subjects": chosen,
-            "labels": quality.digests(cines, [*chosen, *held_out], labels=True),
+            "labels": cines.digests([*chosen, *held_out], labels=True),
             "all_subjects": len(chosen) == len(labelled) and not splits.published_subset(split),
             "phases": args.phases,
             "vendors": args.vendors,

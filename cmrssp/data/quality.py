@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cmrssp.data import copies
-from cmrssp.data.copies import refuse_other_images, without_copies  # noqa: F401
 from cmrssp.data.store import Store
 from cmrssp.data.subject import DONE, LEFT_OUT, NOT_MEASURED, USED, Problem
 
@@ -118,7 +117,3 @@ def _counts(names: Iterable[str]) -> str:
 def _span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g}-{high:.4g}"
-
-
-def digests(store: Store, keys: Iterable[str], *, labels: bool = False) -> dict[str, str]:
-    return store.digests(keys, labels=labels)

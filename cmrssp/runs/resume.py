@@ -55,7 +55,7 @@ def open_run(
 ) -> tuple[Run, dict | None]:
     """(the locked run folder, the state to go on from or None for a new run).
 
-    `images` and `labels` are the digests (`quality.digests`) of the data now. Raises UserError if they differ
+    `images` and `labels` are the digests (`Store.digests`) of the data now. Raises UserError if they differ
     from those that the run began with, or if another process trains in the folder.
     """
     if interrupted is None:

@@ -7,7 +7,6 @@ import pytest
 
 from cmrssp.data import dataset, quality, store
 from cmrssp.data.__main__ import main
-from cmrssp.errors import UserError
 
 
 @pytest.fixture
@@ -108,19 +107,6 @@ def test_hearts_far_from_the_crop(tmp_path, write_mnms, beating):
     assert re.search(r"(29\d|30\d) mm .* beyond the 320 mm crop", problem.what)
 
 
-def test_a_copy_of_a_test_subject_is_not_trained_on(tmp_path, write_mnms, beating, capsys):
-    for id, i in (("A", 0), ("B", 0), ("C", 1), ("D", 1), ("E", 2), ("F", 2)):
-        folder = write_mnms(id, *beating(i))
-    subjects, _ = dataset.find([folder], tmp_path)
-    cines = store.build(subjects, tmp_path / "cache", labels=False, progress=False)
-    split = {"train": ["mnms/A", "mnms/C", "mnms/E", "mnms/F"], "validation": ["mnms/D"], "test": ["mnms/B"]}
-    cleaned = quality.without_copies(cines, split)
-    assert cleaned == {"train": ["mnms/E", "mnms/F"], "validation": ["mnms/D"], "test": ["mnms/B"]}
-    said = capsys.readouterr().out
-    assert "not used: mnms/A (train), the same images as mnms/B (test)" in said
-    assert "not used: mnms/C (train), the same images as mnms/D (validation)" in said
-
-
 def test_wrong_usage(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         main([str(tmp_path / "nowhere"), "--cache", str(tmp_path)])
@@ -138,23 +124,3 @@ def test_real_patients(acdc70, tmp_path, capsys):
     assert "cines: 70 subjects (acdc 70; vendors: unknown 70), 140 frames, 1312 slices" in text
     assert int(re.search(r"(\d+) of 70 within 200 mm", text)[1]) >= 68
     assert "acdc/patient076: patient076_4d.nii.gz: the same images as acdc/patient074" in text
-
-
-def test_a_data_set_with_the_same_names_is_not_taken_for_the_one_that_is_known(three_subjects):
-    cines = three_subjects
-    known = quality.digests(cines, cines.index)
-    quality.refuse_other_images(cines, known, ["mnms/A"], cines.index)
-    with pytest.raises(
-        UserError, match=r"1 of 3 subjects have the names but not the images .* first is mnms/B"
-    ):
-        quality.refuse_other_images(cines, {**known, "mnms/B": "0" * 16}, [], [])
-    with pytest.raises(UserError, match=r"images of subjects .* trained on, the first is mnms/C, as other/X"):
-        quality.refuse_other_images(cines, {"other/X": known["mnms/C"]}, ["other/X"], ["mnms/B", "mnms/C"])
-    quality.refuse_other_images(cines, {"other/X": known["mnms/C"]}, ["other/X"], ["mnms/B"])
-
-
-@pytest.fixture
-def three_subjects(write_mnms, beating, tmp_path):
-    for i, id in enumerate("ABC"):
-        folder = write_mnms(id, *beating(i))
-    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False)
