@@ -102,16 +102,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"checkpoint: {', '.join(str(c.path) for c in trained)}")
     device = resolve_device(args.device)
     methods = [segmentation.restore(checkpoint).to(device) for checkpoint in trained]
+    options = {"flips": args.flips, "largest_component": args.largest_component}
     if args.predict:
-        return predict(args, methods, trained[0].provenance.label_suffix, device)
-    return score(args, argv, trained, methods, device)
+        return predict(args, trained[0].provenance.label_suffix, methods, device, options)
+    return score(args, argv, trained, methods, device, options)
 
 
-def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device) -> int:
+def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> int:
     """0, or 2 where a subject could not be scored; the others are scored."""
     first = trained[0]
-    known = {"data": first.provenance.data, "label_suffix": first.provenance.label_suffix}
-    paths, label_suffix = dataset.source({**known, **vars(args)})
+    paths, label_suffix = dataset.source({**vars(first.provenance), **vars(args)})
     dataset.announce(paths)
     prepared = prepare(
         paths,
@@ -133,7 +133,6 @@ def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, devi
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, trained)
     check_writable("--out", out)
     saved = out / "predictions" if args.save_predictions else None
-    options = {"flips": args.flips, "largest_component": args.largest_component}
     scores = scoring.score(methods, cines, device, phases=args.phases, save=saved, **options)
     if not scores.rows:
         raise UserError(
@@ -182,14 +181,13 @@ def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoin
     return "-".join([f"evaluation-{args.split}", *changed])
 
 
-def predict(args, methods: list[segmentation.Segmentation], label_suffix: str, device) -> int:
+def predict(args, label_suffix: str, methods: list, device, options: dict) -> int:
     """0, or 2 where something failed for a cine; the others are predicted, and the table says what failed."""
     out = Path(args.out or "predictions")
     check_writable("--out", out)
     _, label_suffix = dataset.source({"label_suffix": label_suffix, **vars(args)})
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
-    options = {"flips": args.flips, "largest_component": args.largest_component}
     own = tqdm(distributed.own_items(subjects), "predicting", unit="cine", disable=distributed.hide_bar())
     rows = distributed.merge([prediction.predict(s, methods, device, out, **options) for s in own])
     rows.sort(key=lambda row: (-row["severity"], row["cine"]))

@@ -152,7 +152,7 @@ def test_an_unfinished_training_is_scored_apart_and_in_no_table(way, tmp_path, c
 def test_the_logged_dice_is_that_of_the_evaluation(way):
     cwd, _ = way
     run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
-    words = ("--split", "validation", "--checkpoint", run, "--cache", cwd / "cache", "--quick")
+    words = ("--split", "validation", "--checkpoint", run, "--cache", cwd / "cache")
     assert evaluate.main([*map(str, words), "--out", str(cwd / "scored")]) == 0
     dice = json.loads((cwd / "scored" / "summary.json").read_text(), parse_constant=pytest.fail)["dice"][
         "both"

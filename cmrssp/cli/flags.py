@@ -193,12 +193,13 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
     evaluated = "RUN/evaluation-<split>; predictions for --predict, RUNS/tables for --tables"
     folders = "runs/<method and data>" if training else evaluated
     add("--out", type=not_empty, metavar="DIR", help=f"folder to write to (default: {folders})")
-    quick = "small network, small images, few epochs: minutes on a laptop CPU"
-    if not training:
-        quick = "has no effect: the network is that of the run"
-    add("--quick", action="store_true", help=quick)
     if not training:
         return
+    add(
+        "--quick",
+        action="store_true",
+        help="small network, small images, few epochs: minutes on a laptop CPU",
+    )
     add(
         "--resume",
         metavar="auto|RUN",

@@ -1,6 +1,4 @@
-"""A network's predictions against the reference of a split: one row per subject, phase, class and slice, and
-their summaries.
-"""
+"""A network's predictions against the reference of a split, by subject, phase, class and slice."""
 
 import hashlib
 import json
@@ -73,8 +71,8 @@ def score(
         {name: f for name, f in record.phases.items() if phases in (name.lower(), "both")}
         for record in cines.labels
     ]
-    slices = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
-    print(f"{len(cines.subjects)} subjects, {slices} slices to predict", flush=True)
+    number = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
+    print(f"{len(wanted)} subjects, {number} slices to predict", flush=True)
     mine, parts = distributed.own_items(range(len(cines.subjects))), []
     for i in tqdm(mine, "predicting", unit="subject", disable=distributed.hide_bar()):
         began, part, key = time.monotonic(), Scores(), cines.subjects[i].key
@@ -96,14 +94,9 @@ def score(
 
 
 def _score_subject(
-    methods: Sequence[Segmentation],
-    cines: Store,
-    i: int,
-    frames: dict[str, int],
-    device: torch.device,
-    save: Path | None,
-    **options: bool,
-) -> Scores:
+    methods: Sequence[Segmentation], cines: Store, i: int, frames: dict[str, int], device: torch.device,
+    save: Path | None, **options: bool,
+) -> Scores:  # fmt: skip
     subject, record, scores = cines.subjects[i], cines.cines[i], Scores()
     who = {"subject": subject.key, "dataset": subject.dataset, "vendor": subject.vendor,
            "pathology": subject.pathology}  # fmt: skip
@@ -202,23 +195,19 @@ def missed(rows: Iterable[dict]) -> dict[str, int]:
 def arm(checkpoint: Checkpoint) -> dict[str, Any]:
     """Where a fine-tuned network belongs in the tables of a study: how it was trained, and its seed."""
     link = checkpoint.provenance
+    same = ("all_subjects", "slices", "phases", "vendors", "augmentation", "seed")
     return {
         "pretraining": list(link.history())[-1].method if link.init else "scratch",
         "n_subjects": len(link.subjects),
-        "all_subjects": link.all_subjects,
-        "slices": link.slices,
-        "phases": link.phases,
-        "vendors": link.vendors,
-        "augmentation": link.augmentation,
         "predicted": bool(getattr(link, "predicted", False)),
-        "seed": link.seed,
+        **{name: getattr(link, name) for name in same},
     }
 
 
 def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Network and length, which all runs of a study should share."""
-    names, epochs = ("channels", "image_size", "spacing_mm"), checkpoint.provenance.epochs
-    return {**{n: checkpoint.config[n] for n in names}, "norm": checkpoint.norm, "epochs": epochs}
+    kept = {name: checkpoint.config[name] for name in ("channels", "image_size", "spacing_mm")}
+    return {**kept, "norm": checkpoint.norm, "epochs": checkpoint.provenance.epochs}
 
 
 def training_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -235,16 +224,14 @@ def training_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def write(
-    out: Path,
-    scores: Scores,
-    table: Sequence[dict],
-    summary: dict[str, Any],
+    out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any],
     contour_cases: Callable[[], list[dict]],
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Write the CSV files, the pictures and, last, summary.json of a scored split; returns their names. A
     picture that cannot be drawn becomes an entry of `scores.failed`. Without summary.json an evaluation
     counts for nothing, so that an interrupted one is not taken for the one before it.
     """
+    present = scores.present
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)
     tables = {"metrics": scores.rows, "slices": scores.slices, "clinical": scores.clinical,
@@ -254,7 +241,7 @@ def write(
     pictures = {
         "agreement.png": lambda path: plots.bland_altman(agreement_pairs(scores.clinical), path),
         "position.png": lambda path: plots.dice_by_position(scores.slices, path),
-        "boxes.png": lambda path: plots.boxes(scores.rows, path),
+        "boxes.png": lambda path: plots.boxes([r for r in scores.rows if r["class"] in present], path),
         "contours.png": lambda path: contours.contour_sheet(contour_cases(), path),
     }
     for name, draw in pictures.items():
@@ -264,7 +251,7 @@ def write(
             scores.failed.append(f"{name}: {one_line(error)}")
     dice: dict[str, dict] = {}
     for phase in ("ED", "ES", "both"):
-        for name, classes in {**{c: [c] for c in scores.present}, "mean": scores.present}.items():
+        for name, classes in {**{c: [c] for c in present}, "mean": present}.items():
             found = stats.describe(stats.per_subject(scores.rows, phase, classes).values())
             kept = {
                 k: v if math.isfinite(v := found[k]) else None for k in ("mean", "std")
@@ -274,7 +261,7 @@ def write(
         **summary,
         "subjects": sorted({row["subject"] for row in scores.rows}),
         "without_labels": scores.unlabelled,
-        "without_reference": [name for name in CLASSES if name not in scores.present],
+        "without_reference": [name for name in CLASSES if name not in present],
         "failed": scores.failed,
         "dice": dice,
         "missed": missed(scores.rows),
