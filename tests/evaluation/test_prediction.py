@@ -12,10 +12,8 @@ from cmrssp.data.batches import collate
 from cmrssp.data.cine import read_cine
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.subject import Subject
-from cmrssp.evaluation import prediction, scoring
+from cmrssp.evaluation import prediction
 from cmrssp.segmentation import Segmentation, keep_largest, predict_frames
-from cmrssp.weights import checkpoints
-from cmrssp.weights.provenance import Provenance
 
 
 def network(seed: int, size: int = 32, spacing: float = 3.0) -> Segmentation:
@@ -192,63 +190,3 @@ def test_extremes_that_lie_far_apart_are_flagged(one):
     found = flagged(labels, one)
     assert [what for what in found if "largest" in what and "0 and 10" in what]
     assert [what for what in found if "smallest" in what and "5 and 15" in what]
-
-
-def test_thirds_and_slices_by_hand():
-    """Six slices, the reference labels 1 to 4: slice 0 and 5 lie outside every third."""
-    reference = np.zeros((6, 4, 4), np.uint8)
-    reference[1:5, :2] = 1
-    labels = reference.copy()
-    labels[1, 1] = 0  # half of it: Dice 2 * 4 / (4 + 8)
-    labels[5, 0, 0] = 2
-    rows = {(r["slice"], r["class"]): r for r in scoring.slice_rows(labels, reference)}
-    assert [rows[z, "LV"]["third"] for z in range(6)] == ["", "base", "base", "mid", "apex", ""]
-    assert rows[1, "LV"]["dice"] == pytest.approx(8 / 12) and rows[2, "LV"]["dice"] == 1.0
-    assert np.isnan(rows[1, "RV"]["dice"]) and rows[5, "MYO"]["dice"] == 0.0
-    assert rows[3, "LV"]["position"] == 0.5
-    two = [r["third"] for r in scoring.slice_rows(labels[:3], reference[:3]) if r["class"] == "LV"]
-    three = [r["third"] for r in scoring.slice_rows(labels[:4], reference[:4]) if r["class"] == "LV"]
-    assert two == ["", "", ""] and three == ["", "base", "mid", "apex"]  # two labelled slices, and three
-    (single,) = (r for r in scoring.slice_rows(labels[:1], reference[:1]) if r["class"] == "LV")
-    assert np.isnan(single["position"]) and single["third"] == ""
-
-
-def test_label_maps_of_two_data_sets_keep_apart(write_mnms, beating, tmp_path):
-    """One subject name in both, cines of 32 x 40 and 33 x 40 pixels."""
-    write_mnms("A", *beating(0))
-    cine, labels = beating(1)
-    pads = ((1, 0), (0, 0), (0, 0), (0, 0))
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    for name, array in (("A", np.pad(cine, pads)), ("A_gt", np.pad(labels, pads))):
-        nibabel.save(nibabel.Nifti1Image(array, np.diag((1.5, 1.5, 10, 1))), plain / f"{name}.nii.gz")
-    subjects, _ = dataset.find([str(tmp_path / "mnms"), str(plain)], tmp_path)
-    cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
-    scoring.score([network(0)], cines, torch.device("cpu"), phases="both", save=tmp_path / "maps")
-    shapes = {p.name: nibabel.load(p).shape[:2] for p in (tmp_path / "maps").iterdir()}
-    assert set(shapes) == {"folder__A.nii.gz", "mnms__A.nii.gz"}
-    for subject, record in zip(cines.subjects, cines.cines, strict=True):
-        name = f"{subject.key.replace('/', '__')}.nii.gz"
-        assert sorted(shapes[name]) == sorted(record.shape[2:])
-
-
-def test_seeds_of_one_experiment_share_their_training_subjects(tmp_path):
-    def made(train, validation, **more):
-        split = {"train": train, "validation": validation, "test": ["x/t"]}
-        link = {"method": "m", "data": [], "split_seed": 0, "seed": 0, "subjects": train[:1], **more}
-        return {**link, "split": split}
-
-    def recipe(link):
-        return scoring.training_recipe(checkpoints.Checkpoint(tmp_path, {}, {}, Provenance.from_dict(link)))
-
-    one = recipe(made(["x/a", "x/b"], ["x/c"], hyperparameters={"lr": 1}))
-    assert one == recipe(made(["x/b", "x/a"], ["x/c"], hyperparameters={"lr": 1}, seed=1, subjects=["x/b"]))
-    assert one["lr"] == 1 and len(one) == 2
-    assert one != recipe(made(["x/a", "x/d"], ["x/c"], hyperparameters={"lr": 1}))
-    # the lists of a published subset are of its seed
-    assert recipe(made(["x/a"], ["x/c", "x/d"])) == recipe(made(["x/b"], ["x/c", "x/d"]))
-    # the pretraining's, too
-    first = made(["x/a", "x/b"], [], hyperparameters={"epochs": 5})
-    started = made(["x/a", "x/b"], ["x/c"], init=first)
-    assert recipe(started)["pretraining epochs"] == 5
-    assert recipe(started) != recipe({**started, "init": made(["x/a"], [], hyperparameters={"epochs": 5})})
