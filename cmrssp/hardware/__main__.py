@@ -25,9 +25,7 @@ _COLUMNS = ("real path", "step", "network", "views", "step / floor", "memory")
 
 def rows(device: torch.device) -> list[tuple[type[Method], str]]:
     """(objective, mixed precision): the paper's, and the supervised one also in fp16."""
-    pretraining = [
-        (METHODS[name], METHODS[name].defaults["amp"]) for name in ("mim", "simclr", "dino", "pcl")
-    ]
+    pretraining = [(method, method.defaults["amp"]) for method in METHODS.values()]
     return [*pretraining, (Segmentation, "off"), *([(Segmentation, "fp16")] if device.type == "cuda" else [])]
 
 
@@ -58,10 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_torch(args.seed, args.deterministic)
         method, settings = flags.build(method_class, args), flags.settings(args, device)
         labelled = method_class is Segmentation
-        keys = [key for key, i in cines.index.items() if not labelled or cines.labels[i].frames]
-        slices = Slices(cines, keys, phases="both" if labelled else None)
+        if labelled:
+            keys = [key for key, number in cines.index.items() if cines.labels[number].frames]
+        else:
+            keys = method.usable(cines, list(cines.index))
         batches = Batches(
-            cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=labelled, device=device
+            cines,
+            Slices(cines, keys, phases="both" if labelled else None),
+            batch_size=args.batch_size,
+            seed=args.seed,
+            labelled=labelled,
+            motion=method.needs_motion,
+            device=device,
         )
         settings = flags.compiled(settings, args, batches)
         memory.check(method, batches, amp=settings.amp, device=device, device_cache=args.device_cache)

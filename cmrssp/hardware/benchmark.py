@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -233,6 +234,7 @@ def _tensors(values) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
+@cache
 def ceilings(device: torch.device, amp: str) -> tuple[float, float]:
     """(FLOP/s of a large matrix product, byte/s of a large copy), each the best of several. On a GPU a
     float32 product uses TF32 if convolutions may.

@@ -220,7 +220,3 @@ def _none_without_store(call: Callable[[], Any]) -> Any:
         return call()
     except RuntimeError:
         return None
-
-
-# the former names, until every caller has the new ones
-share, highest, say, lost, share_buffers = own_items, maximum, print_error, is_process_lost, broadcast_buffers

@@ -56,8 +56,8 @@ class Motion(Method):
         explained = 1 - mse(predicted[0].detach(), motion) / motion.var().clamp_min(1e-12)
         return deep_supervision(mse, predicted, motion), {"explained_variance": explained}
 
-    def compile_networks(self) -> None:
-        self.unet.compile(dynamic=False)
+    def compile_networks(self, mode: str | None = None) -> None:
+        self.unet.compile(dynamic=False, mode=mode)
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         image = views["image"].contiguous(memory_format=torch.channels_last)

@@ -21,6 +21,7 @@ from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.hardware import benchmark, memory
 from cmrssp.hardware.__main__ import main
+from cmrssp.ssp import METHODS
 from cmrssp.training import Step, step_generator
 from cmrssp.unet import UNet, recompute_activations
 
@@ -312,10 +313,9 @@ def test_the_table_of_all_objectives(phantom_folder, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     words = ["--data", str(phantom_folder), "--cache", str(tmp_path / "cache"), "--quick", "--device", "cpu"]
     assert main([*words, "--channels", "4", "8", "--image-size", "32", "--batch-size", "4"]) == 0
-    lines = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.split()[:3] for line in lines] == [
-        [name, "4", "off"] for name in ("mim", "simclr", "dino", "pcl", "segmentation")
-    ]
+    names = [*METHODS, "segmentation"]
+    lines = capsys.readouterr().out.splitlines()[-len(names) :]
+    assert [line.split()[:3] for line in lines] == [[name, "4", "off"] for name in names]
     for line in lines:
         assert all(float(figure) > 0 for figure in line.split()[3:9])
 
