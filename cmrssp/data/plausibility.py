@@ -15,9 +15,9 @@ from cmrssp.data.subject import CORRECTED, NOT_MEASURED, USED
 # SCMR's protocols ask for pixels of 1 to 2 mm and slices 6 to 10 mm apart (J Cardiovasc Magn Reson 2020,
 # 22:17); ACDC, M&Ms and clinical files reach from 0.6 mm to 18 mm. Left free is somewhat more on either side.
 PIXEL_MM, PITCH_MM = (0.4, 4.0), (3.0, 30.0)
-# A newborn's heart is about 40 mm wide and 30 mm long; a scanner's bore is at most 700 mm wide. From apex to
-# roof of the atria an enlarged heart is shorter than 190 mm; ACDC has 18 slices of at most 10 mm.
-FIELD_MM, STACK_MM = (40.0, 700.0), (30.0, 190.0)
+# A newborn's heart is about 40 mm wide and 30 mm long; a scanner's bore is at most 700 mm wide. From the apex
+# to the roof of the atria an enlarged heart is shorter than 200 mm, as are 20 slices of 10 mm.
+FIELD_MM, STACK_MM = (40.0, 700.0), (30.0, 200.0)
 HEART_RATE = (30.0, 200.0)  # a minute: an athlete asleep, a newborn awake
 STEP_S = (0.005, 0.2)  # between frames: 5 ms is below any repetition time of a segment, 200 ms blurs systole
 _FEWEST_FRAMES = 5  # of a whole beat: fewer are chosen phases, such as ED and ES alone

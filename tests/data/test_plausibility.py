@@ -140,7 +140,7 @@ def test_units_of_length(read, scale, unit, expected):
         ((1.5, 1.5, 5.0), True),  # 30 mm high
         ((1.5, 1.5, 4.5), False),  # 27 mm
         ((1.5, 1.5, 30.0), True),  # 180 mm
-        ((1.5, 1.5, 32.0), False),  # 192 mm
+        ((1.5, 1.5, 34.0), False),  # 204 mm
         ((1.2, 1.5, 10.0), False),  # 38 mm wide
         ((4.0, 18.0, 20.0), False),  # 720 mm
     ],
