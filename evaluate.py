@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--predict",
         nargs="+",
         metavar="PATH",
-        help="segment every frame of these cines: NIfTI files or folders",
+        help="segment every frame of these cines: NIfTI files, or folders with NIfTI or DICOM files",
     )
     mode.add_argument(
         "--compare",

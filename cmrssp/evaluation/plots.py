@@ -55,7 +55,7 @@ def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: 
         kept = np.isfinite(difference)
         spread = max(high - bias, abs(difference[kept] - bias).max())
         reach = 1.4 * max(spread, abs(bias) / 10, abs(mean[kept]).max() / 100) or 1.0
-        axis.scatter(mean[kept], difference[kept], s=9, color="#0072B2", alpha=0.7, linewidths=0)
+        axis.scatter(mean[kept], difference[kept], s=9, color="#0072B2", alpha=0.7, linewidths=0, zorder=5)
         axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
         for value, name, colour, line, x, side, above, points in (

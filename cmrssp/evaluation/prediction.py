@@ -27,7 +27,8 @@ _EF = (0.05, 0.9)  # of either ventricle
 _APART = 1 / 4  # of the cycle, between the two largest or the two smallest frames
 _FEWEST_FRAMES = 5  # of a curve that can have a jump
 _NOTHING = {"cine": "", "frames": None, "ed_frame": None, "es_frame": None, **metrics.clinical({}),
-            "heart_rate_per_min": None, **metrics.indexed({}, None, None), "severity": 0, "flags": "", "error": ""}  # fmt: skip
+            "heart_rate_per_min": None, **metrics.indexed({}, None, None), "severity": 0, "flags": "",
+            "error": ""}  # fmt: skip
 
 
 class InMemory(Store):
