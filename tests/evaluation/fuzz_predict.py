@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import random
+import re
 import resource
 import shutil
 import sys
@@ -106,6 +107,7 @@ def campaign(seed: int, mutations: int, checkpoint: str) -> dict:
                 row = rows[hurt]
                 assert status == (2 if row["error"] else 0), (status, row)
                 if row["error"]:
+                    assert not re.match(r"\w+(Error|Exception): ", row["error"]), row["error"]  # not foreseen
                     results["a row that says why"] += 1
                 elif row["flags"] != sound[hurt]["flags"]:
                     results["flagged"] += 1
