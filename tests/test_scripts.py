@@ -480,8 +480,8 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     lost[:348] = header.binaryblock
     (tmp_path / "lost.nii").write_bytes(lost)
     for what, words in (
-        ("flat.nii.gz", "flat.nii.gz: expected a 3D or 4D image, got shape (256, 208)"),
-        ("lost.nii", "lost.nii: expected a spacing in the affine or in pixdim"),
+        ("flat.nii.gz", "(256, 208)"),
+        ("lost.nii", "pixdim"),
         ("dicom", "no cine found"),
         ("IM2", "expected .nii or .nii.gz files, or folders of them or of DICOM files"),
         ("absent.nii", "no such file or folder"),
