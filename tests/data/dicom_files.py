@@ -62,7 +62,7 @@ def place(z: float, row: np.ndarray = ROW, column: np.ndarray = COLUMN) -> dict:
     }
 
 
-def stack(cine: np.ndarray, *, first: int = 0, **elements) -> list[FileDataset]:
+def stack(cine: np.ndarray, *, first: float = 0, **elements) -> list[FileDataset]:
     """One file a frame of (slices, frames, rows, columns); slices from number `first` on, 30 s apart."""
     slices, frames = cine.shape[:2]
     return [
@@ -113,11 +113,10 @@ def write(folder: Path, files: list[FileDataset], *, seed: int | None = 0) -> li
     return paths
 
 
-def expected_affine(first: int = 0) -> np.ndarray:
+def expected_affine(rows: int = 24) -> np.ndarray:
     """By hand: RAS of (column, row from below, slice)."""
-    rows = 24
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = ROW * SPACING[1], -COLUMN * SPACING[0], NORMAL * PITCH
-    affine[:3, 3] = ORIGIN + first * PITCH * NORMAL + COLUMN * SPACING[0] * (rows - 1)
+    affine[:3, 3] = ORIGIN + COLUMN * SPACING[0] * (rows - 1)
     affine[:2] *= -1
     return affine

@@ -10,12 +10,15 @@ import golden_dicom
 import nibabel
 import numpy as np
 import pytest
+import torch
 from dicom_files import RR, enhanced, expected_affine, images, stack, write
 from skimage.draw import polygon2mask
+from test_prediction import network
 
 from cmrssp.data import dataset as data
 from cmrssp.data.cine import read_cine
 from cmrssp.data.nifti import cine_image, write_labels
+from cmrssp.evaluation import prediction
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_dicom.json").read_text())
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "sunnybrook"
@@ -237,3 +240,15 @@ def test_expert_contours_enclose_volumes_at_one_frame_a_phase(tmp_path, name, ex
     """
     (subject,), _ = data.find([str(SHARED / name)], tmp_path)
     assert contour_volumes(subject) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_prediction_has_the_heart_rate_and_volumes_by_body_surface(tmp_path):
+    """Du Bois, by hand: 1.70 m and 70 kg have 1.8097 square metres."""
+    files = stack(images(5, 8, rows=40, columns=40), PatientSize="1.70", PatientWeight="70")
+    subject, _, _ = reading(tmp_path, files)
+    row = prediction.predict(subject, [network(0)], torch.device("cpu"), tmp_path)
+    assert row["error"] == "" and row["heart_rate_per_min"] == pytest.approx(60000 / RR)
+    assert row["body_surface_m2"] == pytest.approx(1.8097, abs=1e-4)
+    assert row["lv_edv_ml_per_m2"] == pytest.approx(row["lv_edv_ml"] / 1.8097, rel=1e-4)
+    labels = nibabel.load(tmp_path / "study_labels.nii.gz")
+    assert np.allclose(labels.affine, expected_affine(rows=40), atol=1e-3) and labels.shape == (40, 40, 5, 8)

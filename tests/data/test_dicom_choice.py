@@ -99,6 +99,24 @@ def test_a_short_axis_goes_before_another_orientation(tmp_path):
     assert (voxels(subject) == images(3, 8)).all() and left.file == "series 2"
 
 
+def test_a_complete_stack_between_the_slices_of_another(tmp_path):
+    """As if the patient had moved by half a distance: no stack of twice as many slices."""
+    write(tmp_path / "study", stack(images(5, 8)) + stack(images(4, 8), first=0.5, **series(2)))
+    (subject,), (left,) = find(tmp_path / "study")
+    assert (voxels(subject) == images(5, 8)).all() and "series 2" in left.file
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.25])
+def test_a_single_slice_scanned_again_in_a_series_of_its_own(tmp_path, moved):
+    cine, again = images(5, 8), images(5, 8)[3:4] + 1
+    later = stack(again, first=3 + moved, **series(2, AcquisitionTime="110000.0"))
+    write(tmp_path / "study", stack(cine) + later)
+    (subject,), problems = find(tmp_path / "study")
+    cine[3] = again[0]
+    assert (voxels(subject) == cine).all() and not problems
+    assert "slice 3" in subject.source.notes[0][0]
+
+
 def test_a_stack_in_two_halves(tmp_path):
     cine = images(6, 8)
     write(tmp_path / "study", stack(cine[:3], **series(1)) + stack(cine[3:], first=3, **series(2)))

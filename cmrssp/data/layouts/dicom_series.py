@@ -164,7 +164,8 @@ def _stacks(scans: Sequence[Scan]) -> list[list[Scan]]:
         for stack in stacks:
             joined = depth(stack + part)
             repeats = joined == depth(stack) and depth(part) < _COMPLETE * joined
-            if repeats or (joined == depth(stack) + depth(part) and _even(stack + part)):
+            low, high = sorted(([scan.at for scan in half] for half in (stack, part)), key=min)
+            if repeats or (max(low) < min(high) and _even(stack + part)):
                 stack += part
                 break
         else:
@@ -183,8 +184,13 @@ def _stacks(scans: Sequence[Scan]) -> list[list[Scan]]:
 
 
 def levels(scans: Sequence[Scan]) -> np.ndarray:
-    """The number of the slice that each scan shows, along the normal."""
-    return _levels([scan.at for scan in scans])
+    """The number of the slice that each scan shows, along the normal; the slice may have moved a little from
+    scan to scan.
+    """
+    at = [scan.at for scan in scans]
+    gaps = np.diff(np.sort(at))
+    gaps = gaps[gaps > SAME_MM]
+    return _levels(at, max(SAME_MM, 0.4 * np.median(gaps)) if len(gaps) else SAME_MM)
 
 
 def depth(scans: Sequence[Scan]) -> int:
@@ -192,10 +198,10 @@ def depth(scans: Sequence[Scan]) -> int:
     return int(levels(scans).max()) + 1
 
 
-def _levels(at: Sequence[float]) -> np.ndarray:
+def _levels(at: Sequence[float], apart_mm: float = SAME_MM) -> np.ndarray:
     order = np.argsort(at)
     found = np.zeros(len(at), int)
-    found[order[1:]] = np.cumsum(np.diff(np.asarray(at)[order]) > SAME_MM)
+    found[order[1:]] = np.cumsum(np.diff(np.asarray(at)[order]) > apart_mm)
     return found
 
 
