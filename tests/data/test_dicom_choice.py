@@ -215,8 +215,8 @@ BAD = {
     "DICOMDIR": (dicomdir, "DICOMDIR"),
     "unknown compression": (unknown_syntax, "compression"),
     "no plug-in": (jpeg, "pylibjpeg"),
-    "unrelated": (lambda folder: [(folder / f"{k}.txt").write_text("x") for k in range(500)], "500 files"),
-    "pipe": (lambda folder: (os.mkfifo(folder / "pipe"), (folder / "notes").write_text("x")), "1 files"),
+    "unrelated": (lambda folder: [(folder / f"{k}.txt").write_text("x") for k in range(500)], "CSV: 500"),
+    "pipe": (lambda folder: (os.mkfifo(folder / "pipe"), (folder / "notes").write_text("x")), "CSV: 1"),
 }  # fmt: skip
 
 

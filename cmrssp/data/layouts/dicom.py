@@ -9,6 +9,8 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from stat import S_ISREG
@@ -19,6 +21,7 @@ from cmrssp.data.layouts.dicom_series import choose
 from cmrssp.data.layouts.dicom_stack import assemble
 from cmrssp.data.subject import LEFT_OUT, USED, Problem, Subject, vendor_name
 from cmrssp.files import atomic
+from cmrssp.hardware.device import available_cores
 
 DATASET = "dicom"
 FORMAT = 1  # of the index
@@ -38,7 +41,8 @@ def subjects_among(files: Sequence[Path], root: Path, cache: Path) -> tuple[list
         studies[image.study].append(image)
     problems = _no_study(studies.pop("", []))
     if strangers:
-        problems.append(Problem("", "", f"{strangers} files are neither DICOM nor NIfTI nor CSV", LEFT_OUT))
+        what = f"files that are neither DICOM nor NIfTI nor CSV: {strangers}"
+        problems.append(Problem("", "", what, LEFT_OUT))
     found = {study: choose(members) for study, members in studies.items()}
     homes = {study: _home(studies[study]) for study, (scans, _) in found.items() if scans}
     subjects = []
@@ -123,9 +127,10 @@ def _index(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Image],
         for row in kept[key]
     ]
     if images and new:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as out:
-            out.write(json.dumps({"format": FORMAT, "files": kept}).encode())
+        with suppress(OSError):  # then the headers are read again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as out:
+                out.write(json.dumps({"format": FORMAT, "files": kept}).encode())
     return images, sum(not rows for rows in kept.values())
 
 
@@ -141,7 +146,10 @@ def _key(file: Path, root: Path) -> str:
 
 
 def _headers(files: Sequence[Path]) -> list[tuple[list[Image], set[str]]]:
-    if len(files) < _MANY:
-        return [dicom_header.read(file) for file in files]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        return list(pool.map(dicom_header.read, files, chunksize=200))
+    if len(files) >= _MANY:
+        with (
+            suppress(BrokenProcessPool),
+            ProcessPoolExecutor(available_cores(), get_context("spawn")) as pool,
+        ):
+            return list(pool.map(dicom_header.read, files, chunksize=200))
+    return [dicom_header.read(file) for file in files]

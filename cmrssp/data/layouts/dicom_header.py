@@ -22,6 +22,24 @@ _SECONDARY_CAPTURE, _DIRECTORY = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.1.3
 _MR_IMAGES = [f"1.2.840.10008.5.1.4.1.1.4{end}" for end in ("", ".1", ".4")]  # classic, enhanced, converted
 _NOT_MAGNITUDE = {"P", "R", "I", "PHASE", "PHASE MAP", "VELOCITY", "VELOCITY MAP", "REAL", "IMAGINARY"}
 _GE_COMPONENT, _PHILIPS_SLOPE, _PHILIPS_INTERCEPT = 0x0043102F, 0x2005100E, 0x2005100D
+_MODALITIES = {
+    "CR",
+    "CT",
+    "DX",
+    "ECG",
+    "KO",
+    "MR",
+    "NM",
+    "OT",
+    "PR",
+    "PT",
+    "RF",
+    "SC",
+    "SEG",
+    "SR",
+    "US",
+    "XA",
+}
 _RR_MS = (250.0, 2500.0)
 _ANYBODY = {"anon", "anonymous", "anonymized", "anonymised", "patient", "subject", "unknown", "none"}
 _TAGS = [Tag(tag) for tag in (
@@ -196,7 +214,7 @@ def _not_mr(said: _Elements, kind: str) -> str:
     if kind.startswith(_SECONDARY_CAPTURE):
         return "secondary capture"
     if modality != "MR" or not said.number("Rows"):
-        return f"no MR image (modality {modality[:16]})"
+        return f"no MR image (modality {modality if modality in _MODALITIES else 'unknown'})"
     return "colour image" if said.number("SamplesPerPixel") not in (None, 1) else ""
 
 
