@@ -66,7 +66,7 @@ class Slices:
 class Batches:
     """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice is visited twice.
 
-    Under torchrun `batch_size` counts the slices of all ranks together, `share` those of each rank.
+    Under torchrun `batch_size` counts the slices of all ranks together, `per_rank` those of each rank.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Batches:
         if len(slices) < ranks:
             raise UserError(f"{ranks} processes cannot share {len(slices)} slices; start fewer of them")
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
-        self.share = self.batch_size // ranks
+        self.per_rank = self.batch_size // ranks
         self.resident: DeviceCache | None = None
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -122,25 +122,27 @@ class Batches:
                 begin = step if epoch == first else 0
                 yield from order[: len(self) * self.batch_size].reshape(len(self), -1)[begin:]
 
-        return self._read(parts(), shared=True)
+        return self._read(parts(), split_over_ranks=True)
 
-    def in_order(self, limit: int | None = None, *, shared: bool = False) -> Iterator[Batch]:
+    def in_order(self, limit: int | None = None, *, split_over_ranks: bool = False) -> Iterator[Batch]:
         """All slices once, unshuffled, the last batch as large as it is. With `limit` that many, always the
-        same ones, drawn at random: a regular step could meet the same slice of every stack. With `shared`
-        each rank gets its share of a batch, of as many slices as divide by the ranks.
+        same ones, drawn at random: a regular step could meet the same slice of every stack. With
+        `split_over_ranks` each rank gets its share of a batch, of as many slices as divide by the ranks.
         """
         count = min(limit or len(self.slices), len(self.slices))
-        if shared:
+        if split_over_ranks:
             count -= count % distributed.world_size()
         order = np.sort(np.random.default_rng(0).choice(len(self.slices), count, replace=False))
-        return self._read((order[i : i + self.batch_size] for i in range(0, count, self.batch_size)), shared)
+        return self._read(
+            (order[i : i + self.batch_size] for i in range(0, count, self.batch_size)), split_over_ranks
+        )
 
-    def _read(self, parts: Iterable[np.ndarray], shared: bool) -> Iterator[Batch]:
+    def _read(self, parts: Iterable[np.ndarray], split_over_ranks: bool) -> Iterator[Batch]:
         ranks, rank = distributed.world_size(), distributed.rank()
         copies = self.copies
 
         def read(part: np.ndarray) -> tuple[Batch, tuple[int, int], torch.cuda.Event | None]:
-            mine = np.split(part, ranks)[rank] if shared else part
+            mine = np.split(part, ranks)[rank] if split_over_ranks else part
             places = [self.slices.locate(n) for n in mine]
             if self.resident:
                 batch = {**describe(self.store, places), **self.resident.starts(mine)}

@@ -180,8 +180,8 @@ def measure(
         steps_per_round=steps,
         waiting=waited / sum(steps * size / rate for rate in rates["real path"]),
         peak_memory=peak_memory(device),
-        flops=flops / batches.share,
-        moved=moved / batches.share,
+        flops=flops / batches.per_rank,
+        moved=moved / batches.per_rank,
         peak=peak,
         bandwidth=bandwidth,
     )

@@ -29,7 +29,7 @@ def check(
             f"{method.fewest_slices} of them, got {batches.batch_size} ({len(batches.slices)} to train on)"
         )
     factor, ranks = 2 ** (len(method.encoder.channels) - 1), distributed.world_size()
-    fewest = batches.share * min(number * (side // factor) ** 2 for side, number in method.view_sizes())
+    fewest = batches.per_rank * min(number * (side // factor) ** 2 for side, number in method.view_sizes())
     if method.encoder.norm == "batch" and fewest < 2:
         raise UserError(
             f"--batch-size {batches.batch_size}: batch norm needs more than one value per channel, but with "
@@ -37,7 +37,7 @@ def check(
             f"{2 * ranks} or a larger --image-size"
         )
     fixed, per_slice = estimate(method, batches, amp=amp)
-    needed, present = fixed + per_slice * batches.share, capacity(device)
+    needed, present = fixed + per_slice * batches.per_rank, capacity(device)
     print(f"memory: about {needed / _GB:.1f} of {present / _GB:.1f} GB")
     if needed > present:
         fitting = int((0.9 * present - fixed) / per_slice)

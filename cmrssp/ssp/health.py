@@ -62,9 +62,9 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     method.eval()
     count, sums = 0, Counter()
     features, positions, subjects = [], [], []
-    for i, batch in enumerate(loader.in_order(NUM_SLICES, shared=True)):
+    for i, batch in enumerate(loader.in_order(NUM_SLICES, split_over_ranks=True)):
         views = method.views(batch, step_generator(0, 0, i, distributed.rank()))
-        if i == 0 or len(batch["image"]) == loader.share:  # contrast is easier in a smaller batch
+        if i == 0 or len(batch["image"]) == loader.per_rank:  # contrast is easier in a smaller batch
             loss, logs = method(views, float(epoch))
             sums.update({name: value.item() for name, value in {"loss": loss, **logs}.items()})
             count += 1
