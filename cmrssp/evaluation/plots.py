@@ -178,25 +178,10 @@ def over_seeds(scores: Mapping[int, Sequence[float]]) -> np.ndarray:
     return np.reshape(np.array(rows, float), (-1, 4))
 
 
-def dodged(numbers: np.ndarray, index: int, count: int, decades: float) -> np.ndarray:
-    """numbers (N,) of line `index` moved sideways on a logarithmic axis, by at most 3 % of its length."""
-    step = min(0.007, 0.06 / max(count - 1, 1))
-    return numbers * 10 ** ((index - (count - 1) / 2) * step * decades)
-
-
-def number_labels(numbers: Sequence[int], decades: float) -> list[str]:
-    """Tick labels of increasing numbers; one too near its left neighbour goes a line lower."""
-    labels: list[str] = []
-    for i, number in enumerate(numbers):
-        near = i and np.log10(number / numbers[i - 1]) < 0.05 * decades and labels[-1][0] != "\n"
-        labels.append("\n" * bool(near) + str(number))
-    return labels
-
-
 def learning_curves(
     scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path, baseline: str = "Baseline"
 ) -> bool:
-    """Mean Dice against the number of labelled subjects; bars are the sample standard deviation over seeds.
+    """Mean Dice by number of labelled subjects; bars are the sample standard deviation over seeds.
     Without anything to draw it writes no file and returns False.
 
     scores: {label: {number of subjects: [Dice of each seed]}}; the label `baseline` is drawn in black.
@@ -208,21 +193,18 @@ def learning_curves(
     figure, (axis,) = _grid(1, 1, height=2.9)
     axis.set(xlabel="labelled subjects", ylabel="3D Dice (mean ± SD over seeds)")
     numbers = sorted({int(number) for table in tables.values() for number in table[:, 0]})
-    decades = float(np.log10(numbers[-1] / numbers[0])) or 1.0
     for i, (label, table) in enumerate(tables.items()):
         number, seeds, mean, std = table.T
         place = 0 if label == baseline else 1 + (i - (baseline in tables)) % (len(_METHOD_LINES) - 1)
         colour, marker, line = _METHOD_LINES[place]
+        aside = (i - (len(tables) - 1) / 2) * 0.3 / len(tables)  # so that bars do not cover each other
         few, many = int(seeds.min()), int(seeds.max())
         axis.errorbar(
-            dodged(number, i, len(tables), decades), mean, std, capsize=2, markersize=4, linewidth=1.2,
+            np.searchsorted(numbers, number) + aside, mean, std, capsize=2, markersize=4, linewidth=1.2,
             color=colour, marker=marker, linestyle=line,
             label=f"{label} (seeds: {few}" + (f" to {many})" if few < many else ")"),
         )  # fmt: skip
-    axis.set_xscale("log")
-    axis.set_xticks(numbers, number_labels(numbers, decades))
-    axis.set_xticks([], minor=True)
-    axis.set_xlim(numbers[0] / 10 ** (0.06 * decades), numbers[-1] * 10 ** (0.06 * decades))
+    axis.set_xticks(range(len(numbers)), numbers)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=_POINTS)
     _write(figure, path)
