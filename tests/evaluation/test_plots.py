@@ -176,11 +176,9 @@ def test_boxes_show_the_points_of_small_groups(tmp_path, drawn):
     [
         [],
         rows_of({"GE": 1}),
-        rows_of({"GE": 12}, names=["MYO"]),
         rows_of({"GE": 2, "": 1}, phases=["ES"]),
         [{**row, "dice": NAN} for row in rows_of({"GE": 2})],
         rows_of({f"Vendor {i} Medical": 1 + i for i in range(12)}),
-        rows_of({"Siemens": 30, "Philips": 120, "GE": 50, "Canon": 50}),
         rows_of({"Siemens": 30, "Philips": 120, "GE": 50, "Canon": 50, "United Imaging": 4, "": 1}),
     ],
 )
