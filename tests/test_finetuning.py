@@ -5,6 +5,7 @@ norms through the scripts.
 import copy
 import importlib
 import json
+import re
 import sys
 
 import pytest
@@ -220,3 +221,22 @@ def test_another_norm_ends_in_one_line(pretrained, tmp_path, monkeypatch, capsys
         "batch; leave --norm out, or pretrain with --norm batch"
     ]
     assert not (tmp_path / "made").exists()
+
+
+SMALLEST = ("--quick", "--channels", "4", "8", "--image-size", "16", "--n-subjects", "2")
+
+
+def test_quick_takes_1800_steps_however_few_the_subjects(phantom_folder, tmp_path, capsys):
+    words = ["--data", str(phantom_folder), "--cache", str(tmp_path / "cache"), *SMALLEST, "--benchmark", "1"]
+    assert finetune.main(words) == 0
+    epochs, steps = re.search(r"(\d+) epochs x (\d+) steps", capsys.readouterr().out).groups()
+    assert 1800 <= int(epochs) * int(steps) < 1800 + int(steps)
+
+
+def test_a_class_that_is_never_found_is_named_at_the_end(phantom_folder, tmp_path, capsys):
+    words = ["--data", str(phantom_folder), "--cache", str(tmp_path / "cache"), *SMALLEST, "--epochs", "1"]
+    assert finetune.main([*words, "--lr", "1e-9", "--out", str(tmp_path / "run")]) == 0
+    (last,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lost = [name for name in ("LV", "MYO", "RV") if last[f"dice_{name}"] == 0]
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: a Dice")]
+    assert lost and all(name in warning for name in lost) and "--epochs 4" in warning

@@ -25,6 +25,7 @@ from cmrssp.cli import entry
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
+from cmrssp.evaluation import validation
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
 from cmrssp.runs.folder import Run
@@ -126,10 +127,8 @@ def make_store(hearts: Path, cache: Path) -> store.Store:
 
 
 def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int]) -> dict[str, float]:
-    import finetune  # here, because it takes seconds, and the processes that die can do without
-
     keys = [cines.subjects[i].key for i in subjects]
-    return finetune.mean_dice(method, cines, keys, torch.device("cpu"))
+    return validation.mean_dice(method, cines, keys, torch.device("cpu"))
 
 
 def figures(name: str, cines: store.Store) -> dict[str, float]:
