@@ -20,6 +20,7 @@ from cmrssp.data.store import CineRecord, Store
 from cmrssp.data.subject import CLASSES, LEFT_OUT, NOT_MEASURED, PLAIN, Subject
 from cmrssp.errors import UserError, one_line
 from cmrssp.evaluation import contours, plots
+from cmrssp.files import sweep
 from cmrssp.segmentation import Segmentation, main_component, predict_frames
 
 _OPEN, _SCATTERED, _JUMP = 0.1, 0.01, 0.1  # of the cavity's border, of a class's voxels, of the EDV
@@ -91,6 +92,7 @@ def predict(
     clinical.csv. An error of any kind ends in the row's `error`, and everything that could be written before
     or beside it is there. `options` are those of `segmentation.predict_frames`.
     """
+    sweep(out, older_than_s=3600)  # half-written files of a prediction that was killed
     row = {**_NOTHING, "cine": subject.file_name}
     errors: list[str] = []
 

@@ -142,6 +142,14 @@ def test_a_picture_that_fails_takes_nothing_else_with_it(predict, scans, cine, t
     assert {"beat_labels.nii.gz", "beat_contours.png", "beat_volumes.png"} <= names
 
 
+def test_what_a_killed_prediction_left_is_removed(predict, scans, cine, tmp_path):
+    old = tmp_path / "out" / ".beat.gif.0123.tmp"
+    old.parent.mkdir()
+    old.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    assert old.name not in predict(scans(beat=np.asanyarray(cine.dataobj)[..., :1]))[2]
+
+
 def test_a_prediction_needs_no_split(predict, scans, cine):
     folder = scans(beat=np.asanyarray(cine.dataobj))
     (folder / "subjects.csv").write_text("subject,split\nbeat,perhaps\n")
