@@ -108,7 +108,8 @@ def read(path: Path) -> tuple[list[Image], set[str]]:
             file.seek(0)
             header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
             room = os.fstat(file.fileno()).st_size - file.tell()
-            return _images(path, header, room) or [unreadable], _identity(header)
+            said = _Elements(header)
+            return _images(path, header, said, room) or [unreadable], _identity(header, said)
     except OSError:
         return [], set()
     except Exception:  # a broken file makes pydicom raise anything
@@ -165,10 +166,8 @@ def _decoded(element: RawDataElement | pydicom.DataElement) -> Sequence:
     return [] if kind == "SQ" else [v.strip(" \0") for v in value.decode("latin-1").split("\\")]
 
 
-def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
+def _images(path: Path, header: pydicom.Dataset, said: _Elements, room: int) -> list[Image]:
     """One image a frame. `room`: bytes from the element of the pixels to the end of the file."""
-    shared, frames = ([*header.get(f"{name}FunctionalGroupsSequence", ())] for name in ("Shared", "PerFrame"))
-    said = _Elements(header)
     kind = said.texts("SOPClassUID")[0] or str(header.file_meta.get("MediaStorageSOPClassUID", ""))
     if kind == _DIRECTORY:
         return [Image(path, "", reason="a DICOMDIR: not needed")]
@@ -190,6 +189,10 @@ def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
         height_m=said.within(0.3, 2.5, "PatientSize"),
         weight_kg=said.within(1, 400, "PatientWeight"),
     )
+    multiple = count is not None
+    groups = [
+        header.get(f"{name}FunctionalGroupsSequence", ()) for name in ("Shared", "PerFrame") if multiple
+    ]
     count = int(count or 1)
     needed = (rows or 0) * (columns or 0) * count * (said.number("BitsAllocated") or 16) / 8
     needed += 8 if syntax == ImplicitVRLittleEndian else 12  # the element's own header
@@ -197,11 +200,12 @@ def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
         image = image._replace(reason="truncated file")
     if image.reason:
         return [image]
-    if len(frames) != count or not any(frames):
-        frames = [pydicom.Dataset()] * count
-    common = _items(shared)
-    own = [[*common, *_items([frame])] for frame in frames]
-    return [_frame(image, k, _Elements(header, *items) if items else said) for k, items in enumerate(own)]
+    if not groups or len(groups[1]) != count:
+        return [_frame(image, k, said) for k in range(count)]
+    common = _items(groups[0])
+    return [
+        _frame(image, k, _Elements(header, *common, *_items([group]))) for k, group in enumerate(groups[1])
+    ]
 
 
 def _items(groups: Sequence[pydicom.Dataset]) -> list[pydicom.Dataset]:
@@ -267,14 +271,16 @@ def _clock_ms(text: str) -> float:
     return 1000 * (3600 * int(found[2]) + 60 * int(found[3]) + float(found[4])) if found else 0.0
 
 
-def _identity(header: pydicom.Dataset) -> set[str]:
+def _identity(header: pydicom.Dataset, said: _Elements) -> set[str]:
     """Words that name the patient, small letters. The id of a file that says it is anonymous, or whose
     patient is named like the id and has no birth date, is a pseudonym.
     """
-    name, id, born, order = (str(header.get(key) or "").casefold() for key in
-                             ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber"))  # fmt: skip
+    name = str(header.get("PatientName") or "").casefold()  # in any character set
+    id, born, order = (
+        said.texts(key)[0].casefold() for key in ("PatientID", "PatientBirthDate", "AccessionNumber")
+    )
     born = born if born.strip("0") else ""
-    if str(header.get("PatientIdentityRemoved", "")) == "YES" or (name == id and not born):
+    if said.texts("PatientIdentityRemoved")[0] == "YES" or (name == id and not born):
         return set()
     words = {*re.split(r"[\W_]+", name), id, born, order}
     return {word for word in words if len(word) > 1} - _ANYBODY
