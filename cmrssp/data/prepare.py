@@ -68,7 +68,7 @@ def prepare(
     )
     _refuse_empty(subjects, split, needed)
     for checkpoint in checkpoints:
-        _refuse_trained(checkpoint, split, held_out)
+        refuse_trained(checkpoint, split, held_out)
     if vendors is not None:
         split = _of_vendors(subjects, split, needed, vendors)
     with distributed.main_first():
@@ -108,7 +108,7 @@ def _refuse_empty(subjects: Sequence[Subject], split: dict[str, list[str]], need
     )
 
 
-def _refuse_trained(checkpoint: Trained, split: dict[str, list[str]], held_out: Iterable[str]) -> None:
+def refuse_trained(checkpoint: Trained, split: dict[str, list[str]], held_out: Iterable[str]) -> None:
     """Raise UserError where the checkpoint has been trained on a subject of these parts."""
     seen = checkpoint.seen()
     for part in held_out:

@@ -1,4 +1,4 @@
-"""What of a checkpoint goes into a network, and who may no longer be held out."""
+"""What of a checkpoint goes into a network."""
 
 from collections.abc import Iterable
 from itertools import count, takewhile
@@ -63,19 +63,6 @@ def check_keys(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: its configuration says --channels {_words(expected)}, its weights have "
             f"{_words(found)}"
         )
-
-
-def refuse_seen(checkpoint: Checkpoint, split: dict[str, list[str]], parts: Iterable[str]) -> None:
-    """Raise UserError if the checkpoint was trained on a subject of these parts of the split."""
-    seen = checkpoint.provenance.seen()
-    for part in parts:
-        leaked = [key for key in split[part] if key in seen]
-        if leaked:
-            raise UserError(
-                f"{checkpoint.path}: was trained on {len(leaked)} of the {len(split[part])} {part} subjects "
-                f"({seen[leaked[0]]}, the first is {leaked[0]}); use the split that it was trained with "
-                "(leave out --split-seed and --split-file), or pretrain again"
-            )
 
 
 def _words(numbers: Iterable[int]) -> str:

@@ -4,10 +4,11 @@ import pickle
 import pytest
 import torch
 
+from cmrssp.data.prepare import refuse_trained
 from cmrssp.errors import UserError
 from cmrssp.unet import UNet
 from cmrssp.weights import checkpoints
-from cmrssp.weights.transfer import refuse_seen, transfer
+from cmrssp.weights.transfer import transfer
 
 CHANNELS = (4, 8, 8)
 
@@ -157,11 +158,11 @@ def test_subjects_seen_anywhere_in_the_history_are_refused(tmp_path):
     first = {"method": "pcl", "data": [], "split": {}, "split_seed": 0, "seed": 0, "subjects": ["x/b"]}
     checkpoint = saved(tmp_path, unet(), subjects=["x/a"], init=first)
     assert checkpoint.seen() == {"x/a": "mim", "x/b": "pcl"}
-    refuse_seen(
+    refuse_trained(
         checkpoint, {"train": ["x/a", "x/b"], "validation": ["x/c"], "test": []}, ("validation", "test")
     )
     with pytest.raises(UserError, match=r"trained on 1 of the 2 test subjects \(pcl, the first is x/b\)"):
-        refuse_seen(
+        refuse_trained(
             checkpoint, {"train": [], "validation": [], "test": ["x/b", "x/d"]}, ("validation", "test")
         )
 
