@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,10 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Stage(nn.Sequential):
-    """Two 3x3 convolutions, each with norm and activation; the first one has the stride."""
+    """Two 3x3 convolutions, each with norm and activation; the first one has the stride.
+
+    The biases of the convolutions are parameters, but nothing adds them to the features, see `_normalised`.
+    """
 
     recompute = False  # True: keep only the convolutions' inputs, compute the rest again in the backward pass
 
@@ -37,17 +41,51 @@ class Stage(nn.Sequential):
         super().__init__(layers)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return super().forward(image)
         for conv, norm, act in ((self.conv1, self.norm1, self.act1), (self.conv2, self.norm2, self.act2)):
-            image = checkpoint(
-                nn.Sequential(conv, norm, act),
-                image,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=lambda norm=norm: (nullcontext(), _seen_before(norm)),
-            )
+            if self.recompute and torch.is_grad_enabled():
+                image = checkpoint(
+                    lambda image, conv=conv, norm=norm, act=act: act(_normalised(conv, norm, image)),
+                    image,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda norm=norm: (nullcontext(), _seen_before(norm)),
+                )
+            else:
+                image = act(_normalised(conv, norm, image))
         return image
+
+
+def _normalised(conv: nn.Conv2d, norm: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """norm(conv(image)), without the two passes over the features that add a bias and sum up its gradient.
+
+    A norm that subtracts each channel's mean removes the bias again. So it enters only the running mean of
+    batch norm, and with fixed statistics (evaluation, a frozen encoder) the norm's own bias. Its gradient is
+    exactly 0 (with the bias added it is what rounding leaves of 0), and it is not None: SGD's momentum and
+    weight decay move the bias towards 0 as before, which changes no output.
+    """
+    features = F.conv2d(image, conv.weight, None, conv.stride, conv.padding)
+    if isinstance(norm, nn.InstanceNorm2d):
+        return norm(_WithoutEffect.apply(features, conv.bias))
+    if not norm.training:
+        shift = norm.bias + conv.bias * norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return F.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, shift, eps=norm.eps)
+    normalised = norm(_WithoutEffect.apply(features, conv.bias))
+    # through .data, because autograd refuses to change a tensor that batch norm has saved (and does not read)
+    norm.running_mean.data.add_(conv.bias.detach(), alpha=norm.momentum)
+    return normalised
+
+
+class _WithoutEffect(torch.autograd.Function):
+    """(features, bias) -> the features; the bias gets a gradient of zeros, and DDP sees that it was used."""
+
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(bias)
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, torch.zeros_like(ctx.saved_tensors[0])
 
 
 @contextmanager

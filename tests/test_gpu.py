@@ -1,4 +1,7 @@
-"""What only a GPU can show. Skipped where there is none."""
+"""What only a GPU can show: python -m pytest -n 8 tests/test_gpu.py (--slow: also what compiles).
+
+Skipped where there is none.
+"""
 
 import copy
 from functools import partial
@@ -9,13 +12,14 @@ import torch
 import two_processes
 from test_distributed import torchrun
 from test_resume import Interrupting, assert_same
+from test_unet import as_written, make_stages
 
 import finetune
 import train_ssp
 from cmrssp import augmentation
 from cmrssp.data import phantom
 from cmrssp.data.batches import Batches, Slices
-from cmrssp.runs.resume import Stopped
+from cmrssp.runs.signals import Stopped
 from cmrssp.training import Step, step_generator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
@@ -76,6 +80,59 @@ def test_a_step_never_waits_for_the_device(hearts, name, amp):
     assert found["loss"].isfinite()
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stage_gives_what_its_layers_give_one_by_one(norm, training):
+    """In float64, as on a CPU, in the memory format of the training."""
+    stages = [stage.to(GPU, memory_format=torch.channels_last).train(training) for stage in make_stages(norm)]
+    image = torch.randn(4, 3, 16, 16, dtype=torch.float64, device=GPU)
+    image = image.contiguous(memory_format=torch.channels_last)
+    results = []
+    for stage, forward in zip(stages, (stages[0], partial(as_written, stages[1])), strict=True):
+        output = forward(image)
+        output.square().mean().backward()
+        results.append([output, *stage.buffers(), *(p.grad for p in stage.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).abs().max() < 1e-6
+
+
+def test_crops_of_one_pass_equal_those_made_one_by_one(hearts):
+    method, batch = two_processes.make_method("dino"), next(batches(hearts, GPU, labelled=False).in_order())
+    found = method.views(batch, step_generator(0, 0, 0))
+    first, second, local = method.crop_ranges()
+    generator = step_generator(0, 0, 0)
+    for crop, ranges in zip(
+        (*found["global"].chunk(2), *found["local"].chunk(method.local_crops)),
+        (first, second, *[local] * method.local_crops),
+        strict=True,
+    ):
+        size = {"image_size": crop.shape[-1], "spacing_mm": method.spacing_mm}
+        expected = augmentation.augment(batch, [ranges], generator, **size)["image"]
+        assert (crop - expected).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+@pytest.mark.parametrize("name", two_processes.NAMES)
+def test_steps_replayed_as_graphs_equal_compiled_ones(hearts, name, amp, capsys):
+    """Losses and weights of eight steps on different batches, enough to warm up, capture and replay."""
+    loader, results = batches(hearts, GPU), []
+    for graph in (False, True):
+        torch._dynamo.reset()
+        settings = loop.settings(**SETTINGS, amp=amp, compile=True, graph=graph)
+        step = Step(two_processes.make_method(name), loader, settings)
+        stream = loader.epochs(0, 100)
+        losses = torch.stack([step(next(stream), 0, number)["loss"] for number in range(8)])
+        stream.close()
+        results.append((losses.cpu(), [p.detach().cpu() for p in step.method.parameters()]))
+    (plain, weights), (replayed, others) = results
+    assert (plain - replayed).abs().max() < 1e-2 * plain.abs().max()
+    for one, other in zip(weights, others, strict=True):
+        assert (one - other).norm() <= 1e-2 * one.norm() + 1e-4
+    assert "run without" not in capsys.readouterr().out  # everything was captured
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", two_processes.NAMES)
 def test_compiled_networks_give_the_same_loss_and_gradients(name, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

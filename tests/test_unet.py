@@ -1,11 +1,14 @@
+import copy
 import json
+from functools import partial
 
 import golden_unet
 import pytest
 import torch
+from torch import nn
 
 from cmrssp.errors import UserError
-from cmrssp.unet import UNet, check_image_size
+from cmrssp.unet import Stage, UNet, check_image_size
 
 PAPER = (32, 64, 128, 256, 512, 512, 512)
 
@@ -65,3 +68,59 @@ def test_instance_norm_needs_two_pixels_at_the_bottleneck():
     assert network(torch.zeros(1, 1, 8, 8))[0].shape == (1, 1, 8, 8)
     with pytest.raises(ValueError, match="more than 1 spatial element"):
         network(torch.zeros(1, 1, 4, 4))
+
+
+def make_stages(norm, seed=0):
+    """(a stage in float64 whose numbers are all unlike those of the start, its copy)."""
+    torch.manual_seed(seed)
+    stage = Stage(3, 5, 2, norm).double()
+    with torch.no_grad():
+        for tensor in (*stage.parameters(), *stage.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return stage, copy.deepcopy(stage)
+
+
+def as_written(stage, image):
+    """Layer by layer, the bias added to the features."""
+    return nn.Sequential.forward(stage, image)
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_a_stage_gives_what_its_layers_give_one_by_one(norm, training, synchronised):
+    """Two passes before the backward one, as DINO's two sizes of crops."""
+    stage, plain = make_stages(norm)
+    if synchronised:
+        stage = nn.SyncBatchNorm.convert_sync_batchnorm(stage)
+    images = [torch.randn(4, 3, size, size, dtype=torch.float64) for size in (16, 8)]
+    found, expected = [], []
+    for network, forward, into in ((stage, stage, found), (plain, partial(as_written, plain), expected)):
+        network.train(training)
+        outputs = [forward(image) for image in images]
+        sum(output.square().mean() for output in outputs).backward()
+        into += [*outputs, *network.buffers(), *(p.grad for p in network.parameters())]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-6
+    assert stage.state_dict().keys() == plain.state_dict().keys()
+    assert (plain.norm1.training, plain.conv2.bias.grad.abs().max() > 1e-3) == (
+        training,
+        norm == "batch" and not training,  # with fixed statistics a bias counts
+    )
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_weight_decay_and_momentum_move_a_bias_that_has_no_effect(norm):
+    """By hand for a gradient of exactly 0: v = 0.9 v + 0.1 b, b = b - 0.5 v."""
+    stage, _ = make_stages(norm)
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    bias, velocity = stage.conv1.bias.detach().clone(), 0.0
+    for _ in range(3):
+        stage(torch.randn(4, 3, 8, 8, dtype=torch.float64)).square().mean().backward()
+        assert not stage.conv1.bias.grad.any() and not stage.conv2.bias.grad.any()
+        optimizer.step()
+        optimizer.zero_grad()
+        velocity = 0.9 * velocity + 0.1 * bias
+        bias = bias - 0.5 * velocity
+    assert (stage.conv1.bias - bias).abs().max() < 1e-12 and bias.abs().min() > 0

@@ -84,10 +84,12 @@ def test_the_networks_stay_the_same(both, name):
     (first, second), _, _ = both
     start = two_processes.make_method(name).state_dict()
     moved = 0
+    # a bias before a norm has a gradient of 0, and DINO does not decay biases
+    still = {key for key in start if ".conv" in key and key.endswith("bias")} if name == "dino" else set()
     for key, value in first[name]["trained"].items():
         assert torch.equal(value, second[name]["trained"][key]), key
         moved += not torch.equal(value, start[key])
-    assert len(first[name]["seen"]) >= 5 and moved > 0.9 * len(start)
+    assert len(first[name]["seen"]) >= 5 and moved > 0.9 * len(start.keys() - still)
 
 
 @pytest.mark.slow
