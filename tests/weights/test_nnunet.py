@@ -144,7 +144,7 @@ def test_show_tells_what_a_file_is(tmp_path):
     assert said["channels"] == "16 32 64 128" and said["image"] == "64 px of 3.375 mm"
     assert said["what"] == "weights of a 2D U-Net, pretrained by pcl"
     assert said["encoder"].startswith("32 tensors") and "nnU-Net: encoder.*" in said["encoder"]
-    assert said["decoder"] == said["heads"] == "none in the file, starts fresh everywhere"
+    assert said["decoder"] == said["heads"] == "not in the file, starts from random weights everywhere"
     exchange.to_nnunet(path, tmp_path / "out.pth")
     again = flat(exchange.show(tmp_path / "out.pth"))
     assert again["what"].startswith("weights for nnU-Net v2") and again["subjects seen"] == "2"
