@@ -109,7 +109,7 @@ def add_data(parser: argparse.ArgumentParser, default: str) -> None:
         nargs="+",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help="folders of cines: M&Ms, M&Ms-2 or ACDC as downloaded, or any tree of .nii / .nii.gz files; or "
+        help="folders of cines: M&Ms, M&Ms-2 or ACDC as downloaded, DICOM, or any tree of .nii / .nii.gz; or "
         f"'{PHANTOM}', a synthetic data set (default: {default})",
     )
     add_reading(group)
@@ -162,19 +162,12 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 def add_optimisation(parser: argparse.ArgumentParser) -> None:
     """The method sets the defaults (supplement A of the paper)."""
     add = parser.add_argument_group("optimisation").add_argument
-    epochs = at_least_0(float)
     add("--epochs", type=positive(int), metavar="N", help="passes over the training slices")
     add("--batch-size", type=positive(int), metavar="N", help="slices per step")
     add("--lr", type=positive(float), help="highest learning rate")
     add("--schedule", choices=("cosine", "poly"), help="cosine to --final-lr, or poly: power 0.9 to 0")
     add("--final-lr", type=at_least_0(float), default=0.0, help="learning rate at the end of the cosine")
-    add(
-        "--warmup-epochs",
-        type=epochs,
-        default=0.0,
-        metavar="N",
-        help="the learning rate rises linearly from 0",
-    )
+    add("--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0")
     add("--momentum", type=fraction, help="of SGD")
     add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
     add("--weight-decay", type=at_least_0(float), help="L2 penalty of SGD")
@@ -195,11 +188,7 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
     add("--out", type=not_empty, metavar="DIR", help=f"folder to write to (default: {folders})")
     if not training:
         return
-    add(
-        "--quick",
-        action="store_true",
-        help="small network, small images, few epochs: minutes on a laptop CPU",
-    )
+    add("--quick", action="store_true", help="small network, small images, few epochs: minutes on a CPU")
     add(
         "--resume",
         metavar="auto|RUN",
@@ -214,19 +203,10 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
         help="save last.pt every N epochs, or at the end of an epoch once N minutes have passed (within an "
         "epoch: ten times N)",
     )
-    add(
-        "--max-skipped",
-        type=at_least_0(int),
-        default=25,
-        metavar="N",
-        help="steps in a row that fp16 may leave out because a gradient overflows",
-    )
-    add(
-        "--seed",
-        type=at_least_0(int),
-        default=0,
-        help="of initial weights, order of slices and augmentation; also draws the subjects of --n-subjects",
-    )
+    skipped = "steps in a row that fp16 may leave out because a gradient overflows"
+    add("--max-skipped", type=at_least_0(int), default=25, metavar="N", help=skipped)
+    drawn = "draws initial weights, the order of slices, augmentation, and the subjects of --n-subjects"
+    add("--seed", type=at_least_0(int), default=0, help=drawn)
     add("--deterministic", action="store_true", help="torch's deterministic algorithms: slower on a GPU")
 
 
@@ -240,18 +220,10 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="torch.compile the networks, which takes about a minute; auto: for long trainings on a GPU",
     )
-    add(
-        "--graph",
-        choices=("auto", "off"),
-        default="auto",
-        help="replay the compiled networks as CUDA graphs; auto: on a GPU",
-    )
-    add(
-        "--device-cache",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="keep all slices in the device's memory; auto: on a GPU, if they fit besides the training",
-    )
+    graph = "replay the compiled networks as CUDA graphs; auto: on a GPU"
+    add("--graph", choices=("auto", "off"), default="auto", help=graph)
+    kept = "keep all slices in the device's memory; auto: on a GPU, if they fit besides the training"
+    add("--device-cache", choices=("auto", "on", "off"), default="auto", help=kept)
     add(
         "--grad-checkpoint",
         action=argparse.BooleanOptionalAction,
@@ -294,9 +266,8 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
 
 def compiled(settings: Settings, args: argparse.Namespace, batches: Batches) -> Settings:
     """The settings, with what --compile and --graph mean for this training."""
-    choice = {True: "on", False: "off"}.get(args.compile, args.compile)  # so in runs from before `auto`
     compile = resolve_compile(
-        "off" if args.grad_checkpoint else choice,
+        "off" if args.grad_checkpoint else args.compile,
         batches.device,
         norm=args.norm,
         num_slices=settings.epochs * len(batches) * batches.batch_size,
