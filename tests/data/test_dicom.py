@@ -11,13 +11,14 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from dicom_files import RR, enhanced, expected_affine, images, stack, write
+from dicom_files import RR, dataset, enhanced, expected_affine, images, stack, write
 from skimage.draw import polygon2mask
 from test_prediction import network
 
 from cmrssp.data import dataset as data
 from cmrssp.data.cine import read_cine
 from cmrssp.data.nifti import cine_image, write_labels
+from cmrssp.data.subject import Subject
 from cmrssp.evaluation import prediction
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_dicom.json").read_text())
@@ -207,6 +208,29 @@ def test_label_maps_lie_on_the_stack(tmp_path):
     assert np.allclose(read.affine, expected_affine(), atol=1e-3) and read.get_data_dtype() == np.uint8
     assert np.asanyarray(read.dataobj)[column, 23 - row, z, t] == 1
     assert read.header.get_zooms()[3] == pytest.approx(RR / 10 / 1000)
+
+
+def test_a_real_cine_as_dicom_is_stored_like_its_nifti_file(tmp_path, bivme):
+    """Every second pixel and third frame of it, one series a slice, rows and columns as in the file."""
+    source = nibabel.load(next(path for path in bivme.rglob("*_sa.nii.gz")))
+    voxels = np.asarray(source.dataobj)[::2, ::2, :, ::3].astype(np.uint16)
+    affine = source.affine @ np.diag([2.0, 2.0, 1.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "same.nii")
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    steps = np.linalg.norm(lps[:3, :2], axis=0)
+    axes, files = (lps[:3, :2] / steps).T.ravel(), []
+    for z, t in np.ndindex(voxels.shape[2:]):
+        files.append(dataset(
+            voxels[:, :, z, t].T, InstanceNumber=t, TriggerTime=34.5 * 3 * t, SeriesInstanceUID=f"1.2.{z}",
+            ImagePositionPatient=[f"{v:.6f}" for v in lps[:3] @ (0, 0, z, 1)], SeriesNumber=99 - z,
+            ImageOrientationPatient=[f"{v:.8f}" for v in axes], PixelSpacing=list(steps[::-1]),
+        ))  # fmt: skip
+    subject, notes, left = reading(tmp_path, files)
+    ours, theirs = read_cine(subject), read_cine(Subject("folder", "same", tmp_path / "same.nii"))
+    assert ours.digest == theirs.digest and not notes and not left
+    assert ours.geometry.spacing_mm == pytest.approx(theirs.geometry.spacing_mm)
+    assert ours.geometry.slice_pitch_mm == pytest.approx(theirs.geometry.slice_pitch_mm, rel=1e-5)
+    assert ours.heart_rate_per_min == pytest.approx(60000 / (34.5 * 27))
 
 
 def contour_volumes(subject) -> dict[tuple[str, int], float]:

@@ -6,6 +6,7 @@ subject is called by its folder, or by a hash where the folder's name holds a na
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -109,14 +110,16 @@ def _index(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Image],
         known = {}
     keys = {file: key for file in files if (key := _key(file, root))}
     new = [file for file, key in keys.items() if key not in known]
-    read = dict(zip(new, _headers(new), strict=True))
+    known |= {keys[file]: [] for file in new}
+    readable = [file for file in new if dicom_header.is_dicom(file)]
+    read = dict(zip(readable, _headers(readable), strict=True))
     identity = set().union(*(words for _, words in read.values()))
     masks: dict[str, str] = {}
     for file, (images, _) in read.items():
-        parts = (folder.name, *file.relative_to(root).parts) if images else ()
+        parts = (folder.name, *file.relative_to(root).parts)
         for part in parts:
             if part not in masks:
-                named = dicom_header.names_patient(part, identity)
+                named = _names_patient(part, identity)
                 masks[part] = _MASKED if named else part.encode(errors="replace").decode()
         place = "/".join(masks[part] for part in parts)
         known[keys[file]] = [[place, *image[2:]] for image in images]
@@ -132,6 +135,13 @@ def _index(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Image],
             with atomic(path) as out:
                 out.write(json.dumps({"format": FORMAT, "files": kept}).encode())
     return images, sum(not rows for rows in kept.values())
+
+
+def _names_patient(part: str, identity: set[str]) -> bool:
+    """Whether a part of a path holds one of the words."""
+    part = part.casefold()
+    words = {part, *re.split(r"[\W_]+", part), re.sub(r"\D", "", part)}
+    return bool(words & identity) or any(len(word) > 3 and word in part for word in identity)
 
 
 def _key(file: Path, root: Path) -> str:

@@ -96,22 +96,27 @@ class Image(NamedTuple):
         return np.cross(self.axes[:3], self.axes[3:])
 
 
-def read(path: Path) -> tuple[list[Image], set[str]]:
-    """(the images of a file, words that name its patient); no image where it is no DICOM. Reads no pixels."""
-    unreadable = Image(path, "", reason="cannot be read as DICOM (truncated?)")
+def is_dicom(path: Path) -> bool:
+    """Whether a file begins, or is called, like DICOM."""
     try:
         with open(path, "rb") as file:
             head = file.read(132)
-            # without the preamble, a file begins with group 8 or 2
-            if head[128:] != b"DICM" and (head[:2] not in (b"\x08\0", b"\x02\0") or head[3:4] != b"\0"):
-                return [unreadable] if path.suffix.lower() in (".dcm", ".ima") else [], set()
-            file.seek(0)
+    except OSError:
+        return False
+    # without the preamble, a file begins with group 2 or 8
+    bare = head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0"
+    return head[128:] == b"DICM" or bare or path.suffix.lower() in (".dcm", ".ima")
+
+
+def read(path: Path) -> tuple[list[Image], set[str]]:
+    """(the images of a DICOM file, words that name its patient). Reads no pixels."""
+    unreadable = Image(path, "", reason="cannot be read as DICOM (truncated?)")
+    try:
+        with open(path, "rb") as file:
             header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
             room = os.fstat(file.fileno()).st_size - file.tell()
             said = _Elements(header)
             return _images(path, header, said, room) or [unreadable], _identity(header, said)
-    except OSError:
-        return [], set()
     except Exception:  # a broken file makes pydicom raise anything
         return [unreadable], set()
 
@@ -284,13 +289,6 @@ def _identity(header: pydicom.Dataset, said: _Elements) -> set[str]:
         return set()
     words = {*re.split(r"[\W_]+", name), id, born, order}
     return {word for word in words if len(word) > 1} - _ANYBODY
-
-
-def names_patient(part: str, identity: set[str]) -> bool:
-    """Whether a part of a path holds one of the words."""
-    part = part.casefold()
-    words = {part, *re.split(r"[\W_]+", part), re.sub(r"\D", "", part)}
-    return bool(words & identity) or any(len(word) > 3 and word in part for word in identity)
 
 
 def hashed(text: str) -> str:
