@@ -49,8 +49,8 @@ class _Voxels:
         self.grid, first = grid, grid[0][0]
         self.shape = (int(first.grid[1]), int(first.grid[0]), len(grid), len(grid[0]))
         scales = {(image.slope, image.intercept) for line in grid for image in line}
-        self.slope, self.inter = scales.pop() if len(scales) == 1 else (1.0, 0.0)
-        self.scaled = bool(scales)  # image by image
+        self.scaled = len(scales) > 1  # then each image by its own slope and intercept
+        self.slope, self.inter = (1.0, 0.0) if self.scaled else scales.pop()
 
     def get_unscaled(self) -> np.ndarray:
         """Raises BrokenSubject, without a word of what the files say."""
