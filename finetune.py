@@ -13,7 +13,9 @@ from cmrssp.errors import UserError
 from cmrssp.evaluation.validation import mean_dice, undetected
 from cmrssp.hardware.device import prepare_torch, resolve_device
 from cmrssp.runs import resume
-from cmrssp.segmentation import FINETUNING_LR, Segmentation
+from cmrssp.segmentation import Segmentation
+from cmrssp.ssp import METHODS
+from cmrssp.ssp.method import Method
 from cmrssp.weights import checkpoints
 from cmrssp.weights.transfer import PARTS, transfer
 
@@ -30,8 +32,9 @@ def parse(argv: Sequence[str] | None):
     group.add_argument(
         "--init",
         metavar="PATH",
-        help="unet.pt, last.pt or a run folder; without it from scratch, "
-        f"with the baseline's --lr ({Segmentation.defaults['lr']}, else {FINETUNING_LR})",
+        help="unet.pt, last.pt or a run folder; without it from scratch with the baseline's --lr. With it, "
+        "--lr and --transfer have the defaults of its method: "
+        + ", ".join(f"{n} {m.finetuning['lr']} {m.finetuning['transfer']}" for n, m in METHODS.items()),
     )
     group.add_argument(
         "--transfer",
@@ -70,7 +73,8 @@ def parse(argv: Sequence[str] | None):
     checkpoint = checkpoints.load(init) if init else None
     flags.set_defaults(parser, argv, Segmentation)
     if checkpoint:
-        parser.set_defaults(lr=FINETUNING_LR, **flags.from_checkpoint(checkpoint))
+        start = METHODS.get(checkpoint.provenance.method, Method)  # it may be fine-tuned already
+        parser.set_defaults(**start.finetuning, **flags.from_checkpoint(checkpoint))
     if interrupted:
         resuming.set_defaults(parser, interrupted)
     args = parser.parse_args(argv)
@@ -98,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         transferred = transfer(checkpoint, method.unet, parts)
         for part, what in transferred.items():
             print(f"{part}: {what}")
+        if inherited.method == "mim" and args.transfer == "all":
+            print("note: MIM's decoder can hinder; try --transfer encoder --lr 0.01 (see README)")
     if args.freeze_encoder:
         epochs = min(args.freeze_encoder, args.epochs)
         note = "" if checkpoint else ", with random weights: there is no --init"

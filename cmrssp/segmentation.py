@@ -21,7 +21,6 @@ from cmrssp.weights.checkpoints import Checkpoint
 from cmrssp.weights.transfer import transfer
 
 NUM_OUTPUTS = len(CLASSES) + 1
-FINETUNING_LR = 0.005  # in place of the baseline's (supplement A)
 _SLICES_AT_ONCE = 32
 
 

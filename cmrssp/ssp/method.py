@@ -40,6 +40,7 @@ class Method(nn.Module):
     purpose: ClassVar[str]  # in one line
     defaults: ClassVar[dict]  # of the shared flags, by destination (supplement A)
     quick: ClassVar[dict]  # what --quick changes in them
+    finetuning: ClassVar[dict] = {"lr": 0.005, "transfer": "all"}  # flags of finetune.py (supplement A)
     fewest_slices: ClassVar[int] = 1  # in a batch
     needs_motion: ClassVar[bool] = False  # `views` reads the batch's motion maps
     classes: ClassVar[list[str] | None] = None  # that the network segments

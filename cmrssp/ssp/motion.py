@@ -29,6 +29,7 @@ class Motion(Method):
         "amp": "fp16",
     }
     quick = {"epochs": 10}
+    finetuning = {"lr": 0.01, "transfer": "encoder"}
     needs_motion = True
 
     def __init__(self, *, channels: Sequence[int], norm: str, **options) -> None:
