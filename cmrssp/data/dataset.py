@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmrssp.data.layouts import acdc, dicom, folder, mnms, mnms2
+from cmrssp.data.layouts import acdc, csv_table, dicom, folder, mnms, mnms2
 from cmrssp.data.subject import LEFT_OUT, Problem, Subject
 from cmrssp.errors import UserError
 from cmrssp.files import below
@@ -18,9 +18,7 @@ _PHANTOM_VERSION = 2  # in the folder's name: the phantom of another version is 
 
 
 def default_cache() -> Path:
-    """The user's cache folder; a folder for temporary files where the user has no home, as in some
-    containers.
-    """
+    """The user's cache folder; a temporary one if the user has no home, as in some containers."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmrssp"
     except RuntimeError:
@@ -30,27 +28,23 @@ def default_cache() -> Path:
 def find(
     paths: Sequence[str], cache: Path, label_suffix: str = LABEL_SUFFIX, *, ignore_split: bool = False
 ) -> tuple[list[Subject], list[Problem]]:
-    """The subjects of all data sets, sorted by key, and what is odd about their files. `phantom` stands for
-    the built-in synthetic set, which is written below the cache on first use; a folder without a known layout
-    is a plain one; DICOM studies may lie beside any layout. Opens no NIfTI image, of DICOM files the headers.
-    `ignore_split` passes over what a subjects.csv says of the split.
+    """The subjects of all data sets, sorted by key, and what is odd about their files. `phantom` is the
+    synthetic set, which is written below the cache on first use. A folder without a known layout is a plain
+    one. DICOM studies may lie beside any layout. Opens no NIfTI image, and the headers of DICOM files.
+    `ignore_split` ignores the splits in a subjects.csv.
 
     Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
     """
-    subjects: list[Subject] = []
-    problems: list[Problem] = []
-    for path in paths:
-        found, odd = _in_folder(path, cache, label_suffix, ignore_split)
-        subjects += found
-        problems += odd
+    found = [_in_folder(path, cache, label_suffix, ignore_split) for path in paths]
+    subjects = sorted((s for members, _ in found for s in members), key=lambda s: s.key)
     counts = Counter(s.key for s in subjects)
-    if twice := sorted(key for key, count in counts.items() if count > 1):
+    if twice := [key for key, count in counts.items() if count > 1]:
         files = ", ".join(str(s.cine) for s in subjects if s.key == twice[0])
         raise UserError(
             f"--data: subjects found more than once: {len(twice)}, the first is {twice[0]} ({files}); remove "
             "the copies or give a smaller folder (of several plain folders: the folder that holds them)"
         )
-    return sorted(subjects, key=lambda s: s.key), problems
+    return subjects, [problem for _, odd in found for problem in odd]
 
 
 def _in_folder(
@@ -59,60 +53,48 @@ def _in_folder(
     root = _phantom_folder(cache) if path == PHANTOM else _expanded(path)
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
-        raise FileNotFoundError(
-            f"--data {path}: {what}; give the folder that holds the cines, or '{PHANTOM}' for the synthetic "
-            "set"
-        )
+        raise FileNotFoundError(f"--data {path}: {what}; give the cines' folder, or '{PHANTOM}' (synthetic)")
     files = below(root, (".nii.gz", ".nii", ".csv"), skip=cache)
     if path == PHANTOM:
         return mnms.subjects_among(files, PHANTOM)
-    found = [layout.subjects_among(files) for layout in (mnms, mnms2, acdc)]
-    known = [layout for layout, (s, _) in zip((mnms, mnms2, acdc), found, strict=True) if s]
+    layouts = (mnms, mnms2, acdc)
+    found = [layout.subjects_among(files) for layout in layouts]
+    known = [layout for layout, (subjects, _) in zip(layouts, found, strict=True) if subjects]
     if not known:
         _refuse_frames_without_cines(path, files)
         found = [folder.subjects_among(files, root, label_suffix, ignore_split=ignore_split)]
     for file in files:
         used = not known and file == root / folder.TABLE
         if file.name.lower() == folder.TABLE and not used and not ignore_split:
-            raise UserError(
-                f"{file}: would not be read, and may say who tests; expected {root / folder.TABLE}, and no "
-                "file named as in M&Ms, M&Ms-2 or ACDC beside it"
-            )
+            expected = f"{root / folder.TABLE}, and no file named as in M&Ms, M&Ms-2 or ACDC beside it"
+            raise UserError(f"{file}: would not be read, and may say who tests; expected {expected}")
     others = set(below(root, ("",), skip=cache, any_name=True)).difference(files)
     found.append(dicom.subjects_among(sorted(others, key=str), root, cache))
     subjects = [s for subjects, _ in found for s in subjects]
     problems = [p for _, problems in found for p in problems]
     if not subjects:
         seen = "".join(f"; {problem}" for problem in found[-1][1][:3])
-        raise FileNotFoundError(
-            f"--data {path}: no cine found; expected .nii or .nii.gz files or DICOM studies in this folder "
-            f"or below{seen}"
-        )
+        expected = "expected .nii or .nii.gz files or DICOM studies in this folder or below"
+        raise FileNotFoundError(f"--data {path}: no cine found; {expected}{seen}")
     return subjects, problems + _strangers(files, known)
 
 
 def _refuse_frames_without_cines(path: str, files: Sequence[Path]) -> None:
-    """Raise UserError for the frames of M&Ms-2 or ACDC without their cines: as a plain folder each frame
-    would be a subject of its own, and a patient's two could train and test.
+    """Raise UserError for frames of M&Ms-2 or ACDC without their cines: as subjects of a plain folder one
+    frame of a patient could train and the other one test.
     """
     for layout, cine in ((mnms2, "_SA_CINE.nii.gz"), (acdc, "_4d.nii.gz")):
         if parts := [f.name for f in files if layout.NAMES.fullmatch(f.name)]:
-            raise UserError(
-                f"--data {path}: {parts[0]} and {len(parts) - 1} more files are named as in "
-                f"{layout.DATASET}, but there is no cine *{cine}; as a plain folder every frame would be a "
-                "subject of its own"
-            )
+            names = f"{parts[0]} and {len(parts) - 1} more files are named as in {layout.DATASET}"
+            raise UserError(f"--data {path}: {names}, but there is no cine *{cine}; add the cines")
 
 
 def _strangers(files: Sequence[Path], layouts: Sequence) -> list[Problem]:
     """One problem for the NIfTI files that are not named as in the layouts found beside them."""
     names = [f.name for f in files if ".nii" in f.name.lower()]
     rest = [name for name in names if not any(layout.NAMES.fullmatch(name) for layout in layouts)]
-    if not rest or not layouts:
-        return []
-    more = f", ... ({len(rest)} in all)" if len(rest) > 8 else ""
-    what = f"files that are not named as in the layouts found beside them: {', '.join(rest[:8])}{more}"
-    return [Problem("", "", what, LEFT_OUT)]
+    what = f"files that are not named as in the layouts found beside them: {csv_table.first(rest)}"
+    return [Problem("", "", what, LEFT_OUT)] if rest and layouts else []
 
 
 def _expanded(path: str) -> Path:
@@ -123,21 +105,19 @@ def _expanded(path: str) -> Path:
 
 
 def absolute(paths: Sequence[str]) -> list[str]:
-    """As a checkpoint remembers them, so that a later script finds them from any folder."""
+    """As checkpoints store them: a later script finds them from any folder."""
     return [path if path == PHANTOM else str(_expanded(path).resolve()) for path in paths]
 
 
 def source(given: dict) -> tuple[list[str], str]:
-    """(data, label suffix) that flags or a checkpoint's provenance name, else the defaults."""
+    """(data, label suffix) of flags or of a checkpoint's provenance, else the defaults."""
     return given.get("data", [PHANTOM]), given.get("label_suffix", LABEL_SUFFIX)
 
 
 def announce(paths: Sequence[str]) -> None:
     """Print which data are used."""
-    note = ""
-    if PHANTOM in paths:
-        note = " (synthetic: good for a first try, not for results; point --data at a folder of real cines)"
-    print(f"data: {' '.join(paths)}{note}", flush=True)
+    note = " (synthetic: good for a first try, not for results; point --data at a folder of real cines)"
+    print(f"data: {' '.join(paths)}{note if PHANTOM in paths else ''}", flush=True)
 
 
 def name(paths: Sequence[str]) -> str:
@@ -156,7 +136,5 @@ def _phantom_folder(cache: Path) -> Path:
             root.parent.mkdir(parents=True, exist_ok=True)
             phantom.write(root)
         except OSError as error:
-            raise UserError(
-                f"{root}: {error.strerror}; give a folder that can be written to as --cache"
-            ) from None
+            raise UserError(f"{root}: {error.strerror}; give a writable folder as --cache") from None
     return root

@@ -1,6 +1,4 @@
-"""The ACDC layout: patientNNN/Info.cfg, patientNNN_4d.nii.gz, patientNNN_frameXX_gt.nii.gz (XX counts from
-1).
-"""
+"""The ACDC layout: patientNNN/Info.cfg, _4d.nii.gz and _frameXX_gt.nii.gz with XX from 1."""
 
 import re
 from collections.abc import Sequence
@@ -36,20 +34,12 @@ def subjects_among(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]
         if not info:
             what = "missing or empty: ED and ES are found by the labels alone"
             problems.append(Problem(key, "Info.cfg", what, USED))
-        labels = {part[5:-3]: path for part, path in sorted(found.items()) if part.endswith("_gt")}
-        subjects.append(
-            Subject(
-                dataset=DATASET,
-                id=patient,
-                cine=found["4d"],
-                labels=tuple(LabelFile(path, int(number) - 1) for number, path in labels.items()),
-                label_ids=(0, 3, 2, 1),
-                pathology=info.get("Group", ""),
-                ed=frame_number(info.get("ED", ""), first=1),
-                es=frame_number(info.get("ES", ""), first=1),
-                part="test" if int(patient.removeprefix("patient")) in _OFFICIAL_TEST else "",
-            )
-        )
+        gt = {name: path for name, path in sorted(found.items()) if name.endswith("_gt")}
+        labels = tuple(LabelFile(path, int(name[5:-3]) - 1) for name, path in gt.items())
+        about = {"label_ids": (0, 3, 2, 1), "pathology": info.get("Group", "")}
+        phases = {phase.lower(): frame_number(info.get(phase, ""), first=1) for phase in ("ED", "ES")}
+        part = "test" if int(patient.removeprefix("patient")) in _OFFICIAL_TEST else ""
+        subjects.append(Subject(DATASET, patient, found["4d"], labels, part=part, **about, **phases))
     return subjects, problems
 
 

@@ -11,17 +11,14 @@ from cmrssp.errors import UserError
 
 
 def read(path: Path, key: str, *, lower: bool = False) -> list[dict[str, str]] | None:
-    """The rows of a CSV with a column `key`, cells stripped, without rows that have no key; None for a table
-    without such a column. `lower` ignores the case of column names. Raises UserError for a file that is no
-    CSV.
+    """The rows of a CSV that have a `key`, cells stripped; None without such a column. `lower` makes column
+    names small. Raises UserError for a file that is no CSV.
     """
     try:
         lines = io.StringIO(read_text(path), newline="").readlines()
         while lines and (not lines[0].strip() or lines[0].startswith("sep=")):
             del lines[0]
-        separator = max(
-            ",;\t", key=(lines or [""])[0].count
-        )  # spreadsheets of some countries write semicolons
+        separator = max(",;\t", key=(lines or [""])[0].count)  # some countries' spreadsheets write ;
         reader = csv.DictReader(lines, delimiter=separator)
         columns = [(name or "").strip() for name in reader.fieldnames or ()]
         columns = [name.lower() for name in columns] if lower else columns
@@ -35,9 +32,7 @@ def read(path: Path, key: str, *, lower: bool = False) -> list[dict[str, str]] |
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8 or UTF-16, as its first bytes say, else in Windows' cp1252; its letters are
-    composed, so that names can be compared.
-    """
+    """The text of a file in UTF-8, UTF-16 or else Windows' cp1252, its letters `composed`."""
     content = path.read_bytes()
     utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
@@ -52,19 +47,16 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def first_with(files: Sequence[Path], key: str) -> list[dict[str, str]] | None:
-    """The rows of the CSV that has a column `key`, the nearest to the top; None without one."""
+def first_with(files: Sequence[Path], key: str, digits: int = 0) -> dict[str, dict[str, str]] | None:
+    """{key, filled with zeros to `digits`: row} of the topmost CSV with a column `key`; None without one."""
     for path in sorted((f for f in files if f.suffix == ".csv"), key=lambda f: (len(f.parts), f)):
-        rows = read(path, key)
-        if rows is not None:
-            return rows
+        if (rows := read(path, key)) is not None:
+            return {row[key].zfill(digits): row for row in rows}
     return None
 
 
 def against_cines(rows: Iterable[str] | None, cines: Iterable[str], dataset: str, key: str) -> list[Problem]:
-    """What is odd about the ids in the table of a data set (None: no table with a column `key`), beside those
-    of its cines.
-    """
+    """How the ids in a data set's table (None: none has a column `key`) differ from those of its cines."""
     if rows is None:
         what = f"{dataset}: no CSV has a column '{key}', so vendors and pathologies are unknown"
         return [Problem("", "", what, USED)]
@@ -73,8 +65,10 @@ def against_cines(rows: Iterable[str] | None, cines: Iterable[str], dataset: str
 
 
 def without_cine(rows: Iterable[str], cines: Iterable[str]) -> str:
-    """One line on the rows of a table that have no cine; "" where all have one."""
+    """One line on the rows of a table that have no cine; "" if all have one."""
     missing = sorted(set(rows) - set(cines))
-    more = f", ... ({len(missing)} in all)" if len(missing) > 8 else ""
-    names = ", ".join(missing[:8]) + more
-    return f"the table names subjects that have no cine here: {names}" if missing else ""
+    return f"the table names subjects that have no cine here: {first(missing)}" if missing else ""
+
+
+def first(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -2,6 +2,7 @@
 same name with a suffix, and an optional subjects.csv (subject, vendor, pathology, ed, es, split).
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,11 @@ _PARTS = {"": "", "train": "train", "validation": "validation", "valid": "valida
 def subjects_among(
     files: Sequence[Path], root: Path, label_suffix: str, *, ignore_split: bool = False
 ) -> tuple[list[Subject], list[Problem]]:
-    """The cines among the files below `root`, and what is odd about them; files whose name ends in
-    `label_suffix` are labels. Opens the CSV only. A subject is called as its file; where two folders hold the
-    same name, by the path below `root`. `ignore_split` passes over the table's column `split`.
+    """The cines among the files below `root`, and what is odd about them. Files whose name ends in
+    `label_suffix` are labels. A subject's id is its file's name, or its path below `root` if two folders hold
+    the name. Opens the CSV only; `ignore_split` ignores its column `split`.
 
-    Raises UserError for files that look like labels under another suffix: pretraining must not learn from
-    them.
+    Raises UserError for files that look like labels with another suffix: pretraining must not see them.
     """
     stems = {path: stem for path in files if (stem := stem_of(path.name)) is not None}
     cines = {path: stem for path, stem in stems.items() if not stem.endswith(label_suffix)}
@@ -42,36 +42,27 @@ def subjects_among(
     missing = set(rows)
     subjects, problems = [], []
     for path, stem in cines.items():
-        id = (
-            stem if same[stem] == 1 else csv_table.composed(path.relative_to(root).with_name(stem).as_posix())
-        )
+        place = csv_table.composed(path.relative_to(root).with_name(stem).as_posix())
+        id = stem if same[stem] == 1 else place
         row = rows.get(id) or rows.get(stem, {})
-        labels = at.get((path.parent, stem + label_suffix))
-        subjects.append(
-            Subject(
-                dataset=PLAIN,
-                id=id,
-                cine=path,
-                labels=(LabelFile(labels),) if labels else (),
-                vendor=vendor_name(row.get("vendor", "")),
-                pathology=row.get("pathology", ""),
-                ed=frame_number(row.get("ed", "")),
-                es=frame_number(row.get("es", "")),
-                part=row.get("split", ""),
-            )
-        )
+        label = at.get((path.parent, stem + label_suffix))
+        about = {"vendor": vendor_name(row.get("vendor", "")), "pathology": row.get("pathology", "")}
+        phases = {phase: frame_number(row.get(phase, "")) for phase in ("ed", "es")}
+        own = (LabelFile(label),) if label else ()
+        subjects.append(Subject(PLAIN, id, path, own, part=row.get("split", ""), **about, **phases))
         missing -= {id, stem}
         if rows and not row:
             problems.append(Problem(f"{PLAIN}/{id}", path.name, f"no row in {TABLE}: vendor unknown", USED))
     for path, stem in stems.items():
         name = stem.removesuffix(label_suffix)
         if path not in cines and (path.parent, name) not in at:
-            what = f"no cine {name}.nii.gz beside it"
-            problems.append(Problem(f"{PLAIN}/{name}", path.name, what, LEFT_OUT))
+            problems.append(
+                Problem(f"{PLAIN}/{name}", path.name, f"no cine {name}.nii.gz beside it", LEFT_OUT)
+            )
     lost = sorted(name for name in missing if rows[name]["split"])
     if lost and any(s.id not in rows and stem_of(s.cine.name) not in rows for s in subjects):
         raise UserError(
-            f"{root / TABLE}: gives a split to subjects that have no cine ({', '.join(lost[:8])}), and "
+            f"{root / TABLE}: gives a split to subjects that have no cine ({csv_table.first(lost)}), and "
             "there are cines without a row; expected the files' names without .nii.gz (mind leading zeros)"
         )
     if missing:
@@ -101,10 +92,6 @@ def _rows(root: Path, ignore_split: bool) -> dict[str, dict[str, str]]:
 
 
 def stem_of(name: str) -> str | None:
-    """The name of a NIfTI file, its letters composed, without .nii or .nii.gz, also in capitals; None for any
-    other file.
-    """
-    for end in (".nii.gz", ".nii"):
-        if name.lower().endswith(end) and len(name) > len(end):
-            return csv_table.composed(name[: -len(end)])
-    return None
+    """The name of a NIfTI file without .nii or .nii.gz (also in capitals), `composed`; None for others."""
+    stem = re.fullmatch(r"(.+?)\.nii(\.gz)?", name, re.IGNORECASE | re.DOTALL)
+    return csv_table.composed(stem[1]) if stem else None

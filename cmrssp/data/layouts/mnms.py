@@ -1,7 +1,6 @@
 """The M&Ms layout: <ID>_sa.nii.gz and <ID>_sa_gt.nii.gz (both 4D) anywhere below a folder, and one CSV.
 
-Whether a subject is labelled depends on its label file alone, not on its folder (Training/Labeled, Testing
-...).
+A subject is labelled if it has a label file, whatever its folder (Training/Labeled, Testing, ...).
 """
 
 import re
@@ -29,29 +28,19 @@ def subjects_among(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[
                 cines[path] = id
     if not cines:
         return [], []
-    table = csv_table.first_with(files, _KEY)
-    rows = {row[_KEY]: row for row in table or ()}
+    rows = csv_table.first_with(files, _KEY)
     subjects, problems = [], []
     for cine, id in cines.items():
-        row, label = rows.get(id, {}), labels.get((cine.parent, id))
-        subjects.append(
-            Subject(
-                dataset=dataset,
-                id=id,
-                cine=cine,
-                labels=(LabelFile(label),) if label else (),
-                vendor=vendor_name(row.get("VendorName") or row.get("Vendor") or ""),
-                pathology=row.get("Pathology", ""),
-                ed=frame_number(row.get("ED", "")),
-                es=frame_number(row.get("ES", "")),
-            )
-        )
+        row, label = (rows or {}).get(id, {}), labels.get((cine.parent, id))
+        vendor = vendor_name(row.get("VendorName") or row.get("Vendor") or "")
+        about = {"vendor": vendor, "pathology": row.get("Pathology", "")}
+        phases = {phase.lower(): frame_number(row.get(phase, "")) for phase in ("ED", "ES")}
+        own = (LabelFile(label),) if label else ()
+        subjects.append(Subject(dataset, id, cine, own, **about, **phases))
         if rows and not row:
-            what = "no row in the table: vendor unknown"
-            problems.append(Problem(f"{dataset}/{id}", cine.name, what, USED))
+            problems.append(Problem(subjects[-1].key, cine.name, "no row in the table: vendor unknown", USED))
     with_cine = {(path.parent, id) for path, id in cines.items()}
     for (folder, id), path in labels.items():
         if (folder, id) not in with_cine:
             problems.append(Problem(f"{dataset}/{id}", path.name, f"no {id}_sa.nii.gz beside it", LEFT_OUT))
-    known = None if table is None else rows
-    return subjects, problems + csv_table.against_cines(known, cines.values(), dataset, _KEY)
+    return subjects, problems + csv_table.against_cines(rows, cines.values(), dataset, _KEY)

@@ -1,7 +1,6 @@
 """The M&Ms-2 layout: <NNN>_SA_CINE.nii.gz, _SA_ED, _SA_ES, _SA_ED_gt, _SA_ES_gt below a folder, and one CSV.
 
-No file says which frames of the cine ED and ES are: labels.py finds them by comparing images. Long-axis files
-are not used.
+No file names the cine frames of ED and ES: labels.py compares images. Long-axis files are not used.
 """
 
 import re
@@ -27,11 +26,10 @@ def subjects_among(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]
             parts.setdefault((path.parent, name[1].zfill(3)), {})[name[2]] = path
     if not parts:
         return [], []
-    table = csv_table.first_with(files, _KEY)
-    rows = {row[_KEY].zfill(3): row for row in table or ()}
+    rows = csv_table.first_with(files, _KEY, digits=3)
     subjects, problems = [], []
     for (_, code), found in sorted(parts.items()):
-        key, row, labels = f"{DATASET}/{code}", rows.get(code, {}), []
+        key, row, labels = f"{DATASET}/{code}", (rows or {}).get(code, {}), []
         if "CINE" not in found:
             name = next(iter(found.values())).name
             problems.append(Problem(key, name, f"no {code}_SA_CINE.nii.gz beside it", LEFT_OUT))
@@ -43,18 +41,8 @@ def subjects_among(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]
                 what = f"no {code}_SA_{phase}.nii.gz beside it, so its frame is not known: not used"
                 problems.append(Problem(key, found[f"{phase}_gt"].name, what, LEFT_OUT))
         if rows and not row:
-            what = "no row in the table: vendor unknown"
-            problems.append(Problem(key, found["CINE"].name, what, USED))
-        subjects.append(
-            Subject(
-                dataset=DATASET,
-                id=code,
-                cine=found["CINE"],
-                labels=tuple(labels),
-                vendor=vendor_name(row.get("VENDOR", "")),
-                pathology=row.get("DISEASE", ""),
-                part="test" if int(code) in _OFFICIAL_TEST else "",
-            )
-        )
-    known = None if table is None else rows
-    return subjects, problems + csv_table.against_cines(known, (s.id for s in subjects), DATASET, _KEY)
+            problems.append(Problem(key, found["CINE"].name, "no row in the table: vendor unknown", USED))
+        part = "test" if int(code) in _OFFICIAL_TEST else ""
+        about = {"vendor": vendor_name(row.get("VENDOR", "")), "pathology": row.get("DISEASE", "")}
+        subjects.append(Subject(DATASET, code, found["CINE"], tuple(labels), part=part, **about))
+    return subjects, problems + csv_table.against_cines(rows, (s.id for s in subjects), DATASET, _KEY)
