@@ -39,7 +39,7 @@ class CineFacts:
 
     @property
     def measurable(self) -> bool:
-        """False where volumes in ml would be wrong: then none is given."""
+        """False if volumes in ml would be wrong; then none is given."""
         return all(problem.done != NOT_MEASURED for problem in self.problems)
 
 
@@ -67,9 +67,7 @@ def read_cine(subject: Subject) -> Cine:
     odd += [*found, *(subject.source.notes if subject.source else ())]
     if (unsigned := plausibility.unwrapped(raw)) is not None:
         raw = unsigned
-        odd.append(
-            ("values above the signed type's maximum had become negative: read as unsigned", CORRECTED)
-        )
+        odd.append(("values too large for the signed type were negative: read as unsigned", CORRECTED))
     raw, not_finite = _finite(path, raw)
     if not_finite:
         odd.append((f"{not_finite} voxels are NaN or infinite: set to the minimum", CORRECTED))
@@ -105,29 +103,28 @@ def read_cine(subject: Subject) -> Cine:
 
 
 def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, int]:
-    """(voxels, how many were repaired): a few voxels that are no number become the minimum of all."""
-    if np.isfinite([raw.min(), raw.max()]).all():  # NaN and infinity would show
+    """(voxels, how many were repaired): a few that are not finite become the minimum of the others."""
+    if np.isfinite([raw.min(), raw.max()]).all():
         return raw, 0
     finite = np.isfinite(raw)
     bad = raw.size - int(np.count_nonzero(finite))
     if bad > _MAX_NOT_FINITE * raw.size:
-        raise BrokenSubject(
-            f"{path}: expected finite intensities, got NaN or infinity in {bad} of {raw.size} voxels"
-        )
+        raise BrokenSubject(f"{path}: expected finite voxels, got NaN or infinity in {bad} of {raw.size}")
     return np.where(finite, raw, raw[finite].min()), bad
 
 
 def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """(T, Z, H, W) of any type as contiguous int16 from 0 on, its minimum, and the factor; a frame at a time,
-    to save memory. Raises BrokenSubject for what is no image.
+    """(T, Z, H, W) of any type -> (contiguous int16 from 0 on, its minimum, the factor), a frame at a time to
+    save memory. Raises BrokenSubject if it is no image.
     """
     minimum, maximum = float(array.min()), float(array.max())
     if minimum == maximum:
         raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
     if maximum - minimum <= _FEW_VALUES and len(found := np.unique(array)) <= _FEW_VALUES + 1:
+        values = ", ".join(f"{v:g}" for v in found)
         raise BrokenSubject(
-            f"{path}: expected an image, got the values {', '.join(f'{v:g}' for v in found)} alone: a label "
-            "map? Give the end of label files' names as --label-suffix, or keep them in another folder"
+            f"{path}: expected an image, got the values {values} alone: a label map? Give the end of label "
+            "files' names as --label-suffix, or keep them in another folder"
         )
     if all(frame.min() == frame.max() for frame in array):
         raise BrokenSubject(f"{path}: expected images, got a constant in each of the {len(array)} frames")
@@ -143,23 +140,18 @@ def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
         out[...] = np.round((frame.astype(np.float64) - minimum) * scale)
     levels = float(np.ptp(np.percentile(stored[:, :, ::2, ::2], (1, 99))))
     if levels < _MIN_LEVELS:
-        raise BrokenSubject(
-            f"{path}: expected an image, got a few voxels so far from all others (from {minimum:g} to "
-            f"{maximum:g}) that int16 leaves {levels:.0f} grey levels to 98 % of them"
-        )
+        few = f"a few voxels so far from all others ({minimum:g} to {maximum:g})"
+        raise BrokenSubject(f"{path}: expected an image, got {few} that {levels:.0f} grey levels remain")
     return stored, minimum, scale
 
 
 def intensity_statistics(cine: np.ndarray, zero: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of a cine (T, Z, H, W) without the borders in space that hold nothing but
-    `zero`, which is what the file's 0 is stored as.
+    """Mean and standard deviation of a cine (T, Z, H, W) without borders that hold `zero` alone: what the
+    file's 0 is stored as.
     """
     occupied = (cine != zero).any(axis=0)
-    box = []
-    for axis in range(3):
-        line = np.flatnonzero(occupied.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(line[0], line[-1] + 1))
-    inside = cine[(slice(None), *box)]
+    lines = [np.flatnonzero(occupied.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    inside = cine[(slice(None), *(slice(line[0], line[-1] + 1) for line in lines))]
     mean = float(inside.mean(dtype=np.float64))
     square = np.mean([np.square(frame - np.float32(mean)).mean(dtype=np.float64) for frame in inside])
     return mean, math.sqrt(square)
@@ -169,8 +161,7 @@ def heart_centre(deviation: np.ndarray, spacing_mm: tuple[float, float]) -> tupl
     """Where the heart beats, found without labels: (row, column) in native pixels.
 
     The centroid of a cine's temporal deviation (Z, H, W), averaged over the slices, blurred (sigma 4 mm),
-    squared, and weighted with a Gaussian (sigma 50 mm) around the image's centre. The image's centre where
-    nothing moves.
+    squared, weighted with a Gaussian (sigma 50 mm) around the image's centre (returned if nothing moves).
     """
     rows, columns = deviation.shape[1:]
     middle = ((rows - 1) / 2, (columns - 1) / 2)

@@ -31,14 +31,8 @@ class Geometry:
 
     @classmethod
     def from_affine(cls, affine: np.ndarray, slices: int = 2) -> "Geometry":
-        """From a 4x4 RAS+ affine in mm and the file's axis that holds the slices. Slices whose axis has a
-        positive cosine with the direction of the apex run from base to apex.
-        """
+        """From a 4x4 RAS+ affine in mm and the file's axis that holds the slices."""
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        if not _usable(lengths):
-            raise ValueError(
-                f"expected an affine with three axes of finite length, got lengths {lengths.tolist()}"
-            )
         unit = affine[:3, :3] / lengths
         low, high = (axis for axis in range(3) if axis != slices)
 
@@ -47,11 +41,8 @@ class Geometry:
 
         rows, columns = (high, low) if fit(high, low) >= fit(low, high) else (low, high)
         to_apex = float(unit[:, slices] @ _APEX)
-        flip = (
-            to_apex <= -_MIN_SLICE_COSINE,
-            bool(unit[:, rows] @ _BACK_AND_FEET < 0),
-            bool(unit[:, columns] @ _LEFT < 0),
-        )
+        to_back, to_left = unit[:, rows] @ _BACK_AND_FEET, unit[:, columns] @ _LEFT
+        flip = (to_apex <= -_MIN_SLICE_COSINE, bool(to_back < 0), bool(to_left < 0))
         # Planes are nearer to each other than the step along an axis that is not normal to them.
         normal = np.cross(affine[:3, low], affine[:3, high])
         pitch = abs(affine[:3, slices] @ normal) / np.linalg.norm(normal)
@@ -65,7 +56,7 @@ class Geometry:
         return np.flip(array.transpose(3, *self.axes), self._flipped_axes())
 
     def from_canonical(self, array: np.ndarray) -> np.ndarray:
-        """(T, Z, H, W) -> (X, Y, Z, T), a view: the inverse of `to_canonical`."""
+        """(T, Z, H, W) -> (X, Y, Z, T), a view."""
         return np.flip(array, self._flipped_axes()).transpose(np.argsort((3, *self.axes)))
 
     def _flipped_axes(self) -> tuple[int, ...]:
@@ -76,9 +67,7 @@ def from_header(
     affine: np.ndarray, zooms: np.ndarray, shape: Sequence[int]
 ) -> tuple[Geometry, list[Finding]]:
     """The geometry of a file of this shape from its 4x4 affine and its voxel sizes (3,), both in mm, and what
-    is odd about them. The affine wins where the two differ and it tells anything.
-
-    Raises ValueError where neither gives a spacing.
+    is odd about them. The affine wins if both have a spacing; raises ValueError if neither has.
     """
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     zooms_set = _usable(zooms) and not (zooms == 1).all()
@@ -86,8 +75,7 @@ def from_header(
     if not _usable(lengths) or np.linalg.matrix_rank(affine[:3, :3] / np.maximum(lengths, 1e-9)) < 3:
         if not zooms_set:
             raise ValueError(
-                f"expected a spacing in the affine or in pixdim, got axes of length {mm(lengths)} and "
-                f"pixdim {mm(zooms)}; write the spacing into the header"
+                f"expected a spacing in the affine or in pixdim, got {mm(lengths)} and {mm(zooms)}; add it"
             )
         affine = np.diag([*zooms, 1.0])
         odd.append((f"the affine is empty: spacing {mm(zooms)} from pixdim, axes as stored", CORRECTED))
@@ -95,8 +83,7 @@ def from_header(
         affine = affine @ np.diag([*zooms, 1.0])
         odd.append((f"the affine has no spacing: {mm(zooms)} from pixdim", CORRECTED))
     elif not np.allclose(lengths, zooms, rtol=0.01):
-        what = f"pixdim says {mm(zooms)}, the affine {mm(lengths)}: the affine was used"
-        odd.append((what, CORRECTED))
+        odd.append((f"pixdim says {mm(zooms)}, the affine {mm(lengths)}: the affine was used", CORRECTED))
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     slices, moved = slice_axis(shape, lengths)
     unit = affine[:3, :3] / lengths

@@ -37,11 +37,11 @@ class LabelFacts:
 
     @property
     def phases(self) -> dict[str, int]:
-        """{"ED": cine frame, "ES": cine frame}, without the one that has no labels."""
+        """{"ED": cine frame, "ES": cine frame}, the labelled ones."""
         return {name: frame for name, frame in (("ED", self.ed), ("ES", self.es)) if frame is not None}
 
     def frames_of(self, phases: str) -> tuple[int, ...]:
-        """The labelled frames that `ed`, `es` or `both` means; `both` is every one."""
+        """The labelled frames of phase `ed` or `es`, or all of them: `both`."""
         return self.frames if phases == "both" else tuple({self.ed if phases == "ed" else self.es} - {None})
 
 
@@ -56,8 +56,8 @@ class Labels(LabelFacts):
 def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Labels:
     """Read the label files of a subject whose stored cine is (T, Z, H, W). Raises BrokenSubject.
 
-    A frame is labelled when anything in it is. ED is the labelled frame with the larger LV blood pool, ES the
-    one with the smaller; where the data set says otherwise a problem tells so.
+    A frame is labelled if any of its voxels is. ED is the labelled frame with the largest LV blood pool, ES
+    the one with the smallest; if the data set says otherwise, that is a problem of the subject.
     """
     reference = cine_image(subject)
     masks: dict[int, np.ndarray] = {}
@@ -97,9 +97,7 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
 
 def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, note: Note) -> np.ndarray:
     """The voxels of a file in the canonical axes of its cine, whose file is `reference`: (frames, Z, H, W).
-
-    The array is taken as it is stored, unless the two affines say that it is the cine's own grid with axes
-    swapped or reversed.
+    Used as stored, unless by its affine the file has the cine's grid with axes swapped or reversed.
     """
     image = load(path)
     array = voxels(path, image, scaled=True)
@@ -116,9 +114,7 @@ def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, not
         corner = np.where(turn.sum(axis=1) < 0, np.array(reference.shape[:3]) - 1, 0)
         if not np.allclose(step[:3, 3], corner, atol=0.5):
             first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
-            what = (
-                f"by its affine {path.name} is not on its cine's grid (its first voxel is at {first} there)"
-            )
+            what = f"by its affine {path.name} is off its cine's grid (its first voxel is at {first} there)"
             note(what + ": the array was used as stored")
         elif (turn != np.eye(3, dtype=int)).any():
             array = nibabel.apply_orientation(array, nibabel.io_orientation(step))
@@ -131,19 +127,14 @@ def _with_our_ids(subject: Subject, path: Path, shape: Sequence[int], array: np.
     if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array - np.rint(array)).max() < 1e-3:
         array = np.rint(array)
     if array.shape[1:] != tuple(shape[1:]) or len(array) not in (1, shape[0]):
-        raise BrokenSubject(
-            f"{path}: expected the cine's shape (frames, slices, rows, columns) = {tuple(shape)}, got "
-            f"{array.shape}"
-        )
+        expected = f"the cine's shape (frames, slices, rows, columns) = {tuple(shape)}"
+        raise BrokenSubject(f"{path}: expected {expected}, got {array.shape}")
     known = np.arange(len(subject.label_ids))
     if array.dtype.kind == "f" or array.min() < 0 or array.max() >= len(known):
         ids = np.unique(array)
         if not np.isin(ids, known).all():
-            more = "" if len(ids) <= 8 else ", ..."
-            raise BrokenSubject(
-                f"{path}: expected label ids 0 to {len(known) - 1}, got "
-                f"{', '.join(f'{i:.9g}' for i in ids[:8])}{more}"
-            )
+            got = ", ".join(f"{i:.9g}" for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
+            raise BrokenSubject(f"{path}: expected label ids 0 to {len(known) - 1}, got {got}")
     return np.array(subject.label_ids, np.uint8)[array.astype(np.uint8, copy=False)]
 
 
@@ -164,29 +155,22 @@ def _by_frame(
     if frame is None:
         raise BrokenSubject(
             f"{file.path}: expected labels of all {len(cine)} frames, got a 3D file; give a 4D file (zeros "
-            "where there are no labels), or the frame as ED or ES in the data set's table"
+            "in unlabelled frames), or the frame as ED or ES in the data set's table"
         )
     if not 0 <= frame < len(cine) or len(array) != 1:
-        raise BrokenSubject(
-            f"{file.path}: expected one of the cine's {len(cine)} frames, got frame {frame} (counted from "
-            f"0) with {len(array)} volumes"
-        )
+        got = f"frame {frame} (counted from 0) with {len(array)} volumes"
+        raise BrokenSubject(f"{file.path}: expected one of the cine's {len(cine)} frames, got {got}")
     yield frame, array[0]
 
 
 def _frame_that_shows(path: Path, cine: np.ndarray, read: Callable, note: Note) -> int | None:
-    """The cine frame that correlates best with a labelled image; None, and a problem, where none does."""
+    """The cine frame that correlates best with a labelled image; None, and a problem, if none does."""
     image = read(path)
     if image.shape[1:] != cine.shape[1:] or len(image) != 1:
-        what = f"{path.name} has shape {image.shape}, the cine {cine.shape}: frame not known, not used"
-        note(what, LEFT_OUT)
+        note(f"{path.name} has shape {image.shape}, the cine {cine.shape}: not used", LEFT_OUT)
         return None
-
-    def pixels(volume: np.ndarray) -> np.ndarray:
-        return volume[:, ::_STRIDE, ::_STRIDE].ravel()
-
-    wanted = pixels(image[0])
-    alike = np.nan_to_num([np.corrcoef(pixels(frame), wanted)[0, 1] for frame in cine])
+    wanted, *frames = (v[:, ::_STRIDE, ::_STRIDE].ravel() for v in (image[0], *cine))
+    alike = np.nan_to_num([np.corrcoef(pixels, wanted)[0, 1] for pixels in frames])
     frame = int(alike.argmax())
     if alike[frame] < _ALIKE:
         what = f"no frame of the cine looks like {path.name} (best correlation {alike[frame]:.2f}): not used"
@@ -202,16 +186,14 @@ def _phases(
     table: dict[str, int | None], masks: np.ndarray, frames: tuple[int, ...]
 ) -> tuple[int | None, int | None, list[tuple[str, str]]]:
     """(ED frame, ES frame, problems) from the LV blood pools of the labelled frames."""
-    said = (table["ED"], table["ES"])
+    said = (table["ED"], table["ES"])  # by the data set
     if not frames:
         return None, None, []
-    if len(frames) == 1:  # nothing to compare with: the table decides, ED where it says nothing
+    if len(frames) == 1:  # nothing to compare with: the table decides, else it is ED
         far = [np.inf if t is None else abs(frames[0] - t) for t in said]
         late = far[1] < far[0]
-        what = (
-            f"the labelled frame is {frames[0]}, the data set says ED {said[0]} and ES {said[1]} (counted "
-            f"from 0): taken as {'ES' if late else 'ED'}"
-        )
+        what = f"the labelled frame is {frames[0]}, the data set says ED {said[0]} and ES {said[1]}"
+        what += f" (counted from 0): taken as {'ES' if late else 'ED'}"
         odd = [] if said[late] in (None, frames[0]) else [(what, CORRECTED)]
         return (None, frames[0], odd) if late else (frames[0], None, odd)
     pools = (masks == 1).sum(axis=(1, 2, 3))
@@ -219,41 +201,35 @@ def _phases(
         told = set(said) <= set(frames) and said[0] != said[1]
         return (*said, []) if told else (frames[0], frames[-1], [])
     found = (frames[int(pools.argmax())], frames[int(pools.argmin())])
-    wrong = [
-        f"{phase} is frame {f} by the labels' blood pool, the data set says {t} (both counted from 0)"
-        for phase, f, t in zip(("ED", "ES"), found, said, strict=True)
-        if t is not None and f != t
-    ]
-    return *found, [(what, CORRECTED) for what in wrong]
+    odd = []
+    for phase, f, t in zip(("ED", "ES"), found, said, strict=True):
+        if t not in (None, f):
+            what = f"{phase} is frame {f} by the labels' blood pool, the data set says {t} (counted from 0)"
+            odd.append((what, CORRECTED))
+    return *found, odd
 
 
 def _doubts(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | None]) -> Iterator[str]:
-    """What is missing where there are labels at all, slices in the wrong order, LV and RV exchanged."""
+    """Missing phases and classes, slices in the wrong order, LV and RV exchanged."""
     for phase, frame in phases.items() if frames else ():
         if frame is None:
             yield f"{phase} has no labels"
-    for phase, frame in phases.items():
-        for id, name in enumerate(CLASSES, 1):
-            if frame is not None and not (masks[frames.index(frame)] == id).any():
-                yield f"{phase} has no {name}"
+        else:
+            ids = np.unique(masks[frames.index(frame)])
+            yield from (f"{phase} has no {name}" for id, name in enumerate(CLASSES, 1) if id not in ids)
     areas = (masks == 1).sum(axis=(0, 2, 3))
     third = len(areas) // 3
     if third and areas[:third].mean() < areas[-third:].mean():
-        yield (
-            "the labels contradict the slice order: the LV is wider in the last third of the stack than in "
-            "the first, which is taken as the base"
-        )
+        yield "the labels contradict the slice order: the LV is wider in the apical than in the basal third"
     lv, rv = (beside / max(border, 1) for beside, border in (borders(masks, id) for id in (1, 3)))
     if rv > lv:
-        yield (
-            f"the myocardium lies around label 3 ({rv:.0%} of its border) rather than around label 1 "
-            f"({lv:.0%}): are LV and RV exchanged, as in ACDC's numbering?"
-        )
+        what = f"label 3 ({rv:.0%} of its border) rather than around label 1 ({lv:.0%})"
+        yield f"the myocardium lies around {what}: are LV and RV exchanged, as in ACDC's numbering?"
 
 
 def borders(masks: np.ndarray, id: int) -> tuple[int, int]:
-    """Of all in-plane neighbours of the pixels of class `id` in masks (T, Z, H, W) that are of another class:
-    (how many are myocardium, how many there are).
+    """Of the in-plane neighbours of class `id` in masks (T, Z, H, W): (how many are myocardium, how many are
+    of any other class).
     """
     beside = border = 0
     for axis in (2, 3):

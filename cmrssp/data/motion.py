@@ -3,8 +3,6 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-_BLUR_MM = 2.0
-
 
 def temporal_deviation(cine: np.ndarray) -> np.ndarray:
     """(T, Z, H, W) -> (Z, H, W) float32: the standard deviation of each pixel over the frames."""
@@ -15,10 +13,10 @@ def motion_map(deviation: np.ndarray, spacing_mm: tuple[float, float]) -> np.nda
     """Temporal deviation (Z, H, W) -> motion map (Z, H, W) float16; all 0 if nothing moves.
 
     The deviation is blurred in plane (sigma 2 mm). Its square root is taken, because a few pixels change far
-    more than the others. It is standardised over the stack without empty borders: the scanner's intensity
-    scale then does not matter, and 0, which also fills what lies outside the image, is the mean motion.
+    more than the others. It is standardised over the stack without empty borders, so that the scanner's
+    intensity scale does not matter and 0, which also pads images, is the mean motion.
     """
-    root = np.sqrt(gaussian_filter(deviation, [0, *(_BLUR_MM / s for s in spacing_mm)]))
+    root = np.sqrt(gaussian_filter(deviation, [0, *(2 / s for s in spacing_mm)]))
     if not root.any():
         return root.astype(np.float16)
     box = tuple(slice(index.min(), index.max() + 1) for index in np.nonzero(root))

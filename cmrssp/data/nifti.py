@@ -25,15 +25,14 @@ _MM, _SECONDS = {1: 1000.0, 3: 0.001}, {16: 1e-3, 24: 1e-6}
 
 
 def cine_image(subject: Subject) -> nibabel.Nifti1Image:
-    """The cine of a subject, whatever files it lies in. Raises BrokenSubject."""
+    """The cine of a subject, from NIfTI or DICOM. Raises BrokenSubject."""
     return subject.source.image() if subject.source else load(subject.cine)
 
 
 @np.errstate(all="ignore")
 def load(path: Path) -> nibabel.Nifti1Image:
-    """A NIfTI file whose header agrees with the file's size; its voxels are not read yet.
-
-    Raises BrokenSubject for anything but a 3D or 4D image of numbers, further axes of length 1 aside.
+    """Open a NIfTI file without reading its voxels. Raises BrokenSubject for anything but a 3D or 4D image of
+    numbers (further axes may have length 1) and for a header that claims more than the file holds.
     """
     try:
         image = nibabel.load(path, mmap=False)
@@ -44,13 +43,8 @@ def load(path: Path) -> nibabel.Nifti1Image:
             raise BrokenSubject(f"{path}: expected grey values, got voxels of type {kind}")
         claimed, size = math.prod(shape) * kind.itemsize, path.stat().st_size
         if claimed > size * (_MAX_COMPRESSION if path.suffix.lower() == ".gz" else 1):
-            raise BrokenSubject(
-                f"{path}: cannot be read as NIfTI: its header claims {claimed} bytes of voxels, the file "
-                f"has {size}"
-            )
+            raise ValueError(f"its header claims {claimed} bytes of voxels, the file has {size}")
         return image
-    except BrokenSubject:
-        raise
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 
@@ -61,22 +55,20 @@ def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarra
     try:
         array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
         return array.reshape(*image.shape[:3], -1)
-    except BrokenSubject:
-        raise
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> BrokenSubject:
+    if isinstance(error, BrokenSubject):
+        return error
     why = " ".join(str(error).split())[:200] or type(error).__name__
     return BrokenSubject(f"{path}: cannot be read as NIfTI, it may be truncated ({why})")
 
 
 def grid(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray, list[plausibility.Finding]]:
-    """The 4x4 affine and the voxel sizes (3,) of a file, both in mm, and what is odd about their unit.
-
-    The affine is the sform; it is the qform where the sform tells no position: where it is empty, the
-    identity, or voxel sizes alone.
+    """The 4x4 affine and the voxel sizes (3,) of a file, both in mm, and what is odd about their unit. The
+    affine is the sform, or the qform if the sform is empty, the identity, or holds voxel sizes alone.
     """
     affine, qform = image.affine, None
     with suppress(ValueError, nibabel.spatialimages.HeaderDataError):  # no unit quaternion
@@ -93,9 +85,7 @@ def grid(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray, list[plaus
 
 
 def time_step(image: nibabel.Nifti1Image) -> tuple[float | None, list[plausibility.Finding]]:
-    """Seconds between frames, and what is odd about them; None for a 3D file and where no cine has such a
-    step.
-    """
+    """Seconds between frames (None for a 3D file or an implausible step), and what is odd about them."""
     zooms = image.header.get_zooms()
     if len(zooms) < 4:
         return None, []
@@ -103,9 +93,7 @@ def time_step(image: nibabel.Nifti1Image) -> tuple[float | None, list[plausibili
 
 
 def write_labels(path: Path, labels: np.ndarray, geometry: Geometry, image: nibabel.Nifti1Image) -> None:
-    """Write canonical label maps (T, Z, H, W) as a .nii.gz of uint8 without scaling, on the grid of the cine
-    `image`: its axes, shape, affine, voxel sizes and time step.
-    """
+    """Write canonical label maps (T, Z, H, W) as a .nii.gz of uint8 with the grid and times of `image`."""
     header = image.header.copy()
     header.set_data_dtype(np.uint8)
     header["cal_min"], header["cal_max"] = 0, 0

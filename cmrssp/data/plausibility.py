@@ -13,7 +13,7 @@ import numpy as np
 from cmrssp.data.subject import CORRECTED, NOT_MEASURED, USED
 
 # SCMR's protocols ask for pixels of 1 to 2 mm and slices 6 to 10 mm apart (J Cardiovasc Magn Reson 2020,
-# 22:17); ACDC, M&Ms and clinical files reach from 0.6 mm to 18 mm. Left free is somewhat more on either side.
+# 22:17); ACDC, M&Ms and clinical files reach from 0.6 mm to 18 mm. The limits are somewhat wider.
 PIXEL_MM, PITCH_MM = (0.4, 4.0), (3.0, 30.0)
 # A newborn's heart is about 40 mm wide and 30 mm long; a scanner's bore is at most 700 mm wide. From the apex
 # to the roof of the atria an enlarged heart is shorter than 200 mm, as are 20 slices of 10 mm.
@@ -26,18 +26,18 @@ _FEWEST_FRAMES = 5  # of a whole beat: fewer are chosen phases, such as ED and E
 _FEWEST_SLICES = 5  # that show a pattern
 _LIKE_FRAMES, _MORE_ALIKE, _ODD_FRAME = 0.93, 0.1, 0.3
 _STRIDE = 4  # of the pixels that are compared
-_COARSER = 1.5  # slices are so many times thicker than a pixel where another axis than the third holds them
-_SMOOTHER = 0.97  # of the roughness of a wrapped image is left at most when the wrap is undone
+_COARSER = 1.5  # slices along another axis than the third are at least so many pixels thick
+_SMOOTHER = 0.97  # undoing a wrap leaves at most so much of the image's roughness
 
 Finding = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found in a cine, and which of its frames and whether its time can be measured."""
+    """What was found in a cine."""
 
     findings: tuple[Finding, ...]
-    sound_frames: tuple[int, ...]  # whole and like their neighbours; all frames where none is
+    sound_frames: tuple[int, ...]  # whole and like their neighbours; all frames if none is
     heart_rate_per_min: float | None
 
 
@@ -45,8 +45,8 @@ def millimetres(lengths: np.ndarray, declared: float) -> tuple[float, list[Findi
     """The factor to mm of voxel sizes (3,): `declared` by the header, unless another unit alone fits."""
 
     def fits(factor: float) -> bool:
-        small, middle, pitch = np.sort(lengths * factor)
-        return PIXEL_MM[0] <= small and middle <= PIXEL_MM[1] and PITCH_MM[0] <= pitch <= PITCH_MM[1]
+        *pixel, pitch = np.sort(lengths * factor)
+        return all(_within(side, PIXEL_MM) for side in pixel) and _within(pitch, PITCH_MM)
 
     factor = next((f for f in (declared, 1.0, 1000.0, 0.001) if fits(f)), declared)
     what = f"by the header's unit its voxels are {mm(lengths * declared)}: read as {mm(lengths * factor)}"
@@ -54,20 +54,18 @@ def millimetres(lengths: np.ndarray, declared: float) -> tuple[float, list[Findi
 
 
 def slice_axis(shape: Sequence[int], lengths: np.ndarray) -> tuple[int, list[Finding]]:
-    """Which axis of a file (X, Y, Z) holds the slices: the third, unless another is the shortest and
-    coarsest.
-    """
+    """Which axis of a file (X, Y, Z) holds the slices: the third, unless another is shortest and coarsest."""
     axis = int(np.argmin(shape[:3]))
     others = [a for a in range(3) if a != axis]
     if axis == 2 or lengths[axis] < _COARSER * lengths[others].max() or shape[axis] == shape[2]:
         return 2, []
-    what = f"the slices lie along axis {axis + 1}: {shape[axis]} of {lengths[axis]:.4g} mm"
-    return axis, [(what, CORRECTED)]
+    found = f"the slices lie along axis {axis + 1}: {shape[axis]} of {lengths[axis]:.4g} mm"
+    return axis, [(found, CORRECTED)]
 
 
 def unwrapped(raw: np.ndarray) -> np.ndarray | None:
-    """A signed 8- or 16-bit array (X, Y, Z, T) as the unsigned one that it was, where its values were too
-    large for the signed type and became negative: then the image is much smoother. None where that is not so.
+    """A signed 8- or 16-bit array (X, Y, Z, T) as unsigned if its large values had become negative: the image
+    is then smoother. Else None.
     """
     if raw.dtype.kind != "i" or raw.dtype.itemsize > 2 or raw.min() >= 0:
         return None
@@ -81,14 +79,12 @@ def unwrapped(raw: np.ndarray) -> np.ndarray | None:
 
 
 def time_step(number: float, unit_s: float) -> tuple[float | None, list[Finding]]:
-    """Seconds between frames from the header's number and unit; None where no unit gives a cine. 0 and 1
-    stand for a number that was never set.
-    """
+    """Seconds between frames from the header's number and unit; None if no unit gives a plausible step."""
     for unit in (unit_s, 1.0, 1e-3, 1e-6):
-        if STEP_S[0] <= number * unit <= STEP_S[1]:
+        if _within(number * unit, STEP_S):
             what = f"a time step of {number:.4g} does not fit its unit: read as {number * unit:.4g} s"
             return number * unit, [] if unit == unit_s else [(what, CORRECTED)]
-    unset = number in (0, 1) or not np.isfinite(number)
+    unset = number in (0, 1) or not np.isfinite(number)  # 0 and 1 are defaults of writers
     what = f"a time step of {number * unit_s:.4g} s is not a cine's: no heart rate is given"
     return None, [] if unset else [(what, USED)]
 
@@ -96,7 +92,7 @@ def time_step(number: float, unit_s: float) -> tuple[float | None, list[Finding]
 def judge(
     cine: np.ndarray, spacing_mm: tuple[float, float], pitch_mm: float, time_step_s: float | None
 ) -> Verdict:
-    """Judge a canonical cine (T, Z, H, W)."""
+    """The verdict on a canonical cine (T, Z, H, W)."""
     flat = cine.min(axis=(2, 3)) == cine.max(axis=(2, 3))  # (T, Z)
     padding = flat[~flat.all(axis=1)].all(axis=0)  # slices that are constant in all frames
     likeness, of_slices = _likeness(cine, flat)
@@ -105,74 +101,72 @@ def judge(
     whole = ~(flat & ~padding).any(axis=1)
     odd = whole & _unlike_neighbours(likeness)
     if odd.any():
-        found.append((f"frames that look like none of their neighbours: {some(np.flatnonzero(odd))}", USED))
-    sound = np.flatnonzero(whole & ~odd)
-    if not len(sound):
+        found.append((f"frames that look like none of their neighbours: {some(odd)}", USED))
+    sound = np.flatnonzero(whole & ~odd).tolist()
+    if not sound:
         found.append(("no frame is whole", NOT_MEASURED))
     rate, about_time = _heart_rate(likeness, time_step_s)
-    frames = sound if len(sound) else np.arange(len(cine))
-    return Verdict(tuple(found + about_time), tuple(frames.tolist()), rate)
+    return Verdict(tuple(found + about_time), tuple(sound or range(len(cine))), rate)
 
 
 def _sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: float) -> list[Finding]:
     frames, slices, rows, columns = shape
     found = []
-    fits = all(PIXEL_MM[0] <= s <= PIXEL_MM[1] for s in spacing_mm) and PITCH_MM[0] <= pitch_mm <= PITCH_MM[1]
-    if not fits:
+    if not (all(_within(s, PIXEL_MM) for s in spacing_mm) and _within(pitch_mm, PITCH_MM)):
         sizes = mm((*spacing_mm, pitch_mm))
         found.append((f"a spacing of {sizes} (rows, columns, slices) is unusual for a short-axis cine", USED))
     height, sides = slices * pitch_mm, (rows * spacing_mm[0], columns * spacing_mm[1])
-    if not STACK_MM[0] <= height <= STACK_MM[1]:
-        limits = f"a heart takes {STACK_MM[0]:.0f} to {STACK_MM[1]:.0f} mm"
+    if not _within(height, STACK_MM):
+        what = f"{slices} slices of {pitch_mm:.4g} mm make {height:.4g} mm, a heart takes {_to(STACK_MM)}"
         more = "; is the third axis time?" if frames == 1 and slices >= _FEWEST_SLICES else ""
-        found.append(
-            (f"{slices} slices of {pitch_mm:.4g} mm make {height:.4g} mm, {limits}{more}", NOT_MEASURED)
-        )
-    if not all(FIELD_MM[0] <= side <= FIELD_MM[1] for side in sides):
-        limits = f"expected {FIELD_MM[0]:.0f} to {FIELD_MM[1]:.0f} mm"
-        found.append((f"a field of view of {mm(sides)} is not a heart's, {limits}", NOT_MEASURED))
+        found.append((what + more, NOT_MEASURED))
+    if not all(_within(side, FIELD_MM) for side in sides):
+        what = f"a field of view of {mm(sides)} is not a heart's, expected {_to(FIELD_MM)}"
+        found.append((what, NOT_MEASURED))
     if slices > min(rows, columns):
-        found.append(
-            (f"{slices} slices of {rows} x {columns} pixels: is another axis the slices?", NOT_MEASURED)
-        )
+        what = f"{slices} slices of {rows} x {columns} pixels: is another axis the slices?"
+        found.append((what, NOT_MEASURED))
     return found
 
 
+def _within(value: float, limits: tuple[float, float]) -> bool:
+    return limits[0] <= value <= limits[1]
+
+
+def _to(limits: tuple[float, float]) -> str:
+    return f"{limits[0]:.0f} to {limits[1]:.0f} mm"
+
+
 def _constant(flat: np.ndarray, padding: np.ndarray) -> list[Finding]:
-    """What is constant: images (T, Z), and the slices (Z,) that are constant in all frames."""
+    """`flat`: constant images (T, Z); `padding`: slices (Z,) that are constant in all frames."""
     found = []
     empty = flat.all(axis=1)
     if empty.any():
-        found.append((f"constant frames: {some(np.flatnonzero(empty))} of {len(flat)}, counted from 0", USED))
+        found.append((f"constant frames: {some(empty)} of {len(flat)}, counted from 0", USED))
     if padding.any():
         inside = np.ptp(np.flatnonzero(~padding)) + 1 > np.count_nonzero(~padding)
-        what = (
-            f"constant slices: {some(np.flatnonzero(padding))} of {len(padding)}, counted from 0 at the base"
-        )
+        what = f"constant slices: {some(padding)} of {len(padding)}, counted from 0 at the base"
         found.append((what + (", within the stack" if inside else ""), NOT_MEASURED if inside else USED))
     partly = flat & ~padding & ~empty[:, None]
     if partly.any():
-        frames, slices = (some(np.flatnonzero(partly.any(axis=axis))) for axis in (1, 0))
+        frames, slices = some(partly.any(axis=1)), some(partly.any(axis=0))
         found.append((f"slices {slices} are constant in the frames {frames}: these are not measured", USED))
     return found
 
 
 def _repeated(cine: np.ndarray, padding: np.ndarray) -> list[Finding]:
-    """Slices whose images are those of another slice, bit by bit, in all frames."""
+    """Slices with exactly the images of another slice in all frames."""
     marks = [
-        tuple(zlib.crc32(np.ascontiguousarray(image)) for image in cine[:, z]) for z in range(cine.shape[1])
+        tuple(zlib.crc32(np.ascontiguousarray(image)) for image in slice) for slice in cine.swapaxes(0, 1)
     ]
-    twice = [z for z, mark in enumerate(marks) if mark in marks[:z] and not padding[z]]
-    return (
-        [(f"slices that repeat another one: {some(twice)}, counted from 0 at the base", NOT_MEASURED)]
-        if twice
-        else []
-    )
+    twice = np.array([mark in marks[:z] for z, mark in enumerate(marks)]) & ~padding
+    what = f"slices that repeat another one: {some(twice)}, counted from 0 at the base"
+    return [(what, NOT_MEASURED)] if twice.any() else []
 
 
 def _likeness(cine: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, float]:
-    """Correlation of each frame with each, (T, T), in the mean over the slices, and that of neighbouring
-    slices in the mean over a cine; what is constant counts as 0 in the former and not in the latter.
+    """Correlation of each frame with each, (T, T), averaged over the slices (constant images count as 0), and
+    that of neighbouring slices, averaged over the cine without constant images.
     """
     signs = cine[:, :, ::_STRIDE, ::_STRIDE].reshape(*cine.shape[:2], -1).astype(np.float32)
     signs -= signs.mean(axis=-1, keepdims=True)
@@ -186,23 +180,17 @@ def _likeness(cine: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, float]:
 def _exchanged(
     shape: Sequence[int], likeness: np.ndarray, of_slices: float, pitch_mm: float
 ) -> list[Finding]:
-    frames, slices = shape[:2]
-    if slices < _FEWEST_SLICES:
-        return []
+    frames, slices, what = *shape[:2], ""
+    of_frames = float(np.median(np.diag(likeness, 1))) if frames > 1 else 1.0
     if frames == 1 and of_slices > _LIKE_FRAMES and pitch_mm >= PITCH_MM[0]:
         what = f"its slices are as alike as frames (correlation {of_slices:.2f}): is the third axis time?"
-        return [(what, NOT_MEASURED)]
-    of_frames = float(np.median(np.diag(likeness, 1))) if frames > 1 else 1.0
-    if of_slices > of_frames + _MORE_ALIKE:
+    elif of_slices > of_frames + _MORE_ALIKE:
         what = f"slices are more alike than frames (correlation {of_slices:.2f}, {of_frames:.2f}): exchanged?"
-        return [(what, NOT_MEASURED)]
-    return []
+    return [(what, NOT_MEASURED)] if what and slices >= _FEWEST_SLICES else []
 
 
 def _unlike_neighbours(likeness: np.ndarray) -> np.ndarray:
-    """(T,) bool: frames that correlate far less with both neighbours in the beat than frames do in the
-    median.
-    """
+    """(T,) bool: frames that correlate far less with both neighbours than frames do in the median."""
     if len(likeness) < _FEWEST_FRAMES:
         return np.zeros(len(likeness), bool)
     following = np.diag(np.roll(likeness, -1, axis=1))  # of frame t with t + 1, of the last with the first
@@ -218,14 +206,14 @@ def _heart_rate(likeness: np.ndarray, time_step_s: float | None) -> tuple[float 
     if period := _period(likeness):
         return None, [(f"its frames repeat every {period}: several beats? No heart rate is given", USED)]
     rate = 60 / (time_step_s * frames)
-    if HEART_RATE[0] <= rate <= HEART_RATE[1]:
+    if _within(rate, HEART_RATE):
         return rate, []
     what = f"{frames} frames of {1000 * time_step_s:.4g} ms make {rate:.0f} beats a minute"
-    return None, [(f"{what}: no heart rate is given", USED)]
+    return None, [(what + ": no heart rate is given", USED)]
 
 
 def _period(likeness: np.ndarray) -> int:
-    """After how many frames a cine resembles itself as much as neighbours do again; 0 where it does not."""
+    """After how many frames a cine resembles itself as neighbours do; 0 if it never does."""
     frames = len(likeness)
     profile = np.array([np.diag(likeness, lag).mean() for lag in range(frames // 2 + 1)])
     for lag in range(3, len(profile)):
@@ -240,5 +228,7 @@ def mm(lengths: Sequence[float]) -> str:
     return " x ".join(f"{length:.4g}" for length in lengths) + " mm"
 
 
-def some(numbers: Sequence[int], limit: int = 8) -> str:
+def some(which: np.ndarray, limit: int = 8) -> str:
+    """The first places where a bool array (N,) is True."""
+    numbers = np.flatnonzero(which)
     return ", ".join(map(str, numbers[:limit])) + (", ..." if len(numbers) > limit else "")

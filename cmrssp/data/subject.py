@@ -41,14 +41,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A label file. Its masks belong to all frames of the cine (4D), to `frame` (0-based), or to the cine
-    frame that shows the same as `image`; `phase` is what the file's name says of that frame.
-    """
+    """A label file of all frames (4D), of `frame` (0-based), or of the frame that looks like `image`."""
 
     path: Path
     frame: int | None = None
     image: Path | None = None
-    phase: str = ""
+    phase: str = ""  # ED or ES, from the file's name
 
 
 class Source(Protocol):
@@ -59,9 +57,7 @@ class Source(Protocol):
     notes: tuple[tuple[str, str], ...]  # (what is odd, what was done)
 
     def image(self) -> nibabel.Nifti1Image:
-        """As if it were read from a NIfTI file. Reads voxels when they are asked for; then raises
-        BrokenSubject.
-        """
+        """The cine as a NIfTI image, whose voxels are read on access; that raises BrokenSubject."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +74,12 @@ class Subject:
     ed: int | None = None  # 0-based frames according to the data set's table
     es: int | None = None
     part: str = ""  # train, validation or test where the data set itself says so
-    source: Source | None = None  # of the voxels, where `cine` is no NIfTI file but a folder
+    source: Source | None = None  # of the voxels if `cine` is a folder
     height_m: float | None = None
     weight_kg: float | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of the cine."""
         return self.source.files if self.source else (self.cine,)
 
     @property
@@ -93,19 +88,13 @@ class Subject:
 
     @property
     def file_name(self) -> str:
-        """What files that are made of it are called."""
         return self.id.replace("/", "__")
 
 
 def vendor_name(text: str) -> str:
-    """One spelling per vendor, from a name as scanners and tables spell it or from the letter of M&Ms (A to
-    D); any other name stays as it is.
-    """
+    """One spelling of a vendor's name or M&Ms letter (A to D); any other name stays as it is."""
     text = text.strip()
-    for name, pattern in _VENDORS.items():
-        if re.fullmatch(pattern, text, re.IGNORECASE):
-            return name
-    return text
+    return next((name for name, pattern in _VENDORS.items() if re.fullmatch(pattern, text, re.I)), text)
 
 
 def frame_number(text: str, first: int = 0) -> int | None:

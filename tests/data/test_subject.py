@@ -81,12 +81,6 @@ def test_canonical_axes_are_the_same_heart_in_every_storage_order():
     )
 
 
-def test_affine_that_is_no_geometry(write_mnms, beating):
-    broken = np.diag([1.5, 1.5, 0.0, 1.0])
-    with pytest.raises(ValueError, match="three axes of finite length"):
-        Geometry.from_affine(broken)
-
-
 def test_read_mnms_subject(write_mnms, beating):
     cine, labels = beating()
     folder = write_mnms("A0S9V9", cine - 7, labels)
