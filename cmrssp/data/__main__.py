@@ -13,20 +13,12 @@ PROG = "python -m cmrssp.data"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 when a subject, a file or a row of a table was left out. Raises UserError, and OSError for what
-    cannot be read.
-    """
+    """Return 1 if a subject, a file or a table row was left out, else 0. Raises UserError and OSError."""
     parser = entry.Parser(prog=PROG, description=__doc__)
-    parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help=f"as for --data: folders, or '{dataset.PHANTOM}'"
-    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=f"folders, or '{dataset.PHANTOM}'")
     flags.add_reading(parser)
-    parser.add_argument(
-        "--figure",
-        type=Path,
-        metavar="PNG",
-        help="write a contact sheet: a slice of each subject, its crop centre and crop square",
-    )
+    sheet = "write a contact sheet: a slice of each subject, its crop centre and crop square"
+    parser.add_argument("--figure", type=Path, metavar="PNG", help=sheet)
     args = parser.parse_args(argv)
     if args.figure and not args.figure.absolute().parent.is_dir():
         raise UserError(f"--figure {args.figure}: there is no folder {args.figure.absolute().parent}")

@@ -1,5 +1,5 @@
-"""From indices to batches: native slices of any size padded to one tensor, read ahead in the background, or
-gathered from the device's own memory where they all lie there.
+"""Batches: native slices of any size padded to one tensor, read ahead in the background or gathered from the
+device's memory.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from cmrssp.hardware.device import available_cores
 # What a batch of B slices holds before augmentation (H, W: the largest slice, rounded up to multiples of 64):
 #
 #   image       (B, 1, H, W) int16  native slices, raw minus the cine's minimum; zeros at the bottom and right
-#   label       (B, 1, H, W) uint8  in labelled batches alone: 0 background, 1 LV, 2 MYO, 3 RV
+#   label       (B, 1, H, W) uint8  in labelled batches: 0 background, 1 LV, 2 MYO, 3 RV
 #   motion      (B, 1, H, W) float16 for methods that need it: the slice's motion map (`motion.py`)
 #   size        (B, 2) int64        true rows and columns of each slice
 #   spacing_mm  (B, 2) float32      between rows, between columns
@@ -35,18 +35,17 @@ _READERS = 4  # threads that feed a GPU; a CPU that trains has no core to spare 
 
 
 class Slices:
-    """The slices that take part, numbered from 0. Holds a few numbers per subject, not per slice."""
+    """The slices to use, numbered from 0. Holds a few numbers per subject, none per slice."""
 
     def __init__(self, store: Store, keys: Sequence[str], *, phases: str | None = None) -> None:
         """All slices of the subjects `keys`: of all frames, or of the labelled `phases` (ed, es, both)."""
         self.subjects = np.array([store.index[key] for key in keys], np.int64)
-        frames = [
-            store.labels[i].frames_of(phases) if phases else range(store.cines[i].shape[0])
-            for i in self.subjects
-        ]
-        self.frames = frames
-        self.depths = np.array([store.cines[i].shape[1] for i in self.subjects], np.int64)
-        self.ends = np.cumsum([len(f) * d for f, d in zip(frames, self.depths, strict=True)], dtype=np.int64)
+        cines = [store.cines[i] for i in self.subjects]
+        self.frames = [range(cine.shape[0]) for cine in cines]
+        if phases:
+            self.frames = [store.labels[i].frames_of(phases) for i in self.subjects]
+        self.depths = np.array([cine.shape[1] for cine in cines], np.int64)
+        self.ends = np.cumsum(np.array([len(f) for f in self.frames], np.int64) * self.depths)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -58,15 +57,15 @@ class Slices:
         return int(self.subjects[i]), int(self.frames[i][frame]), slice
 
     def entry(self, number: int) -> tuple[int, int]:
-        """(which of `subjects`, how many of its slices come before) of a slice number."""
+        """(place in `subjects`, place among its slices) of a slice number."""
         i = int(np.searchsorted(self.ends, number, side="right"))
         return i, int(number) - (int(self.ends[i - 1]) if i else 0)
 
 
 class Batches:
-    """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice is visited twice.
+    """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice comes twice.
 
-    Under torchrun `batch_size` counts the slices of all ranks together, `per_rank` those of each rank.
+    Under torchrun `batch_size` is of all ranks together, `per_rank` of each one.
     """
 
     def __init__(
@@ -82,18 +81,13 @@ class Batches:
     ) -> None:
         """`labelled`, `motion`: the batches hold labels, motion maps."""
         if not len(slices):
-            raise UserError(
-                "there is no slice to train on: the training subjects have no "
-                + ("labelled frame" if labelled else "slice")
-            )
+            kind = "labelled frame" if labelled else "slice"
+            raise UserError(f"there is no slice to train on: the training subjects have no {kind}")
         self.store, self.slices, self.device = store, slices, device
         self.labelled, self.motion = labelled, motion
-        ranks = distributed.world_size()
-        if batch_size % ranks:
-            raise UserError(
-                f"--batch-size {batch_size}: it is that of all {ranks} processes together, expected a "
-                f"multiple of {ranks}, for example {-(-batch_size // ranks) * ranks}"
-            )
+        if batch_size % (ranks := distributed.world_size()):
+            example = f"expected a multiple of {ranks}, for example {-(-batch_size // ranks) * ranks}"
+            raise UserError(f"--batch-size {batch_size}: is of all {ranks} processes together; {example}")
         if len(slices) < ranks:
             raise UserError(f"{ranks} processes cannot share {len(slices)} slices; start fewer of them")
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
@@ -112,8 +106,8 @@ class Batches:
 
     def epochs(self, first: int, end: int, step: int = 0) -> Iterator[Batch]:
         """The shuffled batches of the epochs `first` to `end` - 1 on the device, without a pause between
-        them; those of epoch `first` start at number `step`. Each rank gets its share of a batch. The last
-        incomplete batch of an epoch is dropped.
+        them, from number `step` of epoch `first` on. Each rank gets its share of a batch. The last incomplete
+        batch of an epoch is dropped.
         """
 
         def parts() -> Iterator[np.ndarray]:
@@ -125,21 +119,19 @@ class Batches:
         return self._read(parts(), split_over_ranks=True)
 
     def in_order(self, limit: int | None = None, *, split_over_ranks: bool = False) -> Iterator[Batch]:
-        """All slices once, unshuffled, the last batch as large as it is. With `limit` that many, always the
-        same ones, drawn at random: a regular step could meet the same slice of every stack. With
-        `split_over_ranks` each rank gets its share of a batch, of as many slices as divide by the ranks.
+        """All slices once, unshuffled; the last batch may be small. With `limit` so many, always the same,
+        drawn at random: a regular step could meet the same slice of every stack. With `split_over_ranks` each
+        rank gets its share of a batch; slices that do not divide by the ranks are dropped.
         """
         count = min(limit or len(self.slices), len(self.slices))
         if split_over_ranks:
             count -= count % distributed.world_size()
         order = np.sort(np.random.default_rng(0).choice(len(self.slices), count, replace=False))
-        return self._read(
-            (order[i : i + self.batch_size] for i in range(0, count, self.batch_size)), split_over_ranks
-        )
+        parts = (order[i : i + self.batch_size] for i in range(0, count, self.batch_size))
+        return self._read(parts, split_over_ranks)
 
     def _read(self, parts: Iterable[np.ndarray], split_over_ranks: bool) -> Iterator[Batch]:
         ranks, rank = distributed.world_size(), distributed.rank()
-        copies = self.copies
 
         def read(part: np.ndarray) -> tuple[Batch, tuple[int, int], torch.cuda.Event | None]:
             mine = np.split(part, ranks)[rank] if split_over_ranks else part
@@ -149,14 +141,14 @@ class Batches:
             else:
                 batch = collate(self.store, places, labelled=self.labelled, motion=self.motion)
             shape = padded(batch["size"].tolist())
-            if copies is None:
+            if self.copies is None:
                 return batch, shape, None
-            with torch.cuda.stream(copies):  # beside the step that is being computed
+            with torch.cuda.stream(self.copies):  # beside the step that is being computed
                 batch = to_device({key: value.pin_memory() for key, value in batch.items()}, self.device)
-                return batch, shape, copies.record_event()
+                return batch, shape, self.copies.record_event()
 
         readers = max(1, min(_READERS, available_cores() // distributed.local_world_size() - 1))
-        for batch, shape, copied in _ahead(read, parts, readers if copies else 1, self.device):
+        for batch, shape, copied in _ahead(read, parts, readers if self.copies else 1, self.device):
             if copied:
                 now = torch.cuda.current_stream(self.device)
                 now.wait_event(copied)
@@ -167,23 +159,20 @@ class Batches:
 
 def padded(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """(rows, columns) that hold images of all these sizes, rounded up so that shapes repeat."""
-    height, width = (-(-max(size[axis] for size in sizes) // _PAD_TO) * _PAD_TO for axis in (0, 1))
-    return height, width
+    return tuple(-(-max(size[axis] for size in sizes) // _PAD_TO) * _PAD_TO for axis in (0, 1))
 
 
 def describe(store: Store, places: Sequence[tuple[int, int, int]]) -> Batch:
-    """A batch of slices (subject, frame, slice) without image and label, on the CPU."""
+    """A batch of slices (subject, frame, slice) without pixels, on the CPU."""
     cines = [store.cines[subject] for subject, _, _ in places]
-
     depths = [c.shape[1] for c in cines]
     positions = [z / n if n > 1 else float("nan") for (_, _, z), n in zip(places, depths, strict=True)]
     return {
         "size": torch.tensor([c.shape[2:] for c in cines]),
         "spacing_mm": torch.tensor([c.geometry.spacing_mm for c in cines]),
-        "centre": torch.tensor([c.centre for c in cines]),
-        "mean": torch.tensor([c.mean for c in cines]),
-        "std": torch.tensor([c.std for c in cines]),
-        "max": torch.tensor([c.max for c in cines]),
+        **{
+            name: torch.tensor([getattr(c, name) for c in cines]) for name in ("centre", "mean", "std", "max")
+        },
         "position": torch.tensor(positions),
         "subject": torch.tensor([subject for subject, _, _ in places]),
         "frame": torch.tensor([frame for _, frame, _ in places]),
@@ -195,21 +184,16 @@ def collate(
 ) -> Batch:
     """Slices (subject, frame, slice) as one batch before augmentation, on the CPU."""
     sizes = [store.cines[subject].shape[2:] for subject, _, _ in places]
-    image = np.zeros((len(places), 1, *padded(sizes)), np.int16)
-    label = np.zeros(image.shape if labelled else 0, np.uint8)
-    maps = np.zeros(image.shape if motion else 0, np.float16)
+    kinds = {"image": np.int16, **({"label": np.uint8} if labelled else {})}
+    kinds |= {"motion": np.float16} if motion else {}
+    pixels = {name: np.zeros((len(places), 1, *padded(sizes)), kind) for name, kind in kinds.items()}
     for i, (place, (height, width)) in enumerate(zip(places, sizes, strict=True)):
-        image[i, 0, :height, :width] = store.slice(*place)
+        pixels["image"][i, 0, :height, :width] = store.slice(*place)
         if labelled:
-            label[i, 0, :height, :width] = store.label_slice(*place)
+            pixels["label"][i, 0, :height, :width] = store.label_slice(*place)
         if motion:
-            maps[i, 0, :height, :width] = store.motion_slice(place[0], place[2])
-    pixels = {
-        "image": image,
-        **({"label": label} if labelled else {}),
-        **({"motion": maps} if motion else {}),
-    }
-    return {**{key: torch.from_numpy(array) for key, array in pixels.items()}, **describe(store, places)}
+            pixels["motion"][i, 0, :height, :width] = store.motion_slice(place[0], place[2])
+    return {**{name: torch.from_numpy(array) for name, array in pixels.items()}, **describe(store, places)}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -217,7 +201,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _on(device: torch.device) -> None:
-    """A reader stays away from the GPUs of other processes: it would start on the first one."""
+    """Keep a reader on its process's GPU: it would start on the first one."""
     if device.index is not None:
         torch.cuda.set_device(device)
 
@@ -226,15 +210,13 @@ def _ahead(
     read: Callable[[np.ndarray], tuple], parts: Iterable[np.ndarray], readers: int, device: torch.device
 ) -> Iterator[tuple]:
     """`read(part)` for each part in order, some of them ahead, in background threads."""
-    with ThreadPoolExecutor(readers, "slice reader", _on, (device,)) as pool:
-        pending: deque = deque()
-        try:
-            for part in parts:
-                pending.append(pool.submit(read, part))
-                if len(pending) > _AHEAD:
-                    yield pending.popleft().result()
-            while pending:
+    pool, pending = ThreadPoolExecutor(readers, "slice reader", _on, (device,)), deque()
+    try:
+        for part in parts:
+            pending.append(pool.submit(read, part))
+            if len(pending) > _AHEAD:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -14,16 +14,13 @@ def problems(store: Store) -> list[Problem]:
     for subject, record in zip(store.subjects, store.cines, strict=True):
         same[record.digest, record.shape].append(subject)
     what = "the same images as {}: one of them may test what the other trained"
-    return [
-        Problem(copy.key, copy.cine.name, what.format(first.key), USED)
-        for first, *copies in same.values()
-        for copy in copies
-    ]
+    pairs = [(first, copy) for first, *copies in same.values() for copy in copies]
+    return [Problem(copy.key, copy.cine.name, what.format(first.key), USED) for first, copy in pairs]
 
 
 def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The split without training subjects that have the images of a validation or test subject, and without
-    validation subjects that have those of a test subject; prints their names.
+    """The split without training subjects that have a validation or test subject's images, and without
+    validation subjects that have a test subject's; prints their names.
     """
     images = store.digests()
     held_out: dict[str, str] = {}  # {digest: the subject of a later part that has these images}
@@ -40,23 +37,20 @@ def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[
 def refuse_other_images(
     store: Store, recorded: dict[str, str], trained: Iterable[str], held_out: Iterable[str]
 ) -> None:
-    """Raise UserError where a subject's images are not those that a checkpoint recorded for its key, or where
-    a subject of `held_out` has the images of one with another key that the checkpoint was `trained` on.
-    recorded: {subject key: digest}.
+    """Raise UserError if a subject's images are not those that a checkpoint `recorded` ({subject key:
+    digest}), or if a subject of `held_out` has the images of another one that it was `trained` on.
     """
     now = store.digests()
-    other = sorted(key for key, image in now.items() if recorded.get(key, image) != image)
-    if other:
+    if other := sorted(key for key, image in now.items() if recorded.get(key, image) != image):
         raise UserError(
-            f"--data: {len(other)} of {len(now)} subjects have the names but not the images of those that "
-            f"the checkpoint knows, the first is {other[0]}; is it another data set with the same file "
-            "names?"
+            f"--data: {len(other)} of {len(now)} subjects have other images than those that the checkpoint "
+            f"knows by their names, the first is {other[0]}; is it another data set with the same file names?"
         )
     seen = {recorded[key]: key for key in trained if key in recorded}
     present = sorted(key for key in held_out if key in now)
     if copies := [key for key in present if seen.get(now[key], key) != key]:
+        first = f"the first is {copies[0]}, as {seen[now[copies[0]]]}; leave them out with --split-file"
         raise UserError(
             f"--data: {len(copies)} of {len(present)} validation or test subjects have the images of "
-            f"subjects that the checkpoint has been trained on, the first is {copies[0]}, as "
-            f"{seen[now[copies[0]]]}; leave them out with --split-file"
+            f"subjects that the checkpoint has been trained on, {first}"
         )

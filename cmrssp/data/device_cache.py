@@ -9,12 +9,11 @@ from cmrssp.hardware import distributed
 
 
 class DeviceCache:
-    """All pixels of some slices, one slice after the other, native and unpadded; a batch is one gather."""
+    """All pixels of `batches.Slices`, in their order, native and unpadded; a batch is one gather."""
 
     def __init__(
         self, store: Store, slices, *, labelled: bool, device: torch.device, motion: bool = False
     ) -> None:
-        """`slices`: of `batches.Slices`. Reads them all, once, in their order."""
         self.slices, self.areas = slices, _areas(store, slices)
         sizes = self.areas * np.diff(slices.ends, prepend=0)
         self.begins = np.cumsum(sizes) - sizes  # of each subject's first pixel
@@ -24,19 +23,17 @@ class DeviceCache:
         self.map_begins = np.cumsum(maps) - maps
         self.motion = torch.empty(maps.sum() if motion else 0, dtype=torch.float16, device=device)
         end = map_end = 0
+        each = list(zip(slices.subjects, slices.frames, strict=True))
         for subject, frames in tqdm(
-            list(zip(slices.subjects, slices.frames, strict=True)),
-            "slices to the device",
-            unit="subject",
-            disable=distributed.hide_bar(),
+            each, "slices to the device", unit="subject", disable=distributed.hide_bar()
         ):
             for frame in frames:
                 volume = store.volume(subject, frame)
                 begin, end = end, end + volume.size
                 self.image[begin:end] = torch.from_numpy(np.array(volume).ravel())
                 if labelled:
-                    label = store.label_volume(subject, frame)
-                    self.label[begin:end] = torch.from_numpy(np.array(label).ravel())
+                    volume = store.label_volume(subject, frame)
+                    self.label[begin:end] = torch.from_numpy(np.array(volume).ravel())
             for z in range(store.cines[subject].shape[1] if motion else 0):
                 map = store.motion_slice(subject, z)
                 begin, map_end = map_end, map_end + map.size
@@ -57,7 +54,7 @@ class DeviceCache:
         return {"start": torch.from_numpy(starts), "map_start": torch.from_numpy(maps)}
 
     def fill(self, batch: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """A batch with pixels, as `batches.collate` makes it, in place of `starts`."""
+        """The batch with pixels, as `batches.collate` makes it, instead of `starts`."""
         size = batch["size"][..., None, None]
         rows = torch.arange(shape[0], device=size.device)[:, None]
         columns = torch.arange(shape[1], device=size.device)
@@ -67,14 +64,13 @@ class DeviceCache:
             places = torch.where(inside, start[:, None, None] + rows * size[:, 1] + columns, 0)
             return (pixels[places] * inside)[:, None]
 
-        filled = {"image": gather(self.image, batch["start"])}
-        if len(self.label):
-            filled["label"] = gather(self.label, batch["start"])
-        if len(self.motion):
-            filled["motion"] = gather(self.motion, batch["map_start"])
-        return {**filled, **{key: value for key, value in batch.items() if key not in ("start", "map_start")}}
+        rest = dict(batch)
+        start, map_start = rest.pop("start"), rest.pop("map_start")
+        label = {"label": gather(self.label, start)} if len(self.label) else {}
+        motion = {"motion": gather(self.motion, map_start)} if len(self.motion) else {}
+        return {"image": gather(self.image, start), **label, **motion, **rest}
 
 
 def _areas(store: Store, slices) -> np.ndarray:
-    """Pixels of a slice of each of the subjects."""
+    """(subjects,) pixels in a slice of each."""
     return np.array([np.prod(store.cines[i].shape[2:]) for i in slices.subjects], np.int64)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cmrssp.data import copies
-from cmrssp.data.store import Store
-from cmrssp.data.subject import DONE, LEFT_OUT, NOT_MEASURED, USED, Problem
+from cmrssp.data.labels import Heart
+from cmrssp.data.store import CineRecord, Store
+from cmrssp.data.subject import DONE, LEFT_OUT, NOT_MEASURED, USED, Problem, Subject
 
 SQUARES_MM = (160.0, 200.0)  # sides of the squares in which whole hearts are looked for
 CROP_MM = 320.0  # what the network sees at the paper's settings
@@ -22,38 +23,36 @@ def problems(store: Store, found: Sequence[Problem]) -> list[Problem]:
 
 
 def heart_distances(store: Store) -> np.ndarray:
-    """(N, 2) in mm, of every labelled subject: the distance between the crop centre and the centroid of the
-    labels, and how far from the crop centre, along rows or columns, the labels reach.
+    """(N, 2) in mm, one row per labelled subject: the distance from the crop centre to the labels' centroid,
+    and how far the labels reach from the crop centre along rows or columns.
     """
     found = []
-    for cine, labels in zip(store.cines, store.labels or (), strict=bool(store.labels)):
-        if labels.heart is None:
-            continue
+    for _, cine, heart in _hearts(store):
         spacing, centre = np.array(cine.geometry.spacing_mm), np.array(cine.centre)
-        box = np.array(labels.heart.box).reshape(2, 2)  # rows, columns
-        off = (np.array(labels.heart.centre) - centre) * spacing
+        box = np.array(heart.box).reshape(2, 2)  # rows, columns
         reach = np.abs(box - centre[:, None]).max(axis=1) * spacing
-        found.append((np.hypot(*off), reach.max()))
+        found.append((np.hypot(*(heart.centre - centre) * spacing), reach.max()))
     return np.array(found).reshape(-1, 2)
 
 
+def _hearts(store: Store) -> list[tuple[Subject, CineRecord, Heart]]:
+    each = zip(store.subjects, store.cines, store.labels or (), strict=bool(store.labels))
+    return [(subject, cine, labels.heart) for subject, cine, labels in each if labels.heart]
+
+
 def _far_hearts(store: Store) -> list[Problem]:
-    labelled = [s for s, r in zip(store.subjects, store.labels or (), strict=bool(store.labels)) if r.heart]
     odd = []
-    for subject, (_, reach) in zip(labelled, heart_distances(store), strict=True):
+    for (subject, *_), (_, reach) in zip(_hearts(store), heart_distances(store), strict=True):
         if reach > SQUARES_MM[-1] / 2:
-            where = "beyond" if reach > CROP_MM / 2 else "near the edge of"
-            what = (
-                f"the labelled heart reaches {reach:.0f} mm from the crop centre, {where} the {CROP_MM:.0f} "
-                "mm crop of the paper's settings"
-            )
+            where = f"{'beyond' if reach > CROP_MM / 2 else 'near the edge of'} the {CROP_MM:.0f} mm crop"
+            what = f"the labelled heart reaches {reach:.0f} mm from the crop centre, {where} of the paper"
             odd.append(Problem(subject.key, subject.cine.name, what, USED))
     return odd
 
 
 def summary(store: Store, found: Sequence[Problem]) -> str:
-    """Three lines (what there is, in which sizes, how much of it is odd), one on each group of files that was
-    left out, and one on the cines that cannot be measured.
+    """Three lines (what there is, its sizes, how much is odd), then one for each group of files that was left
+    out, and one on cines that cannot be measured.
     """
     if not store.subjects:
         return "cines: none"
@@ -68,18 +67,18 @@ def summary(store: Store, found: Sequence[Problem]) -> str:
 
 
 def report(store: Store, found: Sequence[Problem]) -> str:
-    """The summary's lines, those on the labels and on the crop centre, and all problems, worst first."""
+    """What there is, its sizes, labels and crop centres, and all problems, worst first."""
     every = problems(store, found)
-    lines = _overview(store) if store.subjects else ["cines: none"]
-    labelled = [record for record in store.labels if record.frames]
-    slices = sum(len(r.frames) * r.shape[1] for r in labelled)
-    phases = Counter(phase for record in labelled for phase in record.phases)
+    lines = ["cines: none"]
     if store.subjects:
-        lines.append(
-            f"labels: {len(labelled)} subjects, {slices} slices; ED of {phases['ED']}, ES of {phases['ES']}"
-        )
-    measured = heart_distances(store)
-    if len(measured):
+        labelled = [record for record in store.labels if record.frames]
+        slices = sum(len(r.frames) * r.shape[1] for r in labelled)
+        ed, es = (sum(phase in record.phases for record in labelled) for phase in ("ED", "ES"))
+        lines = [
+            *_overview(store),
+            f"labels: {len(labelled)} subjects, {slices} slices; ED of {ed}, ES of {es}",
+        ]
+    if len(measured := heart_distances(store)):
         within = [f"{np.count_nonzero(measured[:, 1] <= side / 2)} of {len(measured)} within {side:.0f} mm"
                   for side in SQUARES_MM]  # fmt: skip
         lines.append(f"crop centre (found without labels): {np.median(measured[:, 0]):.0f} mm (median), "
@@ -96,12 +95,12 @@ def _overview(store: Store) -> list[str]:
     sizes = [_span([s[i] for s in shapes]) for i in range(4)]
     pixels = _span([spacing for g in geometries for spacing in g.spacing_mm])
     pitches = _span([g.slice_pitch_mm for g in geometries])
-    ordered = sum(g.order_known for g in geometries)
+    known = sum(g.order_known for g in geometries)
+    order = f"slice order from the affine in {known}, taken as base first in {len(shapes) - known}"
     return [
         f"cines: {len(shapes)} subjects ({sets}; vendors: {vendors}), {frames} frames, {slices} slices",
-        f"sizes: {sizes[2]} x {sizes[3]} px of {pixels} mm; {sizes[1]} slices, {sizes[0]} frames; pitch "
-        f"{pitches} mm; slice order from the affine in {ordered}, taken as base first in "
-        f"{len(shapes) - ordered}",
+        f"sizes: {sizes[2]} x {sizes[3]} px of {pixels} mm; {sizes[1]} slices, {sizes[0]} frames; "
+        f"pitch {pitches} mm; {order}",
     ]
 
 

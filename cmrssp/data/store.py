@@ -1,10 +1,8 @@
-"""The slice store: one native-resolution file per cine, one per cine's labels, written once, below the cache
-folder.
+"""The slice store: one file per cine and one per cine's labels below the cache folder, written once.
 
-A file is one line of JSON (what is known of it, padded to 64 bytes) and then the plain array; behind a cine's
-frames lies its motion map. So opening a store reads one line per subject, a slice is one read, and a volume
-is one memory map. The file's name has a hash of its sources: a changed source gets a new file, and a training
-that reads the old one is not disturbed.
+A file is one line of JSON, padded to 64 bytes, and then the plain array; a cine's motion map follows its
+frames. Opening a store reads one line per subject, a slice is one read, a volume is one memory map. The
+file's name has a hash of its sources: a changed source gets a new file, and readers of the old one go on.
 """
 
 import json
@@ -34,7 +32,7 @@ Content = tuple[list[np.ndarray], dict[str, Any]]  # arrays, one behind the othe
 
 @dataclass(frozen=True, kw_only=True)
 class CineRecord(CineFacts):
-    """A stored cine: what training and prediction need to know of it without reading it."""
+    """A stored cine."""
 
     path: Path
     offset: int
@@ -51,18 +49,16 @@ class LabelRecord(LabelFacts):
     digest: str  # of frames and masks
 
 
+@dataclass(eq=False)
 class Store:
     """Read access to the stored subjects. Holds one record per subject and no open file."""
 
-    def __init__(
-        self,
-        subjects: Sequence[Subject],
-        cines: Sequence[CineRecord],
-        labels: Sequence[LabelRecord] | None,
-        left_out: Sequence[Problem] = (),
-    ) -> None:
-        self.subjects, self.cines = list(subjects), list(cines)
-        self.labels, self.left_out = None if labels is None else list(labels), list(left_out)
+    subjects: list[Subject]
+    cines: list[CineRecord]
+    labels: list[LabelRecord] | None
+    left_out: list[Problem]
+
+    def __post_init__(self) -> None:
         self.index = {subject.key: i for i, subject in enumerate(self.subjects)}
 
     def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
@@ -74,9 +70,8 @@ class Store:
         return _map(self.cines[subject], "<i2")[frame]
 
     def motion_slice(self, subject: int, slice: int) -> np.ndarray:
-        """(H, W) float16 of the cine's motion map, which is stored behind the last frame."""
-        record = self.cines[subject]
-        return _read_slice(record, record.shape[0], slice, "<f2")
+        """(H, W) float16 of the cine's motion map."""
+        return _read_slice(self.cines[subject], self.cines[subject].shape[0], slice, "<f2")
 
     def label_slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
         """(H, W) uint8 of a labelled cine frame. Raises ValueError for an unlabelled one."""
@@ -103,11 +98,10 @@ def build(
     name_broken: bool = True,
     progress: bool = True,
 ) -> Store:
-    """Open the store of these subjects; what is missing or out of date in it is built first, on all cores.
+    """Open the store of these subjects; first write, on all cores, what is missing or out of date in it.
 
-    With `labels` False no label file is opened. Raises BrokenSubject that names every broken subject, unless
-    `skip_broken`: then they are left out, and printed if `name_broken`. Raises UserError for a cache that
-    cannot be written to.
+    Without `labels` no label file is opened. Raises BrokenSubject that names all broken subjects; with
+    `skip_broken` leaves them out, and prints them if `name_broken`. Raises UserError for a read-only cache.
     """
     folder = Path(cache) / "store"
     try:
@@ -130,7 +124,7 @@ def build(
     missing = [subject for subject in subjects if not prepare(subject, write=False)]
     if missing and progress:
         print(f"storing {len(missing)} subjects in {folder}", flush=True)
-    hidden = distributed.hide_bar() if progress and missing else True
+    hidden = not (missing and progress) or distributed.hide_bar()
     with ThreadPoolExecutor(available_cores()) as pool:
         done = pool.map(lambda subject: prepare(subject, write=True), missing)
         list(tqdm(done, "building the store", len(missing), unit="subject", disable=hidden))
@@ -138,35 +132,28 @@ def build(
         names = "".join(f"\n  {key}: {why}" for key, why in sorted(broken.items()))
         verdict = f"{len(broken)} of {len(subjects)} subjects cannot be used"
         if not skip_broken:
-            raise BrokenSubject(
-                f"{verdict}; repair or remove them, or leave them out with --skip-broken:{names}"
-            )
+            raise BrokenSubject(f"{verdict}; repair, remove or leave them out with --skip-broken:{names}")
         if name_broken:
             print(f"{verdict}, left out:{names}")
     kept = [s for s in subjects if s.key not in broken]
-    return Store(
-        kept,
-        [cines[s.key] for s in kept],
-        [label_records[s.key] for s in kept] if labels else None,
-        [Problem(key, "", why, LEFT_OUT) for key, why in sorted(broken.items())],
-    )
+    records = [label_records[s.key] for s in kept] if labels else None
+    left_out = [Problem(key, "", why, LEFT_OUT) for key, why in sorted(broken.items())]
+    return Store(kept, [cines[s.key] for s in kept], records, left_out)
 
 
 def _no_cache(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: {error.strerror}; give a folder that can be written to as --cache")
+    return UserError(f"{folder}: {error.strerror}; give a writable folder as --cache")
 
 
 def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
-    """The record of the stored cine; without a valid file, write it or give None."""
+    """The record of the stored cine; without a valid file write it, or return None."""
     path = _path(folder, subject, _fingerprint(subject.files), ".cine")
 
     def read() -> Content:
         cine = read_cine(subject)
-        facts = {field.name: getattr(cine, field.name) for field in fields(CineFacts)}
-        return [cine.stored, cine.motion], facts
+        return [cine.stored, cine.motion], _values(CineFacts, cine)
 
-    header = _stored_header(path, read if write else None)
-    if header is None:
+    if (header := _stored_header(path, read if write else None)) is None:
         return None
     geometry = Geometry(**_tuples(header.pop("geometry")))
     return CineRecord(path=path, geometry=geometry, **_facts(subject, header))
@@ -174,21 +161,24 @@ def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
 
 def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> LabelRecord | None:
     files = [*subject.files, *(p for f in subject.labels for p in (f.path, f.image) if p)]
-    # the cine binds the labels' shape and axes, the layout their ids and frames
-    said = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
-    path = _path(folder, subject, [*_fingerprint(files), said], ".labels")
+    # The cine decides the labels' shape and axes, the layout their ids and frames.
+    layout = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
+    path = _path(folder, subject, [*_fingerprint(files), layout], ".labels")
 
     def read() -> Content:
         labels = read_labels(subject, _map(cine, "<i2"), cine.geometry)
-        facts = {field.name: getattr(labels, field.name) for field in fields(LabelFacts)}
         known = json.dumps([labels.frames, labels.ed, labels.es]).encode()
-        return [labels.masks], {**facts, "digest": sha256(known + labels.masks.tobytes()).hexdigest()}
+        digest = sha256(known + labels.masks.tobytes()).hexdigest()
+        return [labels.masks], {**_values(LabelFacts, labels), "digest": digest}
 
-    header = _stored_header(path, read if write else None)
-    if header is None:
+    if (header := _stored_header(path, read if write else None)) is None:
         return None
     heart = header.pop("heart")
     return LabelRecord(path=path, heart=Heart(**_tuples(heart)) if heart else None, **_facts(subject, header))
+
+
+def _values(kind: type, facts: CineFacts | LabelFacts) -> dict[str, Any]:
+    return {field.name: getattr(facts, field.name) for field in fields(kind)}
 
 
 def _facts(subject: Subject, header: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +198,7 @@ def _path(folder: Path, subject: Subject, sources: list, suffix: str) -> Path:
 
 
 def _fingerprint(paths: Sequence[Path]) -> list[list]:
-    """Name, size and time of change of each file, which tell whether a source has changed. Opens nothing."""
+    """Name, size and time of change of each file: they tell whether a source has changed."""
     try:
         return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
     except OSError as error:
@@ -216,9 +206,7 @@ def _fingerprint(paths: Sequence[Path]) -> list[list]:
 
 
 def _stored_header(path: Path, read: Callable[[], Content] | None) -> dict[str, Any] | None:
-    """The JSON of a complete file, with shape and offset. Without one, write what `read` gives; None without
-    `read`.
-    """
+    """The JSON of a complete file and its offset. Else write what `read` gives; None without `read`."""
     try:
         with open(path, "rb") as file:
             line = file.readline()
@@ -230,8 +218,8 @@ def _stored_header(path: Path, read: Callable[[], Content] | None) -> dict[str, 
     if read is None:
         return None
     arrays, facts = read()
-    header = {"shape": arrays[0].shape, **facts}
-    text = json.dumps({"bytes": sum(a.nbytes for a in arrays), **header}, default=asdict).encode()
+    header = {"bytes": sum(a.nbytes for a in arrays), "shape": arrays[0].shape, **facts}
+    text = json.dumps(header, default=asdict).encode()
     line = text + b" " * (-(len(text) + 1) % 64) + b"\n"
     try:
         with atomic(path) as file:
@@ -240,9 +228,9 @@ def _stored_header(path: Path, read: Callable[[], Content] | None) -> dict[str, 
                 file.write(np.ascontiguousarray(array).data)
     except PermissionError as error:
         raise _no_cache(path.parent, error) from None
-    return {name: value for name, value in json.loads(text).items() if name != "bytes"} | {
-        "offset": len(line)
-    }
+    header = json.loads(text)
+    del header["bytes"]
+    return {**header, "offset": len(line)}
 
 
 def _map(record: CineRecord | LabelRecord, dtype: str) -> np.ndarray:
@@ -253,18 +241,15 @@ def _map(record: CineRecord | LabelRecord, dtype: str) -> np.ndarray:
 
 
 def _shorter(record: CineRecord | LabelRecord) -> UserError:
-    return UserError(f"{record.path}: shorter than it was; start again, and it is written again")
+    return UserError(f"{record.path}: shorter than it was; start again to rewrite it")
 
 
 def _read_slice(record: CineRecord | LabelRecord, volume: int, slice: int, dtype: str) -> np.ndarray:
     """One read, and no file stays open: 50,000 subjects exhaust neither file handles nor address space."""
     _, slices, height, width = record.shape
     size = height * width * np.dtype(dtype).itemsize
-    file = os.open(record.path, os.O_RDONLY)
-    try:
-        read = os.pread(file, size, record.offset + (volume * slices + slice) * size)
-    finally:
-        os.close(file)
+    with open(record.path, "rb", buffering=0) as file:
+        read = os.pread(file.fileno(), size, record.offset + (volume * slices + slice) * size)
     if len(read) < size:
         raise _shorter(record)
     return np.frombuffer(read, dtype).reshape(height, width)
