@@ -1,8 +1,8 @@
 """A synthetic cine data set in the layout of M&Ms, for a first run without data at hand.
 
-A subject is a beating heart in a chest, drawn in mm and seen by one of four made-up scanners; nothing in it
-is measured. Coordinates: u to the patient's left and v to the back, from the axis of the left ventricle (LV);
-s along that axis, to the apex. The heart's contours are radii around the axis, tabulated over the angle.
+A subject is a beating heart in a chest, drawn in mm and seen by one of four made-up scanners. Coordinates: u
+to the patient's left and v to the back, from the axis of the left ventricle (LV); s along that axis to the
+apex. The heart's contours are radii around the axis, tabulated over the angle.
 """
 
 import csv
@@ -12,6 +12,7 @@ import shutil
 from collections import namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -46,30 +47,18 @@ _AXES = np.array([[-2, -1, 1], [0, -1, -1], [-1, 1, -1]]).T / np.sqrt([6, 2, 3])
 
 
 def write(
-    folder: Path,
-    *,
-    seed: int = 0,
-    num_subjects: int = 60,
-    num_frames: int = 8,
-    max_slices: int = 8,
-    max_matrix: int = 224,
+    folder: Path, *, num_subjects: int = 60, num_frames: int = 8, max_slices: int = 8, max_matrix: int = 224
 ) -> None:
-    """Write the data set to `folder`, which must be absent or empty and which appears only when complete.
+    """Write the data set to `folder`, which must be absent or empty and appears when it is complete.
 
-    A subject depends on the seed, its index and the sizes alone (frames and slices: at least 2).
+    A subject depends on its index and the sizes alone (frames and slices: at least 2).
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: expected no such folder, or an empty one")
     part = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.part")
     part.mkdir(parents=True)
-    sizes = (num_frames, max_slices, max_matrix)
+    write_one = partial(_write_subject, part, num_frames, max_slices, max_matrix)
     try:
-        # Threads: numpy, scipy and zlib give up the interpreter lock for most of the work.
         with ThreadPoolExecutor(available_cores()) as pool:
-            rows = list(
-                pool.map(lambda index: _write_subject(part, seed, index, *sizes), range(num_subjects))
-            )
+            rows = list(pool.map(write_one, range(num_subjects)))
         with open(part / TABLE, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([_COLUMNS, *rows])
         try:
@@ -81,11 +70,9 @@ def write(
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_subject(
-    folder: Path, seed: int, index: int, num_frames: int, max_slices: int, max_matrix: int
-) -> list:
-    """Write one subject's two files; its row of the table."""
-    rng = np.random.default_rng((seed, index))
+def _write_subject(folder: Path, num_frames: int, max_slices: int, max_matrix: int, index: int) -> list:
+    """Write one subject's two files; return its row of the table."""
+    rng = np.random.default_rng((0, index))
     vendor, disease = _VENDORS[index % 4], _DISEASES[(index + index // 4) % 4]
     ed, systole = (num_frames - 1) * (rng.random() < 0.6), max(1, round(rng.uniform(0.3, 0.45) * num_frames))
     es, rest = (ed + systole) % num_frames, num_frames - systole
@@ -141,7 +128,7 @@ class _Heart:
 
     def contours(self, s: float, contraction: float) -> tuple[float, np.ndarray]:
         """The place on the axis (0 valves, 1 apex, below 0 atria) and (4, angles) radii in mm: inside and
-        outside of the LV's wall, outside of the RV (0 where there is none), outside of the fat.
+        outside of the LV's wall, outside of the RV (0 where it is absent), outside of the fat.
         """
         fall = contraction * self.descent
         x = (s - fall) / (self.length - fall)
@@ -178,10 +165,9 @@ class _Grid:
         self.spacing = min(rng.uniform(265, 355) / long, 1.8 * 224 / max_matrix)
         short = min(round(max(rng.uniform(0.7, 1) * long, 0.7 * max_matrix, 215 / self.spacing)), long)
         self.shape = (short, long, slices) if rng.random() < 0.3 else (long, short, slices)
-        self.u, self.v = (
-            (np.arange(n) - (n - 1) / 2) * self.spacing + np.clip(rng.normal(0, 15), -32, 32)
-            for n in self.shape[:2]
-        )  # the heart is off the image's centre
+        off = np.clip(rng.normal(0, 15, 2), -32, 32)  # of the heart from the image's centre
+        middle = [(np.arange(n) - (n - 1) / 2) * self.spacing for n in self.shape[:2]]
+        self.u, self.v = middle[0] + off[0], middle[1] + off[1]
         self.axes = Rotation.from_rotvec(np.clip(rng.normal(0, 0.08, 3), -0.15, 0.15)).as_matrix() @ _AXES
         self.origin = rng.normal((-25, 20, 0), 20)
         self.reversed = np.flatnonzero(rng.random(3) < (0.2, 0.2, 0.5))
@@ -251,14 +237,12 @@ class _Scene:
         at_u, at_v, half_u, half_v = self.body
         skin = half_v * (1 - np.hypot((u - at_u) / half_u, (v - at_v) / half_v))
         inner = skin - self.skin - 13
+        around = np.minimum(60 - np.hypot(u + 6, v / 0.75 - 8), inner + 6)
         layers = [
             (skin, self.fat),
             (skin - self.skin, 0.28 + 0.12 * np.sin(u / 9 + v / 18)),
             (inner, 0.1 + 0.4 * np.clip(grain - 1, 0, 1)),
-            (
-                np.minimum(60 - np.hypot(u + 6, v / 0.75 - 8), inner + 6),
-                0.3 + self.fat * (0.3 + 0.08 * grain),
-            ),
+            (around, 0.3 + self.fat * (0.3 + 0.08 * grain)),
             (np.minimum(v - self.dome - ((u + 45) / 18) ** 2, inner), self.liver * (1 + 0.1 * grain)),
             (np.minimum(20 - np.hypot(u + 34, v - 115), inner + 8), 0.45),
             (12 - np.hypot(u - 12, v - self.aorta), 0.95),
