@@ -1,6 +1,4 @@
-"""Batches: native slices of any size padded to one tensor, read ahead in the background or gathered from the
-device's memory.
-"""
+"""Batches: native slices padded to one tensor, read ahead or gathered from the device's memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,10 +61,7 @@ class Slices:
 
 
 class Batches:
-    """The batches of an epoch. Their order depends on (seed, epoch) alone; no slice comes twice.
-
-    Under torchrun `batch_size` is of all ranks together, `per_rank` of each one.
-    """
+    """The batches of an epoch; (seed, epoch) alone sets their order. `batch_size` is that of all ranks."""
 
     def __init__(
         self,
@@ -105,9 +100,8 @@ class Batches:
         )
 
     def epochs(self, first: int, end: int, step: int = 0) -> Iterator[Batch]:
-        """The shuffled batches of the epochs `first` to `end` - 1 on the device, without a pause between
-        them, from number `step` of epoch `first` on. Each rank gets its share of a batch. The last incomplete
-        batch of an epoch is dropped.
+        """The shuffled batches of the epochs `first` to `end` - 1 on the device, without pauses, from batch
+        `step` of epoch `first` on. Each rank gets its share of a batch; the last incomplete one is dropped.
         """
 
         def parts() -> Iterator[np.ndarray]:

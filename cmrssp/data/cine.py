@@ -114,9 +114,7 @@ def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """(T, Z, H, W) of any type -> (contiguous int16 from 0 on, its minimum, the factor), a frame at a time to
-    save memory. Raises BrokenSubject if it is no image.
-    """
+    """(T, Z, H, W) of any type -> (int16 from 0 on, minimum, factor). Raises BrokenSubject if no image."""
     minimum, maximum = float(array.min()), float(array.max())
     if minimum == maximum:
         raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
@@ -129,7 +127,7 @@ def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
     if all(frame.min() == frame.max() for frame in array):
         raise BrokenSubject(f"{path}: expected images, got a constant in each of the {len(array)} frames")
     whole = array.dtype.kind in "iu" or all((frame == np.round(frame)).all() for frame in array)
-    stored = np.empty(array.shape, np.int16)
+    stored = np.empty(array.shape, np.int16)  # filled a frame at a time, to save memory
     if whole and maximum - minimum <= _MAX_STORED:
         kind = np.promote_types(array.dtype, np.int16)  # may wrap on the way: the difference fits
         for frame, out in zip(array, stored, strict=True):
@@ -146,9 +144,7 @@ def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def intensity_statistics(cine: np.ndarray, zero: int = 0) -> tuple[float, float]:
-    """Mean and standard deviation of a cine (T, Z, H, W) without borders that hold `zero` alone: what the
-    file's 0 is stored as.
-    """
+    """Mean and standard deviation of a cine (T, Z, H, W) inside its borders of `zero`, the stored 0."""
     occupied = (cine != zero).any(axis=0)
     lines = [np.flatnonzero(occupied.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     inside = cine[(slice(None), *(slice(line[0], line[-1] + 1) for line in lines))]

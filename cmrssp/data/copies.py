@@ -19,9 +19,7 @@ def problems(store: Store) -> list[Problem]:
 
 
 def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The split without training subjects that have a validation or test subject's images, and without
-    validation subjects that have a test subject's; prints their names.
-    """
+    """Drop, and print, training copies of validation or test and validation copies of test subjects."""
     images = store.digests()
     held_out: dict[str, str] = {}  # {digest: the subject of a later part that has these images}
     kept: dict[str, list[str]] = {}

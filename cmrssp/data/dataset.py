@@ -80,9 +80,7 @@ def _in_folder(
 
 
 def _refuse_frames_without_cines(path: str, files: Sequence[Path]) -> None:
-    """Raise UserError for frames of M&Ms-2 or ACDC without their cines: as subjects of a plain folder one
-    frame of a patient could train and the other one test.
-    """
+    """Raise UserError for frames of M&Ms-2 or ACDC without cines: a patient's two could train and test."""
     for layout, cine in ((mnms2, "_SA_CINE.nii.gz"), (acdc, "_4d.nii.gz")):
         if parts := [f.name for f in files if layout.NAMES.fullmatch(f.name)]:
             names = f"{parts[0]} and {len(parts) - 1} more files are named as in {layout.DATASET}"

@@ -72,5 +72,5 @@ class DeviceCache:
 
 
 def _areas(store: Store, slices) -> np.ndarray:
-    """(subjects,) pixels in a slice of each."""
+    """(subjects,) pixels per slice."""
     return np.array([np.prod(store.cines[i].shape[2:]) for i in slices.subjects], np.int64)

@@ -228,9 +228,7 @@ def _doubts(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | 
 
 
 def borders(masks: np.ndarray, id: int) -> tuple[int, int]:
-    """Of the in-plane neighbours of class `id` in masks (T, Z, H, W): (how many are myocardium, how many are
-    of any other class).
-    """
+    """How many in-plane neighbours of class `id` in masks (T, Z, H, W) are (MYO, any other class)."""
     beside = border = 0
     for axis in (2, 3):
         low, high = np.moveaxis(masks, axis, 0)[:-1], np.moveaxis(masks, axis, 0)[1:]

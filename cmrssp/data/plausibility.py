@@ -1,8 +1,4 @@
-"""What a short-axis cine of a heart can be: the one place that judges geometry, time and intensities.
-
-A finding is a pair (what, what was done): USED, CORRECTED, or NOT_MEASURED for a cine whose volumes would be
-wrong. Its slices are used for training all the same.
-"""
+"""What a short-axis cine of a heart can be: judges geometry, time and intensities."""
 
 import zlib
 from collections.abc import Sequence
@@ -29,7 +25,7 @@ _STRIDE = 4  # of the pixels that are compared
 _COARSER = 1.5  # slices along another axis than the third are at least so many pixels thick
 _SMOOTHER = 0.97  # undoing a wrap leaves at most so much of the image's roughness
 
-Finding = tuple[str, str]
+Finding = tuple[str, str]  # (what, what was done: USED, CORRECTED or NOT_MEASURED)
 
 
 @dataclass(frozen=True)
@@ -64,9 +60,7 @@ def slice_axis(shape: Sequence[int], lengths: np.ndarray) -> tuple[int, list[Fin
 
 
 def unwrapped(raw: np.ndarray) -> np.ndarray | None:
-    """A signed 8- or 16-bit array (X, Y, Z, T) as unsigned if its large values had become negative: the image
-    is then smoother. Else None.
-    """
+    """A signed 8- or 16-bit array (X, Y, Z, T) as unsigned if that makes it much smoother, else None."""
     if raw.dtype.kind != "i" or raw.dtype.itemsize > 2 or raw.min() >= 0:
         return None
 

@@ -1,6 +1,4 @@
-"""The first step of every script: find subjects, split and store them, and refuse held-out subjects that a
-checkpoint was trained on.
-"""
+"""What every script does first: find, split and store subjects, and refuse splits that leak."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass

@@ -51,9 +51,7 @@ def _far_hearts(store: Store) -> list[Problem]:
 
 
 def summary(store: Store, found: Sequence[Problem]) -> str:
-    """Three lines (what there is, its sizes, how much is odd), then one for each group of files that was left
-    out, and one on cines that cannot be measured.
-    """
+    """What there is, its sizes, how much is odd; then files left out and cines that cannot be measured."""
     if not store.subjects:
         return "cines: none"
     every = problems(store, found)

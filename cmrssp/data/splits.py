@@ -54,9 +54,7 @@ def assign(subjects: Sequence[Subject], seed: int, *, keep_overlap: bool = False
 
 
 def _without_overlap(subjects: Sequence[Subject]) -> list[Subject]:
-    """Beside M&Ms, without the M&Ms-2 subjects that may repeat M&Ms subjects. Raises UserError if their
-    diseases are unknown.
-    """
+    """Beside M&Ms, drop M&Ms-2 subjects that may repeat it. Raises UserError if diseases are unknown."""
     theirs = [s for s in subjects if s.dataset == mnms2.DATASET]
     if not theirs or all(s.dataset != mnms.DATASET for s in subjects):
         return list(subjects)
