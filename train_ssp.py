@@ -7,6 +7,7 @@ from cmrssp.cli.launch import launch
 from cmrssp.data import dataset, splits
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.prepare import prepare
+from cmrssp.errors import UserError
 from cmrssp.hardware.device import prepare_torch, resolve_device
 from cmrssp.runs import resume
 from cmrssp.ssp import METHODS, health
@@ -85,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     cines, split = prepared.cines, prepared.split
     used = {part: method.usable(cines, split[part]) for part in ("train", "validation")}
+    if split["train"] and not used["train"]:
+        raise UserError(
+            f"--method {args.method} needs cines with more than one frame, got none among the "
+            f"{len(split['train'])} training subjects, the first is {split['train'][0]}; use another --method"
+        )
     slices = {part: Slices(cines, keys) for part, keys in used.items()}
     print(splits.describe(split) + f"; {len(slices['train'])} slices to train on, no label is read")
     if not len(slices["validation"]):

@@ -7,6 +7,7 @@ import torch
 import train_ssp
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import collate
+from cmrssp.errors import UserError
 from cmrssp.ssp.motion import Motion
 from cmrssp.training import step_generator
 from cmrssp.weights import checkpoints
@@ -100,3 +101,13 @@ def test_a_pretraining_uses_moving_cines_and_logs_the_explained_variance(hearts,
     assert checkpoint.seen() == {"mnms/A": "motion"}
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert {"explained_variance", "validation_explained_variance", "validation_loss"} <= set(record)
+
+
+def test_training_subjects_of_one_frame_alone_are_an_error_that_names_them(hearts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    split = {"train": ["mnms/C"], "validation": ["mnms/B"], "test": ["mnms/A"]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    words = ["--method", "motion", "--data", "mnms", "--cache", "cache", "--split-file", "split.json"]
+    with pytest.raises(UserError, match="mnms/C"):
+        train_ssp.main([*words, "--quick", "--out", "run"])
+    assert not (tmp_path / "run").exists()
