@@ -39,33 +39,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = entry.Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--split", choices=splits.PARTS, default="test", help="which subjects")
     parser.add_argument(
-        "--checkpoint",
-        nargs="+",
-        metavar="PATH",
+        "--checkpoint", nargs="+", metavar="PATH",
         help="unet.pt, last.pt or a run folder (default: the newest finished fine-tuned run below runs/); "
         "the probabilities of several are averaged",
-    )
+    )  # fmt: skip
     mode = parser.add_argument_group("instead of scoring a split").add_mutually_exclusive_group()
     mode.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="PATH",
+        "--predict", nargs="+", metavar="PATH",
         help="segment every frame of these cines: NIfTI files, or folders with NIfTI or DICOM files",
-    )
+    )  # fmt: skip
     mode.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="RUN",
+        "--compare", nargs="+", metavar="RUN",
         help="runs evaluated on one split, paired by subject, all against the first; runs that differ in the "
         "seed only are averaged first",
-    )
+    )  # fmt: skip
     mode.add_argument(
-        "--tables",
-        type=Path,
-        metavar="RUNS",
+        "--tables", type=Path, metavar="RUNS",
         help="the paper's tables from all evaluated runs below this folder, and the commands of the missing "
         "runs, for the data of --data",
-    )
+    )  # fmt: skip
     flags.add_data(parser, default="data and split of the evaluated run")
     group = parser.add_argument_group("prediction and scores")
     group.add_argument("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
@@ -109,56 +101,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> int:
-    """0, or 2 where a subject could not be scored; the others are scored."""
-    first = trained[0]
+    """Score a split and write the results. Raises UserError at the end if a subject could not be scored."""
+    first, part = trained[0], (args.split,)
     paths, label_suffix = dataset.source({**vars(first.provenance), **vars(args)})
     dataset.announce(paths)
     prepared = prepare(
-        paths,
-        args.cache,
-        needed=args.split,
-        label_suffix=label_suffix,
-        parts=(args.split,),
-        labelled=(args.split,),
-        split_file=args.split_file,
-        split_seed=args.split_seed,
+        paths, args.cache, needed=args.split, label_suffix=label_suffix, parts=part, labelled=part,
+        split_file=args.split_file, split_seed=args.split_seed,
         inherited=None if flags.typed(argv, "--split-seed") else first.provenance.split,
-        keep_overlap=args.keep_overlap,
-        skip_broken=args.skip_broken,
-        vendors=args.vendors,
-        checkpoints=trained,
-        held_out=() if args.split == "train" else (args.split,),
-    )
+        keep_overlap=args.keep_overlap, skip_broken=args.skip_broken, vendors=args.vendors,
+        checkpoints=trained, held_out=() if args.split == "train" else part,
+    )  # fmt: skip
     cines = prepared.cines
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, trained)
     check_writable("--out", out)
     saved = out / "predictions" if args.save_predictions else None
     scores = scoring.score(methods, cines, device, phases=args.phases, save=saved, **options)
     if not scores.rows:
-        raise UserError(
-            f"--split {args.split}: none of its {len(cines.subjects)} subjects has a labelled frame that can "
-            f"be scored (--phases {args.phases})" + "".join(f"; {failure}" for failure in scores.failed[:3])
-        )
+        none = f"none of its {len(cines.subjects)} subjects has a labelled frame that can be scored"
+        failures = "".join(f"; {failure}" for failure in scores.failed[:3])
+        raise UserError(f"--split {args.split}: {none} (--phases {args.phases}){failures}")
     if distributed.is_main():
         summary = {
-            "split": args.split,
-            "data": dataset.absolute(paths),
-            "checkpoints": [str(c.path) for c in trained],
-            "phases": args.phases,
-            "vendors": args.vendors,
-            **options,
-            "arm": scoring.arm(first),
-            "settings": scoring.network_settings(first),
-            "recipe": scoring.training_recipe(first),
-        }
+            "split": args.split, "data": dataset.absolute(paths),
+            "checkpoints": [str(checkpoint.path) for checkpoint in trained],
+            "phases": args.phases, "vendors": args.vendors, **options, "arm": scoring.arm(first),
+            "settings": scoring.network_settings(first), "recipe": scoring.training_recipe(first),
+        }  # fmt: skip
         table = scoring.breakdown(scores)
         cases = partial(scoring.extremes, scores, cines, methods, device, **options)
-        names = scoring.write(out, scores, table, summary, cases)
+        names = scoring.write(out, scores, table, summary, cases) + ["predictions/"] * args.save_predictions
         print(
             f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects"
             f"\n{text.dice_table(scores.rows, scores.present)}\n\n{text.breakdown_table(table)}\n\n"
             f"{text.agreement_table(scores.clinical, scoring.AGREEMENT)}\n{text.notes(scores)}"
-            f"written: {out}/" + ", ".join([*names, *(["predictions/"] if saved else [])])
+            f"written: {out}/{', '.join(names)}"
         )
     if scores.failed:
         raise UserError(f"{len(scores.failed)} subjects could not be scored: {'; '.join(scores.failed)}")
@@ -166,23 +143,20 @@ def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, devi
 
 
 def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoints.Checkpoint]) -> str:
-    """Beside the run; the name says what differs from the plain evaluation of one run."""
-    other_split = any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
-    changed = [
-        *([dataset.name(args.data)] if hasattr(args, "data") else []),
-        *(["other-split"] if other_split else []),
-        *([args.phases] if args.phases != "both" else []),
-        *(args.vendors or []),
-        *(["flips"] if args.flips else []),
-        *(["largest"] if args.largest_component else []),
-        *([f"ensemble{len(trained)}"] if len(trained) > 1 else []),
-        *([f"epoch{trained[0].provenance.epochs}"] if trained[0].provenance.unfinished() else []),
-    ]
-    return "-".join([f"evaluation-{args.split}", *changed])
+    """Such as evaluation-test; further words say what differs from the plain evaluation of one run."""
+    link = trained[0].provenance
+    words = [
+        f"evaluation-{args.split}", hasattr(args, "data") and dataset.name(args.data),
+        (flags.typed(argv, "--split-file") or flags.typed(argv, "--split-seed")) and "other-split",
+        args.phases != "both" and args.phases, *(args.vendors or []), args.flips and "flips",
+        args.largest_component and "largest", len(trained) > 1 and f"ensemble{len(trained)}",
+        link.unfinished() and f"epoch{link.epochs}",
+    ]  # fmt: skip
+    return "-".join(filter(None, words))
 
 
 def predict(args, label_suffix: str, methods: list, device, options: dict) -> int:
-    """0, or 2 where something failed for a cine; the others are predicted, and the table says what failed."""
+    """Segment new cines and write the results. Raises UserError at the end if anything failed for a cine."""
     out = Path(args.out or "predictions")
     check_writable("--out", out)
     _, label_suffix = dataset.source({"label_suffix": label_suffix, **vars(args)})
@@ -195,8 +169,7 @@ def predict(args, label_suffix: str, methods: list, device, options: dict) -> in
         write_csv(out / "clinical.csv", rows)
         print(text.prediction_table(rows))
         print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")
-    failed = [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]
-    if failed:
+    if failed := [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]:
         raise UserError(f"--predict: errors in {len(failed)} of {len(rows)} cines: {'; '.join(failed)}")
     return 0
 

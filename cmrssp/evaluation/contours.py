@@ -24,13 +24,13 @@ _FRAME_S = 0.04  # for an unknown time step: 25 frames a second
 
 
 def around(centre: Sequence[float], spacing_mm: Sequence[float]) -> tuple[slice, slice]:
-    """Rows and columns of a 160 mm square around a centre in pixels, as far as the image reaches."""
+    """Rows and columns of a 160 mm square around a centre (row, column), within the image."""
     half = [_SQUARE_MM / 2 / spacing for spacing in spacing_mm]
     return tuple(slice(max(0, int(c - h)), int(c + h) + 1) for c, h in zip(centre, half, strict=True))
 
 
 def case(store: Store, subject: int, frame: int, title: str, prediction: np.ndarray) -> dict:
-    """What `contour_sheet` shows of a frame; with its reference where the store holds labels."""
+    """One row of `contour_sheet`; with a reference if the store holds labels."""
     return {
         "title": title,
         "image": store.volume(subject, frame),
@@ -42,17 +42,16 @@ def case(store: Store, subject: int, frame: int, title: str, prediction: np.ndar
 
 
 def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
-    """Contours of reference and prediction on evenly spread slices, base on the left; one row per case.
-
-    case: title, image (Z, H, W), reference and prediction (Z, H, W) label ids (reference may be None),
-    spacing_mm and centre as (row, column).
+    """Contours of reference and prediction on evenly spread slices, base on the left. A row per case: a dict
+    of title, image, reference (or None) and prediction (Z, H, W), spacing_mm and centre (row, column).
     """
     figure = Figure(figsize=(2.3 * columns, 2.45 * len(cases) + 0.4))
     axes = figure.subplots(len(cases), columns, squeeze=False)
     for row, case in zip(axes, cases, strict=True):
-        shown = case["prediction"] if case["reference"] is None else case["reference"]
-        slices = np.flatnonzero(shown.any(axis=(1, 2)))
-        slices = slices if len(slices) else np.arange(len(shown))
+        outlines = [(case["reference"], BLUE), (case["prediction"], ORANGE)]
+        outlines = [(labels, colour) for labels, colour in outlines if labels is not None]
+        slices = np.flatnonzero(outlines[0][0].any(axis=(1, 2)))
+        slices = slices if len(slices) else np.arange(len(case["image"]))
         chosen = slices[np.unique(np.linspace(0, len(slices) - 1, columns).round().astype(int))]
         box, spacing = around(case["centre"], case["spacing_mm"]), case["spacing_mm"]
         high = np.percentile(case["image"][(slice(None), *box)], 99.5)
@@ -61,8 +60,8 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
         for axis, z in zip(row, chosen, strict=False):
             grey = {"cmap": "gray", "vmin": 0, "vmax": high, "aspect": spacing[0] / spacing[1]}
             axis.imshow(case["image"][(z, *box)], **grey)
-            for labels, colour in ((case["reference"], BLUE), (case["prediction"], ORANGE)):
-                for id in () if labels is None else range(1, len(CLASSES) + 1):
+            for labels, colour in outlines:
+                for id in range(1, len(CLASSES) + 1):
                     mask = np.pad(labels[(z, *box)] == id, 1)  # closed also at the edge of the square
                     for line in find_contours(mask.astype(float), 0.5):
                         axis.plot(line[:, 1] - 1, line[:, 0] - 1, color=colour, linewidth=1.1)
@@ -76,8 +75,8 @@ def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
 
 
 def delays_ms(frames: int, frame_s: float | None) -> list[int]:
-    """The duration of each frame of a GIF, in steps of 10 ms whose sum follows real time; at least 20 ms,
-    because browsers slow shorter ones down to 100 ms. 40 ms where `frame_s` is None or 0.
+    """The duration of each frame of a GIF in steps of 10 ms, whose sum follows real time; at least 20 ms,
+    because browsers show shorter ones for 100 ms. 40 ms if `frame_s` is None or 0.
     """
     ends = np.round(np.arange(frames + 1) * (frame_s or _FRAME_S) * 100)
     return [int(10 * max(2, steps)) for steps in np.diff(ends)]
@@ -86,35 +85,28 @@ def delays_ms(frames: int, frame_s: float | None) -> list[int]:
 def animate(
     images: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float], path: Path, frame_s: float | None
 ) -> None:
-    """Write an endless GIF of one slice with the outlines of its classes, in real time where `frame_s` is
-    known.
+    """Write an endless GIF of one slice with the outlines of its classes, `frame_s` seconds a frame.
 
-    images (T, H, W), grey from the lowest to the 99.5th percentile of all frames; labels (T, H, W) ids;
-    spacing_mm (row, column). Raises ValueError where the shapes differ.
+    images (T, H, W), grey from the lowest value to the 99.5th percentile of all frames; labels (T, H, W) ids;
+    spacing_mm (row, column).
     """
-    if images.shape != labels.shape or images.ndim != 3:
-        raise ValueError(f"animate: expected two (T, H, W) of one shape, got {images.shape}, {labels.shape}")
     images = np.nan_to_num(np.asarray(images, np.float32))
     low, high = images.min(), np.percentile(images, 99.5)
     size_mm = np.array(images.shape[1:]) * spacing_mm
     size = [max(1, round(side)) for side in size_mm / size_mm.max() * _GIF_PX]  # square pixels
+    greys = np.linspace(0, 255, _GREYS).round().astype(np.uint8).repeat(3).tobytes()
+    palette = greys + b"".join(bytes.fromhex(colour[1:]) for colour in CLASS_COLOURS.values())
     pictures = []
     for image, label in zip((images - low) / max(high - low, 1e-6), labels, strict=True):
         grey = resize(image, size, order=3, mode="edge")
         frame = (grey.clip(0, 1) * (_GREYS - 1)).round().astype(np.uint8)
-        weights = [
-            resize((label == id).astype(np.float32), size, order=1, mode="edge")
-            for id in range(len(CLASSES) + 1)
-        ]
-        smooth = np.argmax(weights, axis=0)  # the class of the largest weight at each pixel
+        masks = [(label == id).astype(np.float32) for id in range(len(CLASSES) + 1)]
+        smooth = np.argmax([resize(mask, size, order=1, mode="edge") for mask in masks], axis=0)
         for id in range(1, len(CLASSES) + 1):
             inside = erosion(smooth == id, np.ones((2 * _LINE_PX + 1,) * 2))
             frame[(smooth == id) & ~inside] = _GREYS + id - 1
         pictures.append(Image.fromarray(frame))
-    greys = np.linspace(0, 255, _GREYS).round().astype(np.uint8).repeat(3).tobytes()
-    palette = greys + b"".join(bytes.fromhex(colour[1:]) for colour in CLASS_COLOURS.values())
-    for picture in pictures:
-        picture.putpalette(palette)
+        pictures[-1].putpalette(palette)
     with atomic(path) as file:
         delays = delays_ms(len(pictures), frame_s)
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], loop=0, duration=delays)

@@ -1,10 +1,9 @@
-"""Figures of an evaluation.
-
-Charts are for print at 170 mm. Hues are Okabe and Ito's, which readers with colour blindness tell apart;
-markers, lines and hatches differ too, for print in grey. Titles give the number of subjects.
+"""Charts of an evaluation, for print at 170 mm. Colours are Okabe and Ito's, which readers with colour
+blindness tell apart; markers, lines and hatches also differ, for print in grey.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 
@@ -23,26 +22,22 @@ from cmrssp.runs.figures import save_figure
 PHASES = ("ED", "ES")
 BINS = 10  # of a slice's position between base and apex
 CLASS_COLOURS = dict(zip(CLASSES, ("#D55E00", "#009E73", "#56B4E9"), strict=True))
-_CLASS_LINES = dict(zip(CLASSES, (("o", "-"), ("s", "--"), ("^", "-.")), strict=True))
-_PHASE_BOXES = {
-    "ED": {"facecolor": "#4C9CC9", "edgecolor": "black", "linewidth": 0.8},
-    "ES": {"facecolor": "#EDBC4C", "edgecolor": "black", "linewidth": 0.8, "hatch": "////"},
+_CLASS_LINES = {
+    name: {"color": CLASS_COLOURS[name], "marker": marker, "linestyle": line}
+    for name, marker, line in zip(CLASSES, "os^", ("-", "--", "-."), strict=True)
 }
-_METHOD_LINES = (  # the baseline's, then those of the others
-    ("black", "o", "-"), ("#0072B2", "s", "--"), ("#D55E00", "^", "-."), ("#009E73", "D", ":"),
-    ("#CC79A7", "v", "-"), ("#56B4E9", "P", "--"), ("#E69F00", "X", "-."),
-)  # fmt: skip
+_EDGE = {"edgecolor": "black", "linewidth": 0.8}
+_PHASE_BOXES = {"ED": {"facecolor": "#4C9CC9"}, "ES": {"facecolor": "#EDBC4C", "hatch": "////"}}
+_METHOD_LINES = (("#0072B2", "s", "--"), ("#D55E00", "^", "-."), ("#009E73", "D", ":"),
+                 ("#CC79A7", "v", "-"), ("#56B4E9", "P", "--"), ("#E69F00", "X", "-."))  # fmt: skip
 _POINTS = 7.5
-_WIDTH = 164 / 25.4  # inches: under 170 mm with the margin that save_figure adds, so that text never shrinks
+_WIDTH = 164 / 25.4  # inches; with the margin of save_figure below 170 mm, so that text never shrinks
 
 
 def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: Path) -> None:
-    """A panel per title; pairs: {title: (measured (N,), reference (N,), unit)}, NaN where one is missing."""
-    if not pairs:
-        return
+    """A panel per title. pairs: {title: (measured (N,), reference (N,), unit)}, NaN for a missing value."""
     figure, axes = _grid(len(pairs), 3, height=2)
     for axis, (title, (measured, reference, unit)) in zip(axes, pairs.items(), strict=False):
-        measured, reference = np.asarray(measured, float), np.asarray(reference, float)
         difference, mean = measured - reference, (measured + reference) / 2
         found = stats.bland_altman(measured, reference)
         n, bias, low, high = (found[key] for key in ("number", "bias", "lower", "upper"))
@@ -73,9 +68,7 @@ def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: 
 
 def binned(position: np.ndarray, dice: np.ndarray) -> np.ndarray:
     """(BINS, 4): number of slices and the 25th, 50th and 75th percentile of their Dice (NaN in an empty bin).
-
-    position (N,) from 0 to 1, dice (N,); NaN in either leaves a slice out. A bin holds its lower end, the
-    last one both.
+    position (N,) from 0 to 1, 1 in the last bin; dice (N,). NaN in either leaves a slice out.
     """
     position, dice = np.asarray(position, float), np.asarray(dice, float)
     kept = np.isfinite(position) & np.isfinite(dice)
@@ -88,10 +81,9 @@ def binned(position: np.ndarray, dice: np.ndarray) -> np.ndarray:
 
 
 def dice_by_position(slices: Sequence[dict], path: Path) -> None:
-    """Median Dice, its inter-quartile range and the number of slices, in ten bins from base to apex.
-
-    slices: dicts with position (0 base, 1 apex), phase, class, dice (NaN where neither map has the class),
-    and subject where their number is to be shown.
+    """Median Dice, its inter-quartile range and the number of slices, in ten bins from base to apex. slices:
+    dicts with position (0 base, 1 apex), phase, class, dice (NaN if neither map has the class) and, to show
+    their number, subject.
     """
     figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(4, 1))
@@ -104,26 +96,24 @@ def dice_by_position(slices: Sequence[dict], path: Path) -> None:
         for i, name in enumerate(CLASSES):
             points = [(row["position"], row["dice"]) for row in rows if row["class"] == name]
             n, low, median, high = binned(*np.reshape(points, (-1, 2)).T).T
-            colour, (marker, line) = CLASS_COLOURS[name], _CLASS_LINES[name]
+            colour = CLASS_COLOURS[name]
             above.fill_between(centres, low, high, color=colour, alpha=0.18, linewidth=0)
-            above.plot(centres, median, marker=marker, linestyle=line, color=colour, markersize=4, label=name)
+            above.plot(centres, median, **_CLASS_LINES[name], markersize=4, label=name)
             below.bar(centres + (i - 1) * 0.28 / BINS, n, 0.28 / BINS, color=colour, alpha=0.6)
         above.grid(alpha=0.3)
         below.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), xlabel="position of the slice (0 base, 1 apex)")
         if not rows:
             _note(above, "no slices")
-    axes[0, 0].set_ylabel("Dice per slice\n(median, 25th to 75th percentile)")
-    axes[0, 0].set_ylim(None, 1.01)
-    axes[1, 0].set_ylabel("slices")
-    axes[1, 0].set_ylim(0, None)
+    axes[0, 0].set(ylabel="Dice per slice\n(median, 25th to 75th percentile)", ylim=(None, 1.01))
+    axes[1, 0].set(ylabel="slices", ylim=(0, None))
     figure.legend(handles=axes[0, 0].lines, loc="outside upper right", ncols=3, fontsize=_POINTS)
     _write(figure, path)
 
 
 def by_vendor(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """{vendor: {phase: {subject: Dice}}} of the rows of one class, vendors sorted; NaN is left out."""
+    """{vendor: {phase: {subject: Dice}}} of the rows of one class, without NaN; unknown vendors last."""
     groups: dict[str, dict[str, dict[str, float]]] = {}
-    for row in sorted(rows, key=lambda row: row["vendor"] or "~"):  # the unknown last
+    for row in sorted(rows, key=lambda row: row["vendor"] or "~"):
         if np.isfinite(row["dice"]):
             vendor = groups.setdefault(row["vendor"] or "unknown", {phase: {} for phase in PHASES})
             vendor[row["phase"]][row["subject"]] = float(row["dice"])
@@ -131,10 +121,8 @@ def by_vendor(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def boxes(rows: Sequence[dict], path: Path) -> None:
-    """Dice by vendor, a panel per class. rows: dicts with subject, phase, vendor, class and dice.
-
-    Box from quartile to quartile with the median, whiskers to the furthest value within 1.5 box heights, the
-    values beyond as circles; groups of fewer than ten show every value.
+    """Dice by vendor, a panel per class. rows: dicts with subject, phase, vendor, class, dice. Whiskers reach
+    to the furthest value within 1.5 box heights; groups of fewer than ten show every value.
     """
     columns = len(CLASSES) if len({row["vendor"] for row in rows}) <= 4 else 1
     figure, axes = _grid(len(CLASSES), columns, height=1.9, sharey=True)
@@ -145,8 +133,8 @@ def boxes(rows: Sequence[dict], path: Path) -> None:
         for i, (vendor, phases) in enumerate(groups.items()):
             labels.append(f"{fill(vendor, room)}\nn={len(set().union(*phases.values()))}")
             for side, phase in zip((-0.2, 0.2), PHASES, strict=True):
-                if phases[phase]:
-                    _box(axis, i + side, list(phases[phase].values()), phase)
+                if values := list(phases[phase].values()):
+                    _box(axis, i + side, values, phase)
         axis.set(title=name, xlim=(-0.6, max(len(groups), 1) - 0.4))
         axis.set_xticks(range(len(groups)), labels, parse_math=False)
         axis.grid(axis="y", alpha=0.3)
@@ -154,7 +142,7 @@ def boxes(rows: Sequence[dict], path: Path) -> None:
             _note(axis, "no subjects")
     for axis in axes[::columns]:
         axis.set_ylabel("3D Dice")
-    handles = [Patch(label=phase, **_PHASE_BOXES[phase]) for phase in PHASES]
+    handles = [Patch(label=phase, **_PHASE_BOXES[phase], **_EDGE) for phase in PHASES]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=_POINTS)
     _write(figure, path)
 
@@ -163,7 +151,7 @@ def _box(axis: Axes, x: float, values: list[float], phase: str) -> None:
     few = len(values) < 10
     axis.boxplot(
         [values], positions=[x], widths=0.34, patch_artist=True, manage_ticks=False, showfliers=not few,
-        boxprops=_PHASE_BOXES[phase], medianprops={"color": "black", "linewidth": 1.4},
+        boxprops=_PHASE_BOXES[phase] | _EDGE, medianprops={"color": "black", "linewidth": 1.4},
         flierprops={"marker": "o", "markersize": 2.5, "markeredgewidth": 0.6},
     )  # fmt: skip
     if few:
@@ -172,7 +160,7 @@ def _box(axis: Axes, x: float, values: list[float], phase: str) -> None:
 
 
 def over_seeds(scores: Mapping[int, Sequence[float]]) -> np.ndarray:
-    """(N, 4) by number of subjects: that number, seeds, mean, sample standard deviation (NaN of one seed)."""
+    """(N, 4): number of subjects, rising, seeds, mean, sample standard deviation (NaN for one seed)."""
     found = {number: stats.describe(dice) for number, dice in sorted(scores.items())}
     rows = [(n, f["number"], f["mean"], f["std"]) for n, f in found.items() if f["number"]]
     return np.reshape(np.array(rows, float), (-1, 4))
@@ -181,22 +169,19 @@ def over_seeds(scores: Mapping[int, Sequence[float]]) -> np.ndarray:
 def learning_curves(
     scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path, baseline: str = "Baseline"
 ) -> bool:
-    """Mean Dice by number of labelled subjects; bars are the sample standard deviation over seeds.
-    Without anything to draw it writes no file and returns False.
-
-    scores: {label: {number of subjects: [Dice of each seed]}}; the label `baseline` is drawn in black.
+    """Mean Dice by number of labelled subjects; bars are the sample standard deviation over seeds. scores:
+    {label: {number of subjects: [Dice of each seed]}}; `baseline` is black. Returns whether it drew any.
     """
-    order = sorted(scores, key=lambda label: label != baseline)
+    order = sorted(scores, key=lambda label: label != baseline)  # the baseline first
     tables = {label: table for label in order if len(table := over_seeds(scores[label]))}
     if not tables:
         return False
     figure, (axis,) = _grid(1, 1, height=2.9)
     axis.set(xlabel="labelled subjects", ylabel="3D Dice (mean ± SD over seeds)")
-    numbers = sorted({int(number) for table in tables.values() for number in table[:, 0]})
+    numbers, looks = sorted({int(n) for table in tables.values() for n in table[:, 0]}), cycle(_METHOD_LINES)
     for i, (label, table) in enumerate(tables.items()):
         number, seeds, mean, std = table.T
-        place = 0 if label == baseline else 1 + (i - (baseline in tables)) % (len(_METHOD_LINES) - 1)
-        colour, marker, line = _METHOD_LINES[place]
+        colour, marker, line = ("black", "o", "-") if label == baseline else next(looks)
         aside = (i - (len(tables) - 1) / 2) * 0.3 / len(tables)  # so that bars do not cover each other
         few, many = int(seeds.min()), int(seeds.max())
         axis.errorbar(
@@ -212,44 +197,41 @@ def learning_curves(
 
 
 def volume_curve(
-    title: str,
-    volumes_ml: Mapping[str, Sequence[float]],
-    path: Path,
-    step_s: float | None,
-    phases: Mapping[str, int],
-    excluded: Sequence[int] = (),
-) -> None:
+    title: str, volumes_ml: Mapping[str, Sequence[float]], path: Path, step_s: float | None,
+    phases: Mapping[str, int], excluded: Sequence[int] = (),
+) -> None:  # fmt: skip
     """Volumes over the cycle. volumes_ml: {LV, RV: (T,)}; step_s: time between frames, None if unknown;
-    phases: {ED, ES: frame or None}, drawn as vertical lines; `excluded` frames, which cannot be ED or ES, are
-    marked.
+    phases: {ED, ES: frame}, shown as vertical lines; `excluded` frames, which cannot be ED or ES, get a mark.
     """
     figure, (axis,) = _grid(1, 1, height=1.6)
     frames = np.arange(len(volumes_ml["LV"]))
     x, label = (frames * step_s * 1000, "time (ms)") if step_s else (frames, "frame")
     for name in ("LV", "RV"):
-        colour, (marker, line) = CLASS_COLOURS[name], _CLASS_LINES[name]
-        axis.plot(x, volumes_ml[name], marker=marker, linestyle=line, color=colour, markersize=2, label=name)
-    for name, line in (("ED", "-"), ("ES", ":")):
-        if phases.get(name) is not None:
-            axis.axvline(x[phases[name]], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
+        axis.plot(x, volumes_ml[name], **_CLASS_LINES[name], markersize=2, label=name)
+    for name, frame in phases.items():
+        line = "-" if name == "ED" else ":"
+        axis.axvline(x[frame], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
     if len(excluded):
         ml = [volumes_ml[name][t] for name in ("LV", "RV") for t in excluded]
         axis.plot([*x[list(excluded)]] * 2, ml, "x", color="0.4", markersize=5, label="not for ED, ES")
-    axis.set_title(title if len(title) <= 60 else f"{title[:28]}…{title[-31:]}", parse_math=False)
-    axis.set(xlabel=label, ylabel="volume (ml)")
-    axis.set_ylim(0, None)
+    axis.set_title(shortened(title), parse_math=False)
+    axis.set(xlabel=label, ylabel="volume (ml)", ylim=(0, None))
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside upper right", ncols=5, fontsize=_POINTS)
     _write(figure, path)
 
 
+def shortened(name: str) -> str:
+    """At most 60 characters of a name."""
+    return name if len(name) <= 60 else f"{name[:28]}…{name[-31:]}"
+
+
 def _grid(count: int, columns: int, *, height: float, sharey: bool = False) -> tuple[Figure, np.ndarray]:
-    """A figure of rows that are `height` inches high, and its `count` axes."""
-    columns = min(columns, count)
+    """A figure with rows of `height` inches, and its `count` axes."""
     rows = -(-count // columns)
     figure = Figure(figsize=(_WIDTH, max(2.6, height * rows + 0.3)), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+    axes = figure.subplots(rows, min(columns, count), squeeze=False, sharey=sharey).ravel()
     for axis in axes[count:]:
         axis.remove()
     return figure, axes[:count]

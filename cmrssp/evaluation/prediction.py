@@ -1,6 +1,4 @@
-"""New cines, without masks or frame numbers: every frame segmented, volumes over the cycle, and flags for
-what looks wrong.
-"""
+"""New cines without labels: every frame segmented, volumes over the cycle, flags for what looks wrong."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -49,8 +47,8 @@ class InMemory(Store):
 
 
 def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> list[Subject]:
-    """The cines that the paths name: NIfTI files, and folders in any layout. Cines below `out` are not taken;
-    prints which other files are left out. Raises UserError and FileNotFoundError.
+    """The cines that the paths name: NIfTI files, and folders in any layout. Leaves out cines below `out`;
+    prints which other files it leaves out. Raises UserError and FileNotFoundError.
     """
     subjects = []
     for path in map(Path, paths):
@@ -59,27 +57,24 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
                 found, problems = dataset.find([str(path.resolve())], cache, label_suffix, ignore_split=True)
             except (FileNotFoundError, UserError) as error:
                 raise UserError(str(error).replace("--data", "--predict")) from None
-            for problem in problems:
-                if problem.done == LEFT_OUT:
-                    print(f"not predicted: {problem}")
+            for problem in (problem for problem in problems if problem.done == LEFT_OUT):
+                print(f"not predicted: {problem}")
             kept = [s for s in found if out.resolve() not in s.cine.resolve().parents]
             if not kept:
-                raise UserError(
-                    f"--predict {path}: all its cines lie in {out}, where the results go; give another --out"
-                )
+                where = f"{out}, where the results go"
+                raise UserError(f"--predict {path}: all its cines lie in {where}; give another --out")
             subjects += kept
         elif not path.exists():
             raise FileNotFoundError(f"--predict {path}: no such file or folder")
         elif stem := stem_of(path.name):
             subjects.append(Subject(PLAIN, stem, path))
         else:
-            raise UserError(
-                f"--predict {path}: expected .nii or .nii.gz files, or folders of them or of DICOM files"
-            )
-    names = Counter(s.file_name for s in subjects)
-    if twice := [name for name, count in names.items() if count > 1]:
+            expected = ".nii or .nii.gz files, or folders of them or of DICOM files"
+            raise UserError(f"--predict {path}: expected {expected}")
+    name, count = Counter(s.file_name for s in subjects).most_common(1)[0]
+    if count > 1:
         raise UserError(
-            f"--predict: two cines would both be written as {twice[0]}; predict them one after the other, "
+            f"--predict: two cines would both be written as {name}; predict them one after the other, "
             "each with an --out of its own, or give the folder that holds both"
         )
     return subjects
@@ -89,8 +84,8 @@ def predict(
     subject: Subject, methods: Sequence[Segmentation], device: torch.device, out: Path, **options: bool
 ) -> dict:
     """Segment every frame of a cine, write its label map and pictures to `out`, and return its row of
-    clinical.csv. An error of any kind ends in the row's `error`, and everything that could be written before
-    or beside it is there. `options` are those of `segmentation.predict_frames`.
+    clinical.csv. An error in one step goes to the row's `error`; the other files are written all the same.
+    `options` are those of `segmentation.predict_frames`.
     """
     sweep(out, older_than_s=3600)  # half-written files of a prediction that was killed
     row = {**_NOTHING, "cine": subject.file_name}
@@ -109,13 +104,12 @@ def predict(
         labels = np.stack(list(predicted))
         reach = min(method.image_size * method.spacing_mm for method in methods) / 2
         ml, phases, left_out = _measure(labels, record, reach, row)
-        attempt(
-            lambda: write_labels(Path(f"{stem}_labels.nii.gz"), labels, record.geometry, cine_image(subject))
-        )
+        path = Path(f"{stem}_labels.nii.gz")
+        attempt(lambda: write_labels(path, labels, record.geometry, cine_image(subject)))
         attempt(lambda: _draw_contours(cines, labels, phases, Path(f"{stem}_contours.png")))
         if len(labels) > 1:
-            step_s, path = record.time_step_s, Path(f"{stem}_volumes.png")
-            attempt(lambda: plots.volume_curve(subject.id, ml, path, step_s, phases, left_out))
+            step_s, curve = record.time_step_s, Path(f"{stem}_volumes.png")
+            attempt(lambda: plots.volume_curve(subject.id, ml, curve, step_s, phases, left_out))
             attempt(lambda: _draw_beat(cines, labels, phases["ED"], Path(f"{stem}.gif")))
 
     attempt(segment)
@@ -128,21 +122,17 @@ def predict(
 def _measure(
     labels: np.ndarray, record: CineRecord, reach_mm: float, row: dict
 ) -> tuple[dict[str, np.ndarray], dict[str, int], list[int]]:
-    """Fill the row from label maps (T, Z, H, W); returns the volumes in ml of each class, (T,), the frames of
-    ED and ES, and the frames that were not considered for them.
+    """Fill the row from label maps (T, Z, H, W); returns the volumes in ml of each class, (T,), and what
+    `find_phases` does.
     """
     spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
     frames = [metrics.volumes_ml(frame, spacing) for frame in labels]
     ml = {name: np.array([frame[name] for frame in frames]) for name in CLASSES}
     phases, left_out = find_phases(ml["LV"], record.sound_frames)
     found = flags(labels, ml, record, reach_mm, phases)
-    row |= {
-        "frames": len(labels),
-        "ed_frame": phases["ED"],
-        "es_frame": phases.get("ES"),
-        "severity": max((severity for severity, _ in found), default=0),
-        "flags": "; ".join(what for _, what in found),
-    }
+    row |= {"frames": len(labels), "ed_frame": phases["ED"], "es_frame": phases.get("ES")}
+    row["severity"] = max((severity for severity, _ in found), default=0)
+    row["flags"] = "; ".join(what for _, what in found)
     if record.measurable:
         row |= metrics.clinical({phase: frames[t] for phase, t in phases.items()})
         row["heart_rate_per_min"] = record.heart_rate_per_min
@@ -151,8 +141,8 @@ def _measure(
 
 def find_phases(lv_ml: np.ndarray, sound: Collection[int]) -> tuple[dict[str, int], list[int]]:
     """({ED: frame of the largest LV, ES: frame of the smallest}, frames that were left out), from the LV
-    volume of each frame (T,). Left out are frames that are not `sound`, without LV, or that jump out of the
-    curve; if no frame remains, none is left out. ES is missing where only one frame remains.
+    volume of each frame (T,). Left out are frames that are not `sound`, have no LV, or jump out of the curve;
+    if no frame remains, none is left out. If only one remains, there is no ES.
     """
     frames = np.arange(len(lv_ml))
     kept = frames[np.isin(frames, list(sound)) & (lv_ml > 0)]
@@ -183,9 +173,8 @@ def jumps(ml: np.ndarray, sound: Collection[int]) -> list[int]:
 def flags(
     labels: np.ndarray, ml: dict[str, np.ndarray], record: CineRecord, reach_mm: float, phases: dict[str, int]
 ) -> list[tuple[int, str]]:
-    """(severity, what) of everything that looks wrong in a cine and its label maps (T, Z, H, W), worst first.
-
-    ml: volume of each class and frame, (T,). `reach_mm` is half the side of the crop that the network saw.
+    """(severity, what) for all that looks wrong in a cine and its label maps (T, Z, H, W), worst first. ml:
+    the volume of each class and frame, (T,). `reach_mm`: half the side of the network's crop.
     """
     found = [(7 if p.done == NOT_MEASURED else 1, p.what) for p in record.problems]
     absent = [n for id, n in enumerate(CLASSES, 1) if not (labels == id).any()]
@@ -212,20 +201,16 @@ def flags(
     if scattered:
         found.append((2, f"more than one component: {', '.join(scattered)}"))
     rows, columns = (np.flatnonzero(labels.any(axis=axes)) for axes in ((0, 1, 3), (0, 1, 2)))
-    at = [
-        np.abs(line - centre).max() * spacing
-        for line, centre, spacing in zip(
-            (rows, columns), record.centre, record.geometry.spacing_mm, strict=True
-        )
-        if len(line)
-    ]
-    if at and max(at) > reach_mm - 2 * max(record.geometry.spacing_mm):
+    spacing = record.geometry.spacing_mm
+    places = zip((rows, columns), record.centre, spacing, strict=True)
+    at = [np.abs(line - centre).max() * mm for line, centre, mm in places if len(line)]
+    if at and max(at) > reach_mm - 2 * max(spacing):
         found.append((1, "touches the edge of the crop"))
     return sorted(found, key=lambda flag: -flag[0])
 
 
 def _far_apart(lv_ml: np.ndarray, sound: Collection[int]) -> list[str]:
-    """What to say where the two largest, or the two smallest, frames are no neighbours in the cycle."""
+    """A flag for the two largest, or the two smallest, frames if they lie far apart in the cycle."""
     _, left_out = find_phases(lv_ml, sound)
     kept = np.setdiff1d(np.arange(len(lv_ml)), left_out)
     found = []
@@ -238,27 +223,22 @@ def _far_apart(lv_ml: np.ndarray, sound: Collection[int]) -> list[str]:
 
 
 def _outside_main(masks: np.ndarray) -> float:
-    """The largest part, over the frames (T, Z, H, W), of voxels that are not in the largest 3D component."""
-    return max(
-        1 - np.count_nonzero(main_component(mask)) / np.count_nonzero(mask) if mask.any() else 0.0
-        for mask in masks
-    )
+    """The share of voxels outside the largest 3D component, in the worst frame of (T, Z, H, W)."""
+    counts = ((np.count_nonzero(main_component(m)), np.count_nonzero(m)) for m in masks)
+    return max(1 - main / every if every else 0.0 for main, every in counts)
 
 
 def _draw_contours(cines: Store, labels: np.ndarray, phases: dict[str, int], path: Path) -> None:
-    name = cines.subjects[0].id
-    sheet = [
-        contours.case(cines, 0, t, f"{name}, {phase}, frame {t}", labels[t]) for phase, t in phases.items()
-    ]
+    titles = [(t, f"{cines.subjects[0].id}, {phase}, frame {t}") for phase, t in phases.items()]
+    sheet = [contours.case(cines, 0, t, title, labels[t]) for t, title in titles]
     contours.contour_sheet(sheet, path, columns=6)
 
 
 def _draw_beat(cines: Store, labels: np.ndarray, ed: int, path: Path) -> None:
     """The slice in the middle of the LV at ED, over all frames."""
-    record = cines.cines[0]
+    record, spacing = cines.cines[0], cines.cines[0].geometry.spacing_mm
     found = np.flatnonzero((labels[ed] == 1).any(axis=(1, 2)))
     z = int(found[len(found) // 2]) if len(found) else record.shape[1] // 2
-    box = contours.around(record.centre, record.geometry.spacing_mm)
+    box = contours.around(record.centre, spacing)
     images = np.stack([cines.slice(0, t, z)[box] for t in range(len(labels))])
-    spacing = record.geometry.spacing_mm
     contours.animate(images, labels[(slice(None), z, *box)], spacing, path, record.time_step_s)

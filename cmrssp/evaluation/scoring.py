@@ -31,9 +31,7 @@ from cmrssp.weights.checkpoints import Checkpoint
 THIRDS = ("base", "mid", "apex")
 METRICS = ("dice", "hd95_mm", "assd_mm", "hd95_filled_mm", "assd_filled_mm")  # of the breakdown
 _RESAMPLES = 2000
-_CLINICAL = ("lv_edv_ml", "lv_esv_ml", "lv_sv_ml", "lv_ef_percent", "rv_edv_ml", "rv_esv_ml", "rv_sv_ml",
-             "rv_ef_percent", "lv_mass_g")  # fmt: skip
-AGREEMENT = [name for name in _CLINICAL if "_sv_" not in name]
+AGREEMENT = [name for name in metrics.clinical({}) if "_sv_" not in name]
 
 
 @dataclass
@@ -48,29 +46,21 @@ class Scores:
 
     @property
     def present(self) -> list[str]:
-        """The classes that the reference of at least one volume has; the others are left out of means."""
+        """The classes that at least one reference has; means leave the others out."""
         return [c for c in CLASSES if any(r["in_reference"] for r in self.rows if r["class"] == c)]
 
 
 def score(
-    methods: Sequence[Segmentation],
-    cines: Store,
-    device: torch.device,
-    *,
-    phases: str,
-    save: Path | None = None,
-    **options: bool,
-) -> Scores:
-    """Predict the labelled ED and ES frames, or one of them (`phases`: ed, es, both), and measure them on
-    each file's own grid; `options` are those of `predict_frames`. With `save`, write the label maps to that
-    folder in the form of M&Ms: 4D, other frames 0. An error in one subject becomes an entry of `failed`.
-    Each rank takes its share of the subjects and returns the scores of all of them, in the order of one
-    process.
+    methods: Sequence[Segmentation], cines: Store, device: torch.device, *, phases: str,
+    save: Path | None = None, **options: bool,
+) -> Scores:  # fmt: skip
+    """Predict the labelled frames (`phases`: ed, es, both) and measure them on each file's own grid.
+    `options` are those of `predict_frames`. Label maps go to the folder `save` as in M&Ms: 4D, other frames
+    0. A failed subject becomes an entry of `failed`. The ranks share the subjects; each returns all scores.
     """
-    wanted = [
-        {name: f for name, f in record.phases.items() if phases in (name.lower(), "both")}
-        for record in cines.labels
-    ]
+    wanted = [dict(record.phases) for record in cines.labels]  # {phase: frame} of each subject
+    if phases != "both":
+        wanted = [{name: f for name, f in frames.items() if name.lower() == phases} for frames in wanted]
     number = sum(len(w) * r.shape[1] for w, r in zip(wanted, cines.labels, strict=True))
     print(f"{len(wanted)} subjects, {number} slices to predict", flush=True)
     mine, parts = distributed.own_items(range(len(cines.subjects))), []
@@ -81,7 +71,7 @@ def score(
                 part = _score_subject(methods, cines, i, wanted[i], device, save, **options)
             else:
                 part.unlabelled.append(key)
-        except Exception as error:  # of whatever kind: the other subjects are scored
+        except Exception as error:  # the other subjects must not suffer
             part.failed.append(f"{key}: {one_line(error)}")
         parts.append(part)
         if sum(len(s.clinical) for s in parts) == 1 and part.clinical and len(mine) > 1:
@@ -101,7 +91,7 @@ def _score_subject(
     who = {"subject": subject.key, "dataset": subject.dataset, "vendor": subject.vendor,
            "pathology": subject.pathology}  # fmt: skip
     spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
-    volumes: dict[str, dict] = {"volume_ml": {}, "reference_ml": {}}
+    volumes: dict[str, dict] = {"volume_ml": {}, "reference_ml": {}}  # by phase and class
     maps = np.zeros(record.shape if save else 0, np.uint8)
     predicted = predict_frames(methods, cines, i, list(frames.values()), device, **options)
     for (phase, frame), labels in zip(frames.items(), predicted, strict=True):
@@ -117,12 +107,13 @@ def _score_subject(
             kept[phase] = {name: measured[name][column] for name in CLASSES}
         if save:
             maps[frame] = labels
-    ours, theirs = (metrics.clinical(volumes[column]) for column in ("volume_ml", "reference_ml"))
-    numbers: dict[str, float | None] = {}
-    for name in _CLINICAL:
-        error = None if None in (ours[name], theirs[name]) else ours[name] - theirs[name]
-        numbers |= {name: ours[name], f"{name}_reference": theirs[name], f"{name}_error": error}
-    scores.clinical.append({**who, **numbers})
+    numbers: dict[str, Any] = {**who}
+    expected = metrics.clinical(volumes["reference_ml"])
+    for name, ours in metrics.clinical(volumes["volume_ml"]).items():
+        theirs = expected[name]
+        error = None if ours is None or theirs is None else ours - theirs
+        numbers |= {name: ours, f"{name}_reference": theirs, f"{name}_error": error}
+    scores.clinical.append(numbers)
     if save:
         save.mkdir(parents=True, exist_ok=True)
         alone = Counter(s.file_name for s in cines.subjects)[subject.file_name] == 1
@@ -132,9 +123,8 @@ def _score_subject(
 
 
 def slice_rows(labels: np.ndarray, reference: np.ndarray) -> Iterator[dict]:
-    """Dice of each class in each slice, NaN where neither map has it. `third` divides the slices from the
-    first to the last one that the reference labels, if these are three or more. A single slice has no
-    `position`.
+    """Dice of each class in each slice of two label maps (Z, H, W), NaN if neither has it. `third` divides
+    the slices from the reference's first to its last, if three or more. A single slice has no `position`.
     """
     labelled = np.flatnonzero(reference.any(axis=(1, 2)))
     first, last = (labelled[0], labelled[-1]) if len(labelled) else (0, len(reference) - 1)
@@ -142,19 +132,17 @@ def slice_rows(labels: np.ndarray, reference: np.ndarray) -> Iterator[dict]:
         inside = first <= z <= last and last - first >= 2
         for name, (both, total) in metrics.overlap(*pair).items():
             yield {
-                "class": name,
-                "slice": z,
+                "class": name, "slice": z,
                 "position": z / len(reference) if len(reference) > 1 else math.nan,
                 "third": THIRDS[3 * (z - first) // (last - first + 1)] if inside else "",
-                "overlap_px": both,
-                "total_px": total,
+                "overlap_px": both, "total_px": total,
                 "dice": metrics.dice_of(both, total, neither=math.nan),
-            }
+            }  # fmt: skip
 
 
 def breakdown(scores: Scores, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows (by, group, class, metric): number of subjects, mean, std, median, 5th percentile, and the 95 %
-    bootstrap interval of the mean over subjects. The class "mean" is the mean over the present classes.
+    """For each by, group, class and metric: `stats.describe` over subjects, and low and high, the 95 %
+    bootstrap interval of the mean. The class "mean" is the mean over the present classes.
     """
     table = []
     classes = {**{name: [name] for name in scores.present}, "mean": scores.present}
@@ -169,7 +157,7 @@ def breakdown(scores: Scores, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def _groups(scores: Scores) -> Iterator[tuple[str, str, list[dict], Sequence[str]]]:
-    """(by what, group, its rows, the metrics that they have) of every breakdown."""
+    """by, group, its rows, their metrics."""
     yield "all", "", scores.rows, METRICS
     for by in ("phase", "vendor", "pathology", "dataset"):
         for name in sorted({row[by] for row in scores.rows}):
@@ -193,7 +181,7 @@ def missed(rows: Iterable[dict]) -> dict[str, int]:
 
 
 def arm(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where a fine-tuned network belongs in the tables of a study: how it was trained, and its seed."""
+    """The place of a fine-tuned network in the tables of a study: its training and its seed."""
     link = checkpoint.provenance
     same = ("all_subjects", "slices", "phases", "vendors", "augmentation", "seed")
     return {
@@ -211,13 +199,13 @@ def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def training_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the seeds of one experiment share: how, and on which split's training subjects, the network was
-    trained and pretrained, as far as the checkpoint remembers.
+    """What the seeds of one experiment share: hyperparameters and training subjects of the fine-tuning and of
+    the pretraining, as far as the checkpoint knows.
     """
     found = {}
     for when, link in zip(("", "pretraining "), checkpoint.provenance.history(), strict=False):
         pool = hashlib.sha256(json.dumps(sorted(link.split["train"])).encode()).hexdigest()[:16]
-        own_list = splits.published_subset(link.split)  # each seed has another
+        own_list = splits.published_subset(link.split)  # which differs by seed
         every = {**link.hyperparameters, "training subjects": None if own_list else pool}
         found |= {when + name: value for name, value in every.items()}
     return found
@@ -228,16 +216,16 @@ def write(
     contour_cases: Callable[[], list[dict]],
 ) -> list[str]:  # fmt: skip
     """Write the CSV files, the pictures and, last, summary.json of a scored split; returns their names. A
-    picture that cannot be drawn becomes an entry of `scores.failed`. Without summary.json an evaluation
-    counts for nothing, so that an interrupted one is not taken for the one before it.
+    failed picture becomes an entry of `scores.failed`. An evaluation without summary.json is incomplete, so
+    the old file goes first.
     """
     present = scores.present
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)
-    tables = {"metrics": scores.rows, "slices": scores.slices, "clinical": scores.clinical,
-              "breakdown": table}  # fmt: skip
+    tables = {"metrics.csv": scores.rows, "slices.csv": scores.slices, "clinical.csv": scores.clinical,
+              "breakdown.csv": table}  # fmt: skip
     for name, rows in tables.items():
-        write_csv(out / f"{name}.csv", rows)
+        write_csv(out / name, rows)
     pictures = {
         "agreement.png": lambda path: plots.bland_altman(agreement_pairs(scores.clinical), path),
         "position.png": lambda path: plots.dice_by_position(scores.slices, path),
@@ -247,28 +235,22 @@ def write(
     for name, draw in pictures.items():
         try:
             draw(out / name)
-        except Exception as error:  # the scores are worth more than a picture
+        except Exception as error:  # the scores matter more
             scores.failed.append(f"{name}: {one_line(error)}")
     dice: dict[str, dict] = {}
     for phase in ("ED", "ES", "both"):
         for name, classes in {**{c: [c] for c in present}, "mean": present}.items():
             found = stats.describe(stats.per_subject(scores.rows, phase, classes).values())
-            kept = {
-                k: v if math.isfinite(v := found[k]) else None for k in ("mean", "std")
-            }  # JSON has no NaN
+            kept = {k: None if math.isnan(found[k]) else found[k] for k in ("mean", "std")}  # JSON has no NaN
             dice.setdefault(phase, {})[name] = kept
     content = {
-        **summary,
-        "subjects": sorted({row["subject"] for row in scores.rows}),
+        **summary, "subjects": sorted({row["subject"] for row in scores.rows}),
         "without_labels": scores.unlabelled,
         "without_reference": [name for name in CLASSES if name not in present],
-        "failed": scores.failed,
-        "dice": dice,
-        "missed": missed(scores.rows),
-    }
+        "failed": scores.failed, "dice": dice, "missed": missed(scores.rows),
+    }  # fmt: skip
     Run(out).write_json("summary.json", content)
-    return [name for name in (*(f"{table}.csv" for table in tables), "summary.json", *pictures)
-            if (out / name).is_file()]  # fmt: skip
+    return [name for name in (*tables, "summary.json", *pictures) if (out / name).is_file()]
 
 
 def agreement_pairs(clinical: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
@@ -284,13 +266,13 @@ def agreement_pairs(clinical: Sequence[dict]) -> dict[str, tuple[np.ndarray, np.
 def extremes(
     scores: Scores, cines: Store, methods: Sequence[Segmentation], device: torch.device, **options: bool
 ) -> list[dict]:
-    """For a contour sheet: worst, median and best subject by mean Dice, every scored phase of each."""
-    ranked = sorted(stats.per_subject(scores.rows, "both", scores.present).items(), key=lambda item: item[1])
-    places = {"median": len(ranked) // 2, "best": -1, "worst": 0} if ranked else {}
-    names = {ranked[place][0]: name for name, place in places.items()}  # one name for each subject
+    """Cases of a contour sheet: every scored phase of the worst, median and best subject by mean Dice."""
+    dice = stats.per_subject(scores.rows, "both", scores.present)
+    ranked = sorted(dice, key=dice.__getitem__)
+    places = {len(ranked) // 2: "median", len(ranked) - 1: "best", 0: "worst"}  # one name for each subject
     sheet = []
-    for key, name in sorted(names.items(), key=lambda item: ("worst", "median", "best").index(item[1])):
-        i = cines.index[key]
+    for place, name in sorted(places.items()) if ranked else ():
+        key, i = ranked[place], cines.index[ranked[place]]
         rows = [row for row in scores.rows if row["subject"] == key and row["class"] in scores.present]
         for phase, frame in sorted({(row["phase"], row["frame"]) for row in rows}):
             mean = np.mean([row["dice"] for row in rows if row["phase"] == phase])

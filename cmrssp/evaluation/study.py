@@ -20,8 +20,6 @@ SUBSETS = (None, 50, 25, 15, 10)  # labelled training subjects, None: all
 VENDORS = {"A+B": ("Siemens", "Philips"), "C+D": ("GE", "Canon")}
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
 _SHARED = ("settings", "flips", "largest_component")  # parts of a summary that all runs should share
-_ARM_TYPES = {"pretraining": str, "n_subjects": int, "all_subjects": bool, "slices": int, "phases": str,
-              "vendors": list | None, "augmentation": str, "seed": int}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,43 +84,33 @@ class Evaluated:
     n_subjects: int  # that it was fine-tuned on
     slices: int
     scores: dict[tuple[str, str, str], float]  # Dice by subject, phase (ED or ES), class
-    vendors: dict[str, str]  # of each test subject
+    vendors: dict[str, str]  # of each subject
     settings: str  # network and length, as text
     recipe: dict[str, Any]  # how it was trained and pretrained
     written_ns: int  # when it was evaluated
     args: dict[str, Any] = field(default_factory=dict)  # its args.json, empty without one
 
     def dice(
-        self,
-        phases: Collection[str] = ("ED", "ES"),
-        vendors: Collection[str] | None = None,
+        self, phases: Collection[str] = ("ED", "ES"), vendors: Collection[str] | None = None,
         classes: Collection[str] = CLASSES,
-    ) -> dict[str, float]:
-        """{subject: Dice}, the mean over these of its phases and classes; vendors None: all."""
+    ) -> dict[str, float]:  # fmt: skip
+        """{subject: Dice}, the mean over these phases and classes; vendors None: all."""
         scores: dict[str, list[float]] = {}
         for (subject, phase, name), value in self.scores.items():
             if phase in phases and name in classes and (vendors is None or self.vendors[subject] in vendors):
                 scores.setdefault(subject, []).append(value)
         return {subject: float(np.mean(values)) for subject, values in scores.items()}
 
-    @property
-    def phases(self) -> dict[str, frozenset[str]]:
-        """{test subject: its evaluated phases}"""
-        subjects: dict[str, set[str]] = {}
-        for subject, phase, _ in self.scores:
-            subjects.setdefault(subject, set()).add(phase)
-        return {subject: frozenset(phases) for subject, phases in subjects.items()}
-
 
 def collect(folder: Path) -> list[Evaluated]:
     """Every RUN/evaluation-test/ at any depth below `folder`, the newest run of each arm and seed.
 
-    Prints a line for each that is skipped, replaced by a newer run, or in none of the paper's tables. Raises
-    UserError for runs that were not evaluated on the same phases of the same test subjects.
+    Prints a line for each run that is skipped, replaced by a newer one, or in no table of the paper. Raises
+    UserError for runs that were evaluated on different subjects or phases.
     """
     newest: dict[tuple[Arm, int], Evaluated] = {}
     for path in below(folder, ("summary.json",)):
-        if path.name != "summary.json" or path.parent.name != "evaluation-test":
+        if path.parts[-2:] != ("evaluation-test", "summary.json"):
             continue
         try:
             run = read(path)
@@ -132,14 +120,12 @@ def collect(folder: Path) -> list[Evaluated]:
             continue
         if run is None:
             continue
-        other = newest.setdefault((run.arm, run.seed), run)
-        if other is not run:
-            old, new = sorted((other, run), key=lambda each: each.written_ns)
-            print(f"left out: {old.folder}; {new.folder} is a newer run of the same arm and seed")
-            newest[run.arm, run.seed] = new
+        if other := newest.get((run.arm, run.seed)):
+            old, run = sorted((other, run), key=lambda each: each.written_ns)
+            print(f"left out: {old.folder}; {run.folder} is a newer run of the same arm and seed")
+        newest[run.arm, run.seed] = run
     runs = list(newest.values())
-    for run in runs[1:]:
-        refuse_other_subjects(runs[0], run)
+    refuse_other_subjects(runs)
     by_settings = {run.settings: run for run in runs}
     if len(by_settings) > 1:
         found = "; ".join(f"{run.folder} {settings}" for settings, run in by_settings.items())
@@ -158,20 +144,13 @@ def collect(folder: Path) -> list[Evaluated]:
 
 
 def read(path: Path, split: str = "test") -> Evaluated | None:
-    """An evaluation, by its summary.json; None for one of another split. Raises UNREADABLE errors. A class
-    that no reference has is left out of the scores.
+    """The evaluation that a summary.json belongs to, without classes that no reference has; None for one of
+    another split. Raises UNREADABLE errors.
     """
     summary = json.loads(path.read_text())
-    if not isinstance(summary, dict):
-        raise ValueError("expected a JSON object")
-    if summary.get("split") != split:
+    if summary["split"] != split:
         return None
-    arm = summary.get("arm")
-    if not isinstance(arm, dict):
-        raise ValueError("has no arm; run evaluate.py again")
-    for key, kind in _ARM_TYPES.items():
-        if not isinstance(arm[key], kind):
-            raise ValueError(f"arm: {key}: got {arm[key]!r}")
+    arm = summary["arm"]
     scores: dict[tuple[str, str, str], float] = {}
     vendors: dict[str, str] = {}
     with open(path.with_name("metrics.csv"), newline="", encoding="utf-8") as file:
@@ -186,30 +165,21 @@ def read(path: Path, split: str = "test") -> Evaluated | None:
         raise ValueError("metrics.csv: expected every class of every subject that summary.json names")
     absent = summary.get("without_reference", ())
     networks = {"networks": len(summary.get("checkpoints") or [None])}  # whose probabilities were averaged
+    trained_on = None if arm["all_subjects"] else arm["n_subjects"]
+    chosen = frozenset(map(vendor_name, arm["vendors"] or ()))
     return Evaluated(
-        folder=path.parents[1],
-        arm=Arm(
-            arm["pretraining"],
-            None if arm["all_subjects"] else arm["n_subjects"],
-            arm["phases"],
-            frozenset(map(vendor_name, arm["vendors"] or ())),
-            arm["augmentation"],
-            bool(arm.get("predicted")),
-        ),
-        seed=arm["seed"],
-        n_subjects=arm["n_subjects"],
-        slices=arm["slices"],
-        scores={key: value for key, value in scores.items() if key[2] not in absent},
-        vendors=vendors,
+        folder=path.parents[1], seed=arm["seed"], n_subjects=arm["n_subjects"], slices=arm["slices"],
+        arm=Arm(arm["pretraining"], trained_on, arm["phases"], chosen, arm["augmentation"],
+                bool(arm.get("predicted"))),
+        scores={key: value for key, value in scores.items() if key[2] not in absent}, vendors=vendors,
         settings=json.dumps({key: summary.get(key) for key in _SHARED} | networks, sort_keys=True),
-        recipe=dict(summary.get("recipe") or {}),
-        written_ns=path.stat().st_mtime_ns,
+        recipe=dict(summary.get("recipe") or {}), written_ns=path.stat().st_mtime_ns,
         args=json_object(path.parents[1] / "args.json"),
-    )
+    )  # fmt: skip
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Empty where there is none that can be read."""
+    """The object in a JSON file, or {} for any other file or none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -217,20 +187,22 @@ def json_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def refuse_other_subjects(one: Evaluated, other: Evaluated) -> None:
-    ours, theirs = one.phases, other.phases
-    odd = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    if odd:
-        raise UserError(
-            f"{one.folder} and {other.folder}: evaluated on different subjects or phases: {len(odd)} "
-            f"subjects differ, the first is {odd[0]}; give runs of one split, or evaluate one of them again"
-        )
+def refuse_other_subjects(runs: Sequence[Evaluated]) -> None:
+    """Raise UserError for runs that were evaluated on different subjects or phases."""
+    volumes = [{key[:2] for key in run.scores} for run in runs]  # (subject, phase)
+    for run, evaluated in zip(runs, volumes, strict=True):
+        if odd := sorted({subject for subject, _ in evaluated ^ volumes[0]}):
+            differ = f"{len(odd)} subjects differ, the first is {odd[0]}"
+            raise UserError(
+                f"{runs[0].folder} and {run.folder}: evaluated on different subjects or phases: {differ}; "
+                "give runs of one split, or evaluate one of them again"
+            )
 
 
 def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
-    """{name: runs} for --compare. Runs that differ in the seed only form one group, named after the path of
-    its first run and the number of further seeds. Raises UserError for a folder without scores, for a run
-    that is named twice, and for runs with scores of different subjects or phases.
+    """{name: runs} for --compare. Runs that differ in the seed only form one group, named after its first run
+    and the number of further seeds. Raises UserError for a folder without scores, a run that is named twice,
+    and runs that were evaluated on different subjects or phases.
     """
     found: dict[str, list[Evaluated]] = {}
     seen: set[Path] = set()
@@ -248,17 +220,14 @@ def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
         if folder.resolve() in seen:
             raise UserError(f"--compare: {name} is named twice")
         seen.add(folder.resolve())
-        same = (run.arm, run.settings, run.recipe)
         for seeds in found.values():
-            first = seeds[0]
-            if (first.arm, first.settings, first.recipe) == same and run.seed not in {s.seed for s in seeds}:
+            alike = all(getattr(seeds[0], k) == getattr(run, k) for k in ("arm", "settings", "recipe"))
+            if alike and run.seed not in {each.seed for each in seeds}:
                 seeds.append(run)
                 break
         else:
             found[name] = [run]
-    first, *others = (run for seeds in found.values() for run in seeds)
-    for other in others:
-        refuse_other_subjects(first, other)
+    refuse_other_subjects([run for seeds in found.values() for run in seeds])
     more = {name: f" and {len(seeds) - 1} more seeds" * (len(seeds) > 1) for name, seeds in found.items()}
     return {name + more[name]: seeds for name, seeds in found.items()}
 

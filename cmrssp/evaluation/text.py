@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from cmrssp.data.subject import CLASSES
-from cmrssp.evaluation import stats
+from cmrssp.evaluation import plots, stats
 from cmrssp.evaluation.paper import Table
 from cmrssp.evaluation.scoring import Scores, missed
 
@@ -11,9 +11,8 @@ from cmrssp.evaluation.scoring import Scores, missed
 def dice_table(rows: Sequence[dict], present: Sequence[str]) -> str:
     """Mean and sample standard deviation over subjects, per class: 3D Dice by phase, then distances in mm.
 
-    rows: dicts with subject, phase (ED or ES), class, dice, hd95_mm and assd_mm. `present`: the classes that
-    the reference has; the other ones show a dash. `mean` averages the present classes of a subject, `both`
-    its phases. A subject with a missed structure has no distance and is left out of it.
+    rows: dicts with subject, phase (ED or ES), class, dice, hd95_mm and assd_mm. `mean` averages a subject's
+    `present` classes; other classes show a dash. A subject with a missed structure has no distance.
     """
 
     def line(title: str, phase: str, metric: str, digits: int) -> str:
@@ -24,19 +23,15 @@ def dice_table(rows: Sequence[dict], present: Sequence[str]) -> str:
             cells.append(shown if set(classes) <= set(present) else "-")
         return f"{title:<8}" + "".join(f"{cell:>16}" for cell in cells)
 
-    phases = [phase for phase in ("ED", "ES") if any(row["phase"] == phase for row in rows)]
-    return "\n".join(
-        [
-            f"{'3D Dice':<8}" + "".join(f"{name:>16}" for name in (*CLASSES, "mean")),
-            *(line(phase, phase, "dice", 3) for phase in (*phases, *(["both"] if len(phases) > 1 else []))),
-            line("HD95 mm", "both", "hd95_mm", 2),
-            line("ASSD mm", "both", "assd_mm", 2),
-        ]
-    )
+    phases = sorted({row["phase"] for row in rows})
+    lines = [f"{'3D Dice':<8}" + "".join(f"{name:>16}" for name in (*CLASSES, "mean"))]
+    lines += [line(phase, phase, "dice", 3) for phase in (*phases, *(["both"] if len(phases) > 1 else []))]
+    lines += [line(f"{name} mm", "both", f"{name.lower()}_mm", 2) for name in ("HD95", "ASSD")]
+    return "\n".join(lines)
 
 
 def notes(scores: Scores) -> str:
-    """Lines on what the tables leave out, each with its line break."""
+    """Lines about what the tables leave out."""
     lines = []
     if absent := [name for name in CLASSES if name not in scores.present]:
         lines.append(f"no reference has {' or '.join(absent)}: left out of every mean")
@@ -49,9 +44,7 @@ def notes(scores: Scores) -> str:
 
 
 def breakdown_table(rows: Sequence[dict], metric: str = "dice") -> str:
-    """The mean over classes of each group of `scoring.breakdown`, one line per group. Left out is what has
-    one group only.
-    """
+    """The mean over classes of each group of `scoring.breakdown`, unless it is the only group of its kind."""
     groups = {row["by"]: {r["group"] for r in rows if r["by"] == row["by"]} for row in rows}
     lines = [f"{'':<32}{'n':>4}{'mean':>8}{'std':>8}{'median':>8}{'5 %':>8}   95 % interval of the mean"]
     for row in rows:
@@ -74,32 +67,29 @@ def agreement_table(clinical: Sequence[dict], names: Iterable[str]) -> str:
 
 
 def prediction_table(rows: Sequence[dict]) -> str:
-    """Volumes, function and flags of predicted cines, in the order of the rows."""
+    """Volumes, ejection fractions and flags of predicted cines."""
     columns = {"lv_edv_ml": "EDV ml", "lv_esv_ml": "ESV ml", "lv_ef_percent": "EF %", "lv_mass_g": "mass g",
                "rv_edv_ml": "RV EDV", "rv_ef_percent": "RV EF %"}  # fmt: skip
     lines = [f"{'cine':<32}" + "".join(f"{title:>9}" for title in columns.values()) + "   flags"]
     for row in rows:
         cells = "".join(f"{'-':>9}" if row[c] is None else f"{row[c]:>9.1f}" for c in columns)
-        said = [row["flags"], "error: " + row["error"] if row["error"] else ""]
-        name = row["cine"] if len(row["cine"]) <= 60 else f"{row['cine'][:28]}…{row['cine'][-31:]}"
-        lines.append(f"{name:<32}{cells}   {'; '.join(filter(None, said)) or 'none'}")
+        notes = filter(None, (row["flags"], row["error"] and f"error: {row['error']}"))
+        lines.append(f"{plots.shortened(row['cine']):<32}{cells}   {'; '.join(notes) or 'none'}")
     return "\n".join(lines)
 
 
 def comparison_table(rows: dict[str, dict], first: str) -> str:
     """Every run against the first, from `stats.compare`."""
-    title = f"against {first}"
-    lines = [f"{title:<40}{'n':>4}{'difference':>11}   95 % interval       p       Holm p  effect"]
+    lines = [
+        f"{f'against {first}':<40}{'n':>4}{'difference':>11}   95 % interval       p       Holm p  effect"
+    ]
     for name, row in rows.items():
-        interval = f"{row['lower']:+.4f} to {row['upper']:+.4f}"
-        p = f"{row['p']:<8.2g}{row['p_holm']:<8.2g}"
-        lines.append(
-            f"{name:<40}{row['number']:>4}{row['difference']:>+11.4f}   {interval}  {p}{row['effect']:+.2f}"
-        )
+        figures = "{number:>4}{difference:>+11.4f}   {lower:+.4f} to {upper:+.4f}  {p:<8.2g}{p_holm:<8.2g}"
+        lines.append(f"{name:<40}{figures.format(**row)}{row['effect']:+.2f}")
     return "\n".join(lines)
 
 
 def markdown(table: Table) -> str:
-    """The title, an empty line, the table."""
+    """The title, an empty line and the table."""
     lines = [table.header, ["---"] * len(table.header), *table.rows]
     return "\n".join([table.title, "", *(f"| {' | '.join(line)} |" for line in lines)])

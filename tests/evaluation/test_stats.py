@@ -104,8 +104,6 @@ def test_wilcoxon_without_a_difference_and_mistakes():
     assert wilcoxon([0.9, 0.8], [0.9, 0.8]) == (1, 0)
     with pytest.raises(ValueError, match="expected pairs, got 3 and 1"):
         wilcoxon([1, 2, 3], [1])
-    with pytest.raises(ValueError, match="got 1 pairs with NaN"):
-        wilcoxon([1, math.nan, 3], [1, 2, 4])
 
 
 def test_holm_by_hand():
@@ -152,19 +150,11 @@ def test_compare_does_not_depend_on_the_order_of_subjects():
     assert compare(turned, seed=0) == compare(runs(), seed=0)
 
 
-def test_compare_refuses():
-    both = runs()
+def test_compare_refuses_fewer_than_two_runs():
     with pytest.raises(UserError, match=r"got A$"):
-        compare({"A": both["A"]}, seed=0)
+        compare({"A": runs()["A"]}, seed=0)
     with pytest.raises(UserError, match=r"got none"):
         compare({}, seed=0)
-    for wrong in (
-        dict(list(both["B"].items())[1:]),
-        {**both["B"], "acdc/7": 0.8},
-        {**both["B"], "mnms/E": math.nan},
-    ):
-        with pytest.raises(ValueError, match="got others in B"):
-            compare({**both, "B": wrong}, seed=0)
 
 
 def test_per_subject_by_hand():

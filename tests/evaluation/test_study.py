@@ -266,13 +266,10 @@ def test_different_test_subjects_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("summary.json", '"arm"', '"leg"', "has no arm; run evaluate.py again"),
+        ("summary.json", '"arm"', '"leg"', "lacks 'arm'"),
         ("summary.json", "{", "[", "Expecting"),
         ("summary.json", '{"split": "test"', '["test"]', "Extra data"),
         ("summary.json", '"seed"', '"sead"', "lacks 'seed'"),
-        ("summary.json", '"mim"', "7", "arm: pretraining: got 7"),
-        ("summary.json", '"n_subjects": 15', '"n_subjects": null', "arm: n_subjects: got None"),
-        ("summary.json", '"vendors": null', '"vendors": "GE"', "arm: vendors: got 'GE'"),
         ("summary.json", '"vendors": null', '"vendors": [1]', "'int' object"),
         ("summary.json", '"mnms/b", ', "", "expected every class of every subject that summary.json names"),
         ("metrics.csv", "0.830000", "nan", "metrics.csv: expected ED or ES"),
@@ -310,7 +307,7 @@ def test_other_splits_are_not_read(tmp_path, capsys):
     runs = study.collect(tmp_path)
     assert [r.folder for r in runs] == [run]
     skipped, no_metrics, foreign = capsys.readouterr().out.splitlines()
-    assert skipped.endswith(": expected a JSON object") and "metrics.csv" in no_metrics
+    assert str(tmp_path / "half") in skipped and "metrics.csv" in no_metrics
     assert foreign == f"in no table: {run}; the paper has no such run"
     assert paper.learning_curves(runs) == {"MIM": {12: [pytest.approx(0.8)]}}
 
