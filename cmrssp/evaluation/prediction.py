@@ -36,7 +36,7 @@ class InMemory(Store):
     def __init__(self, subject: Subject, cine: Cine) -> None:
         known = {f.name: getattr(cine, f.name) for f in fields(CineRecord) if hasattr(cine, f.name)}
         record = CineRecord(**known, path=subject.cine, offset=0, shape=cine.stored.shape)
-        super().__init__([subject], [record], None)
+        super().__init__([subject], [record], None, [])
         self._stored = cine.stored
 
     def slice(self, subject: int, frame: int, slice: int) -> np.ndarray:
