@@ -28,44 +28,20 @@ _LOCAL_OFFSET = 0.25  # of the plain crop's side: 80 mm of 320
 class DINO(Method):
     name = "dino"
     purpose = "a student predicts its own moving average from global and local crops (encoder)"
-    defaults = {
-        "epochs": 100,
-        "batch_size": 64,
-        "lr": 0.0075,
-        "schedule": "cosine",
-        "warmup_epochs": 10.0,
-        "final_lr": 1e-6,
-        "momentum": 0.9,
-        "nesterov": False,
-        "weight_decay": 1e-4,
-        "amp": "fp16",
-    }
+    defaults = {"epochs": 100, "batch_size": 64, "lr": 0.0075, "schedule": "cosine", "warmup_epochs": 10.0,
+                "final_lr": 1e-6, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
+                "amp": "fp16"}  # fmt: skip
     quick = {"epochs": 3, "batch_size": 32}
 
     def __init__(
-        self,
-        *,
-        channels: Sequence[int],
-        norm: str,
-        image_size: int,
-        epochs: int,
-        local_size: int | None,
-        local_crops: int,
-        outputs: int,
-        hidden: int,
-        student_temperature: float,
-        teacher_temperature: float,
-        teacher_temperature_start: float,
-        teacher_temperature_epochs: float,
-        centre_momentum: float,
-        teacher_momentum: float,
-        freeze_last_epochs: float,
-        export: str,
-        **options,
-    ) -> None:
+        self, *, channels: Sequence[int], norm: str, epochs: int, local_size: int | None, local_crops: int,
+        outputs: int, hidden: int, student_temperature: float, teacher_temperature: float,
+        teacher_temperature_start: float, teacher_temperature_epochs: float, centre_momentum: float,
+        teacher_momentum: float, freeze_last_epochs: float, export: str, **options,
+    ) -> None:  # fmt: skip
         """`local_size` None: half of `image_size`."""
-        super().__init__(channels=channels, norm=norm, image_size=image_size, **options)
-        self.local_size = image_size // 2 if local_size is None else local_size
+        super().__init__(channels=channels, norm=norm, **options)
+        self.local_size = self.image_size // 2 if local_size is None else local_size
         check_image_size(self.local_size, channels, flag="--local-size", norm=norm)
         self.epochs, self.local_crops = epochs, local_crops
         self.student_temperature = student_temperature
@@ -83,64 +59,42 @@ class DINO(Method):
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
-        number, positive_float, epochs = positive(int), positive(float), at_least_0(float)
+        number, above_0, epochs = positive(int), positive(float), at_least_0(float)
         add("--local-crops", type=number, default=6, metavar="N", help="per slice, besides 2 global crops")
         add("--local-size", type=number, metavar="PX", help="side (default: half of --image-size)")
         add("--outputs", type=number, default=8192, metavar="N", help="prototypes (paper, section 2.4)")
         add("--head-width", type=number, default=2048, dest="hidden", metavar="N", help="hidden units")
-        add("--student-temperature", type=positive_float, default=0.1, help="of the student's softmax")
-        add(
-            "--teacher-temperature", type=positive_float, default=0.04, help="of its softmax, after a warm-up"
-        )
-        add("--teacher-temperature-start", type=positive_float, default=0.02, help="low resists collapse")
+        add("--student-temperature", type=above_0, default=0.1, help="of the student's softmax")
+        add("--teacher-temperature", type=above_0, default=0.04, help="of its softmax, after a warm-up")
+        add("--teacher-temperature-start", type=above_0, default=0.02, help="low resists collapse")
         add("--teacher-temperature-epochs", type=epochs, default=30, metavar="N", help="of its warm-up")
         add("--centre-momentum", type=fraction, default=0.9, help="of the running mean of its outputs")
         add("--teacher-momentum", type=fraction, default=0.996, help="at the start; rises to 1 as a cosine")
         add("--freeze-last-epochs", type=epochs, default=1, metavar="N", help="with a fixed last layer")
-        add(
-            "--export",
-            choices=("student", "teacher"),
-            default="student",
-            help="the encoder that unet.pt holds. The paper fine-tunes the student; in DINO's own work the "
-            "teacher is often better",
-        )
+        export = "in unet.pt: the paper takes the student; in DINO's own work the teacher is often better"
+        add("--export", choices=("student", "teacher"), default="student", help=export)
 
     def crop_ranges(self) -> tuple[Ranges, Ranges, Ranges] | tuple[None, None, None]:
-        """For the first global crop, the second, and the local crops. As in the paper's code, the side of
-        a crop is uniform, not its area.
-        """
+        """For the first global crop, the second, the local ones. A crop's side is uniform, not its area."""
         if self.ranges is None:
             return None, None, None
         widest = self.ranges.fov_factor[1]
-        base = replace(
-            self.ranges,
-            p_noise=0.15,
-            p_blur=0.1,
-            p_brightness=0.2,
-            p_shift=0.15,
-            p_gamma=0.15,
-            fov_factor=tuple(widest * area**0.5 for area in _GLOBAL_AREA),
-        )
+        chances = {"p_noise": 0.15, "p_blur": 0.1, "p_brightness": 0.2, "p_shift": 0.15, "p_gamma": 0.15}
+        wide = tuple(widest * area**0.5 for area in _GLOBAL_AREA)
+        base = replace(self.ranges, **chances, fov_factor=wide)
         enlarged = self.image_size / self.local_size  # a local crop has fewer pixels of the same size
-        local = replace(
-            base,
-            fov_factor=tuple(widest * enlarged * area**0.5 for area in _LOCAL_AREA),
-            translation_mm=_LOCAL_OFFSET * self.image_size * self.spacing_mm,
-            translation_scales=False,
-        )
+        narrow = tuple(widest * enlarged * area**0.5 for area in _LOCAL_AREA)
+        offset = _LOCAL_OFFSET * self.image_size * self.spacing_mm
+        local = replace(base, fov_factor=narrow, translation_mm=offset, translation_scales=False)
         return replace(base, p_blur=1.0, blur_sigma_px=(0.1, 2.0)), replace(base, p_solarise=0.2), local
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """global (2B, 1, S, S): all first crops, then all second ones; local (crops x B, 1, L, L)."""
-        first, second, local = self.crop_ranges()
-
-        def crops(ranges: Sequence[Ranges | None], size: int) -> torch.Tensor:
-            grid = {"image_size": size, "spacing_mm": self.spacing_mm}
-            return augment(batch, ranges, generator, **grid)["image"]
-
+        *both, local = self.crop_ranges()
+        kinds = {"global": (both, self.image_size), "local": ([local] * self.local_crops, self.local_size)}
         return {
-            "global": crops([first, second], self.image_size),
-            "local": crops([local] * self.local_crops, self.local_size),
+            kind: augment(batch, ranges, generator, image_size=size, spacing_mm=self.spacing_mm)["image"]
+            for kind, (ranges, size) in kinds.items()
         }
 
     def view_sizes(self) -> list[tuple[int, int]]:
@@ -159,14 +113,9 @@ class DINO(Method):
             mean = distributed.mean(teacher.float().mean(dim=0))
             # fp16 can overflow: the centre then stays as it is
             self.batch_centre.copy_(torch.where(mean.isfinite(), mean, self.centre))
-        loss = dino_cross_entropy(
-            student.chunk(2 + self.local_crops),
-            teacher.chunk(2),
-            self.centre,
-            self.student_temperature,
-            self.teacher_temperature(epoch),
-        )
-        return loss, {}
+        temperatures = (self.student_temperature, self.teacher_temperature(epoch))
+        crops = student.chunk(2 + self.local_crops)
+        return dino_cross_entropy(crops, teacher.chunk(2), self.centre, *temperatures), {}
 
     def compile_networks(self, mode: str | None = None) -> None:
         super().compile_networks(mode)
@@ -218,14 +167,10 @@ class Head(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, bottleneck: int = 256) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(inputs, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-            nn.BatchNorm1d(hidden),
-            nn.GELU(),
+            nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
             nn.Linear(hidden, bottleneck),
-        )
+        )  # fmt: skip
         self.last = nn.Parameter(torch.empty(outputs, bottleneck))
         for layer in self.layers:
             if isinstance(layer, nn.Linear):

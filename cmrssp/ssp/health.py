@@ -77,20 +77,14 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     pooled, position, subject = (distributed.gather(torch.cat(x)) for x in (features, positions, subjects))
     means = distributed.mean(torch.tensor(list(sums.values()), dtype=torch.float64) / count)
     if not (pooled.isfinite().all() and means.isfinite().all()):
-        raise UserError(
-            f"epoch {epoch}: loss or features are NaN or infinite on the validation slices; try a smaller "
-            "--lr. The last saved state is kept"
-        )
-    figures = {
-        **{f"validation_{name}": mean for name, mean in zip(sums, means.tolist(), strict=True)},
-        "effective_rank": effective_rank(pooled),
-        "position_r2": position_probe(pooled, position, subject),
-    }
-    if figures["effective_rank"] < COLLAPSED:
-        tqdm.write(
-            f"warning: the features collapse: effective rank {figures['effective_rank']:.2f} of "
-            f"{pooled.shape[1]} after epoch {epoch}; check views.png, or try a smaller --lr"
-        )
-    if math.isnan(figures["position_r2"]):  # fewer than two validation subjects
-        del figures["position_r2"]
+        what = "loss or features are NaN or infinite on the validation slices"
+        raise UserError(f"epoch {epoch}: {what}; try a smaller --lr. The last saved state is kept")
+    figures = {f"validation_{name}": mean for name, mean in zip(sums, means.tolist(), strict=True)}
+    figures["effective_rank"] = rank = effective_rank(pooled)
+    if rank < COLLAPSED:
+        what = f"effective rank {rank:.2f} of {pooled.shape[1]} after epoch {epoch}"
+        tqdm.write(f"warning: the features collapse: {what}; check views.png, or try a smaller --lr")
+    r2 = position_probe(pooled, position, subject)
+    if not math.isnan(r2):  # fewer than two validation subjects
+        figures["position_r2"] = r2
     return figures

@@ -11,8 +11,10 @@ it in `__init__.py`. It needs:
 5. `views(batch, generator)`: the augmented tensors of one step, made on the batch's device.
 6. `outputs(views)`: what the networks make of them; `forward(views, epoch)`: the loss, and what to log.
 7. `panels(views)`: images for views.png.
-8. `pretrained_state()`: the weights that fine-tuning takes over.
-9. If needed: `usable`, `view_sizes`, `param_groups`, `on_backward_end`, `on_step_end`, `compile_networks`.
+8. If needed: `usable`, `view_sizes`, `param_groups`, `on_backward_end`, `on_step_end`, `compile_networks`;
+   `pretrained_state`, the weights that fine-tuning takes over, if these are not the encoder's.
+
+A method that pretrains a whole U-Net is a `UNetMethod`.
 
 `forward` alone is called through DistributedDataParallel. Randomness comes from the generator alone, and
 every schedule from the epoch alone: a resumed run then repeats an uninterrupted one.
@@ -28,7 +30,7 @@ from torch import nn
 from cmrssp import augmentation
 from cmrssp.data.batches import Batch
 from cmrssp.data.store import Store
-from cmrssp.unet import Encoder, check_image_size
+from cmrssp.unet import Encoder, UNet, check_image_size
 
 Views = dict[str, torch.Tensor]
 
@@ -49,9 +51,7 @@ class Method(nn.Module):
     def __init__(
         self, *, channels: Sequence[int], norm: str, image_size: int, spacing_mm: float, augment: bool
     ) -> None:
-        """The network sees squares of `image_size` pixels of `spacing_mm`; without `augment` the plain
-        centred crop.
-        """
+        """The network sees squares of `image_size` px of `spacing_mm`; without `augment` centred crops."""
         super().__init__()
         check_image_size(image_size, channels, norm=norm)
         self.image_size, self.spacing_mm = image_size, spacing_mm
@@ -67,13 +67,9 @@ class Method(nn.Module):
 
     def config(self) -> dict:
         """The network's configuration, as unet.pt holds it."""
-        return {
-            "channels": list(self.encoder.channels),
-            "image_size": self.image_size,
-            "spacing_mm": self.spacing_mm,
-            "classes": self.classes,
-            "norm": self.encoder.norm,
-        }
+        grid = {"image_size": self.image_size, "spacing_mm": self.spacing_mm}
+        channels, norm = list(self.encoder.channels), self.encoder.norm
+        return {"channels": channels, **grid, "classes": self.classes, "norm": norm}
 
     def crop(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """One augmented crop of each slice; without a generator the plain centred crop.
@@ -113,11 +109,9 @@ class Method(nn.Module):
         """Runs after the backward pass, before the optimiser's step."""
 
     def on_step_end(self, epoch: float) -> None:
-        """Runs once after each step, also if fp16's scaler left the update out because a gradient overflowed.
-
-        The host does not know which steps those are: reading it back would make it wait for the device. For a
-        teacher this is right: the student has kept its weights, and the moving average goes on towards them.
-        What else is averaged here must skip values that are not finite, on the device.
+        """Runs once after each step, also if fp16's scaler left the update out because a gradient overflowed:
+        the host would have to wait for the device to know it. A teacher goes on towards the unchanged
+        student. Any other average must skip values that are not finite, on the device.
         """
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
@@ -126,4 +120,20 @@ class Method(nn.Module):
 
     def pretrained_state(self) -> dict[str, torch.Tensor]:
         """What transfers: a subset of UNet.state_dict(), keys in `encoder.`, `decoder.` and `heads.`."""
-        raise NotImplementedError
+        return {f"encoder.{key}": value for key, value in self.encoder.state_dict().items()}
+
+
+class UNetMethod(Method):
+    """A method that pretrains the encoder and the decoder of its `unet`. The heads do not transfer."""
+
+    unet: UNet
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.unet.encoder
+
+    def compile_networks(self, mode: str | None = None) -> None:
+        self.unet.compile(dynamic=False, mode=mode)
+
+    def pretrained_state(self) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in self.unet.state_dict().items() if not k.startswith("heads.")}

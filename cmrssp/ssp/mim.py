@@ -13,68 +13,42 @@ from cmrssp.data.batches import Batch
 from cmrssp.errors import UserError
 from cmrssp.losses import masked_mse
 from cmrssp.ssp.flag_types import fraction, positive
-from cmrssp.ssp.method import Method, Views
-from cmrssp.unet import Encoder, UNet
+from cmrssp.ssp.method import UNetMethod, Views
+from cmrssp.unet import UNet
 
 
-class MIM(Method):
+class MIM(UNetMethod):
     name = "mim"
     purpose = "masked patches are reconstructed (encoder and decoder)"
-    defaults = {
-        "epochs": 100,
-        "batch_size": 128,
-        "lr": 0.01,
-        "schedule": "cosine",
-        "momentum": 0.99,
-        "nesterov": True,
-        "weight_decay": 3e-5,
-        "amp": "fp16",
-    }
+    defaults = {"epochs": 100, "batch_size": 128, "lr": 0.01, "schedule": "cosine", "momentum": 0.99,
+                "nesterov": True, "weight_decay": 3e-5, "amp": "fp16"}  # fmt: skip
     quick = {"epochs": 3, "batch_size": 32, "patch_size": 16}
 
     def __init__(
-        self,
-        *,
-        channels: Sequence[int],
-        norm: str,
-        image_size: int,
-        patch_size: int,
-        mask_ratio: float,
-        **options,
+        self, *, channels: Sequence[int], norm: str, patch_size: int, mask_ratio: float, **options
     ) -> None:
-        super().__init__(channels=channels, norm=norm, image_size=image_size, **options)
-        if image_size % patch_size:
-            raise UserError(
-                f"--patch-size: expected a divisor of --image-size {image_size}, got {patch_size}"
-            )
-        self.patch_size = patch_size
-        self.num_patches = (image_size // patch_size) ** 2
+        super().__init__(channels=channels, norm=norm, **options)
+        size, self.patch_size = self.image_size, patch_size
+        if size % patch_size:
+            raise UserError(f"--patch-size: expected a divisor of --image-size {size}, got {patch_size}")
+        self.num_patches = (size // patch_size) ** 2
         self.num_masked = round(mask_ratio * self.num_patches)
-        if not 1 <= self.num_masked <= self.num_patches:
-            raise UserError(
-                f"--mask-ratio: expected to mask 1 to {self.num_patches} of the {self.num_patches} patches, "
-                f"got {mask_ratio}, which masks {self.num_masked}"
-            )
+        if self.num_masked < 1:
+            least = f"expected to mask at least one of the {self.num_patches} patches"
+            raise UserError(f"--mask-ratio: {least}, got {mask_ratio}, which masks none")
         self.unet = UNet(channels=channels, num_outputs=1, num_heads=1, norm=norm)
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.unet.encoder
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        add, number = parser.add_argument, positive(int)
-        add(
-            "--patch-size", type=number, default=32, metavar="PX", help="side of a patch (paper, section 2.4)"
-        )
+        add, side = parser.add_argument, "side of a patch (paper, section 2.4)"
+        add("--patch-size", type=positive(int), default=32, metavar="PX", help=side)
         add("--mask-ratio", type=fraction, default=0.75, help="masked fraction of the patches of each image")
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """image (B, 1, S, S); mask (B, 1, S, S) bool, 1 = masked; without a generator that of seed 0."""
         image = self.crop(batch, generator)["image"]
-        order = torch.rand(
-            len(image), self.num_patches, generator=generator or torch.Generator().manual_seed(0)
-        )
+        generator = generator or torch.Generator().manual_seed(0)
+        order = torch.rand(len(image), self.num_patches, generator=generator)
         masked = order.argsort(dim=1).argsort(dim=1) < self.num_masked  # exactly num_masked in each image
         side = self.image_size // self.patch_size
         mask = masked.view(-1, 1, side, side).to(image.device, non_blocking=True)
@@ -88,16 +62,10 @@ class MIM(Method):
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return masked_mse(self.outputs(views)[0], views["image"], views["mask"]), {}
 
-    def compile_networks(self, mode: str | None = None) -> None:
-        self.unet.compile(dynamic=False, mode=mode)
-
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         masked = _masked(views)
         reconstruction = torch.where(views["mask"], self.unet.full_resolution(masked), views["image"])
         return {"original": views["image"], "masked": masked, "reconstruction": reconstruction}
-
-    def pretrained_state(self) -> dict[str, torch.Tensor]:
-        return {k: v for k, v in self.unet.state_dict().items() if not k.startswith("heads.")}
 
 
 def _masked(views: Views) -> torch.Tensor:

@@ -11,23 +11,15 @@ import torch
 
 from cmrssp.data.store import Store
 from cmrssp.losses import deep_supervision, mse
-from cmrssp.ssp.method import Method, Views
-from cmrssp.unet import Encoder, UNet
+from cmrssp.ssp.method import UNetMethod, Views
+from cmrssp.unet import UNet
 
 
-class Motion(Method):
+class Motion(UNetMethod):
     name = "motion"
     purpose = "the movement over the heart cycle is predicted from one frame (encoder and decoder)"
-    defaults = {
-        "epochs": 100,
-        "batch_size": 32,
-        "lr": 0.01,
-        "schedule": "cosine",
-        "momentum": 0.99,
-        "nesterov": True,
-        "weight_decay": 3e-5,
-        "amp": "fp16",
-    }
+    defaults = {"epochs": 100, "batch_size": 32, "lr": 0.01, "schedule": "cosine", "momentum": 0.99,
+                "nesterov": True, "weight_decay": 3e-5, "amp": "fp16"}  # fmt: skip
     quick = {"epochs": 10}
     finetuning = {"lr": 0.01, "transfer": "encoder"}
     needs_motion = True
@@ -35,10 +27,6 @@ class Motion(Method):
     def __init__(self, *, channels: Sequence[int], norm: str, **options) -> None:
         super().__init__(channels=channels, norm=norm, **options)
         self.unet = UNet(channels=channels, num_outputs=1, num_heads=len(channels) - 1, norm=norm)
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.unet.encoder
 
     def usable(self, store: Store, keys: Sequence[str]) -> list[str]:
         """The subjects whose cine has more than one frame; prints the others."""
@@ -57,16 +45,6 @@ class Motion(Method):
         explained = 1 - mse(predicted[0].detach(), motion) / motion.var().clamp_min(1e-12)
         return deep_supervision(mse, predicted, motion), {"explained_variance": explained}
 
-    def compile_networks(self, mode: str | None = None) -> None:
-        self.unet.compile(dynamic=False, mode=mode)
-
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         image = views["image"].contiguous(memory_format=torch.channels_last)
-        return {
-            "image": views["image"],
-            "motion": views["motion"],
-            "prediction": self.unet.full_resolution(image),
-        }
-
-    def pretrained_state(self) -> dict[str, torch.Tensor]:
-        return {k: v for k, v in self.unet.state_dict().items() if not k.startswith("heads.")}
+        return {**views, "prediction": self.unet.full_resolution(image)}

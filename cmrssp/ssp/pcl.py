@@ -15,16 +15,8 @@ _ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the thresho
 class PCL(SimCLR):
     name = "pcl"
     purpose = "slices at nearly the same place between base and apex attract each other (encoder)"
-    defaults = {
-        "epochs": 100,
-        "batch_size": 64,
-        "lr": 0.1,
-        "schedule": "cosine",
-        "momentum": 0.9,
-        "nesterov": False,
-        "weight_decay": 1e-5,
-        "amp": "off",
-    }
+    defaults = {"epochs": 100, "batch_size": 64, "lr": 0.1, "schedule": "cosine", "momentum": 0.9,
+                "nesterov": False, "weight_decay": 1e-5, "amp": "off"}  # fmt: skip
     quick = {"epochs": 3, "batch_size": 64}
 
     def __init__(self, *, threshold: float, **options) -> None:
@@ -34,10 +26,8 @@ class PCL(SimCLR):
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
         SimCLR.add_flags(parser)
-        parser.add_argument(
-            "--threshold", type=fraction, default=0.1, metavar="FRACTION",
-            help="slices attract if their positions, base 0 to apex 1, differ by less (paper, section 2.4)",
-        )  # fmt: skip
+        less = "slices attract if their positions, base 0 to apex 1, differ by less (paper, section 2.4)"
+        parser.add_argument("--threshold", type=fraction, default=0.1, metavar="FRACTION", help=less)
 
     def positives(self, position: torch.Tensor) -> torch.Tensor:
         """(2B, 2B) bool, 1 = attracts: the other view of the same slice, and every slice at nearly the same

@@ -1,5 +1,4 @@
-"""SimCLR: two views of a slice attract each other, all other slices of the batch repel (Chen et al., arXiv
-2002.05709).
+"""SimCLR: two views of a slice attract each other, all others of the batch repel (arXiv 2002.05709).
 
 Encoder, global average pool, MLP 512-512-512; NT-Xent at temperature 0.1 (paper, section 2.4).
 """
@@ -21,16 +20,8 @@ from cmrssp.unet import Encoder
 class SimCLR(Method):
     name = "simclr"
     purpose = "two views of a slice attract each other, all other slices repel (encoder)"
-    defaults = {
-        "epochs": 100,
-        "batch_size": 224,
-        "lr": 0.1,
-        "schedule": "cosine",
-        "momentum": 0.9,
-        "nesterov": False,
-        "weight_decay": 1e-4,
-        "amp": "fp16",
-    }
+    defaults = {"epochs": 100, "batch_size": 224, "lr": 0.1, "schedule": "cosine", "momentum": 0.9,
+                "nesterov": False, "weight_decay": 1e-4, "amp": "fp16"}  # fmt: skip
     quick = {"epochs": 3, "batch_size": 64}
     fewest_slices = 2  # the loss of a single slice is 0
 
@@ -46,11 +37,10 @@ class SimCLR(Method):
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        add, number = parser.add_argument, positive(int)
-        add(
-            "--temperature", type=positive(float), default=0.1, help="a lower one weights hard negatives more"
-        )
-        add("--projection", type=number, default=512, metavar="N", help="width of the MLP and of its output")
+        add, lower = parser.add_argument, "a lower one weights hard negatives more"
+        add("--temperature", type=positive(float), default=0.1, help=lower)
+        width = "width of the MLP and of its output"
+        add("--projection", type=positive(int), default=512, metavar="N", help=width)
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """image (2B, 1, S, S): the first views of all slices, then the second ones; position (2B,)."""
@@ -67,8 +57,8 @@ class SimCLR(Method):
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss over the slices of all ranks, the same on each rank."""
         (embeddings,) = self.outputs(views)
-        embeddings, position = (_of_all_ranks(x) for x in (embeddings.float(), views["position"]))
-        return nt_xent(embeddings, self.positives(position), self.temperature), {}
+        positives = self.positives(_of_all_ranks(views["position"]))
+        return nt_xent(_of_all_ranks(embeddings.float()), positives, self.temperature), {}
 
     def positives(self, position: torch.Tensor) -> torch.Tensor:
         """Positions (2B,) -> (2B, 2B) bool, 1 = attracts: the other view of the same slice."""
@@ -78,9 +68,6 @@ class SimCLR(Method):
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         first, second = views["image"].chunk(2)
         return {"first view": first, "second view": second}
-
-    def pretrained_state(self) -> dict[str, torch.Tensor]:
-        return {f"encoder.{key}": value for key, value in self.encoder.state_dict().items()}
 
 
 def _of_all_ranks(views: torch.Tensor) -> torch.Tensor:
