@@ -56,28 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_torch(args.seed, args.deterministic)
         method, settings = flags.build(method_class, args), flags.settings(args, device)
         labelled = method_class is Segmentation
+        keys = method.usable(cines, list(cines.index))
         if labelled:
-            keys = [key for key, number in cines.index.items() if cines.labels[number].frames]
-        else:
-            keys = method.usable(cines, list(cines.index))
-        batches = Batches(
-            cines,
-            Slices(cines, keys, phases="both" if labelled else None),
-            batch_size=args.batch_size,
-            seed=args.seed,
-            labelled=labelled,
-            motion=method.needs_motion,
-            device=device,
-        )
+            keys = [key for key in keys if cines.labels[cines.index[key]].frames]
+        slices = Slices(cines, keys, phases="both" if labelled else None)
+        options = {"batch_size": args.batch_size, "seed": args.seed, "device": device}
+        batches = Batches(cines, slices, labelled=labelled, motion=method.needs_motion, **options)
         settings = flags.compiled(settings, args, batches)
         memory.check(method, batches, amp=settings.amp, device=device, device_cache=args.device_cache)
         found = benchmark.measure(method, batches, settings, num_steps=_STEPS, fewest_rounds=3)
-        rates = (found.real_path, found.step, found.network, found.views)
-        lines.append(
-            f"{f'{method.name} {batches.batch_size} {settings.amp}':<24}"
-            + "".join(f"{speed.median:>13.4g}" for speed in rates)
-            + f"{found.times_floor:>13.2f}{found.peak_memory / 1e9:>10.1f} GB"
-        )
+        speeds = (found.real_path, found.step, found.network, found.views)
+        what = f"{method.name} {batches.batch_size} {settings.amp}"
+        line = f"{what:<24}" + "".join(f"{speed.median:>13.4g}" for speed in speeds)
+        lines.append(line + f"{found.times_floor:>13.2f}{found.peak_memory / 1e9:>10.1f} GB")
         del method, batches
     print(f"\n{benchmark.device_name(device)}, torch {torch.__version__}; slices/s, medians")
     print(f"{'objective, batch, amp':<24}" + "".join(f"{column:>13}" for column in _COLUMNS))

@@ -1,9 +1,8 @@
 """How fast a training runs on this machine, what its step is made of, and what the device could do.
 
-`python -m cmrssp.hardware` measures all objectives. Measured on an NVIDIA H100 80 GB (torch 2.11, 70 ACDC
-patients, 256 px, the paper's network, not compiled, 2026-11), medians in slices/s; floor: the device's own
-2.95 TB/s and 740 TFLOP/s (fp16). The bias was still added to every convolution, and DINO made its eight crops
-one after the other:
+`python -m cmrssp.hardware` measures all objectives. An NVIDIA H100 80 GB (torch 2.11, 70 ACDC patients, 256
+px, the paper's network, not compiled, 2026-11) gave these medians in slices/s, before convolutions lost their
+bias and DINO made its crops at once; floor: the device's own 2.95 TB/s and 740 TFLOP/s (fp16):
 
     objective, batch, precision   real path   step   network    views   step / floor   peak memory
     MIM 128 fp16                       1760   1791      1873    32000           2.55       12.2 GB
@@ -19,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -86,20 +85,17 @@ class Measurement:
 
 def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
     """Measure at least `num_steps` steps and print what was found."""
-    used = {
-        "compile": settings.compile,
-        "graph": settings.graph,
-        "device cache": batches.resident,
-        "grad checkpoint": method.encoder.stages[0].recompute,
-    }
+    encoder, size = method.encoder, batches.batch_size
+    used = {"compile": settings.compile, "graph": settings.graph, "device cache": batches.resident}
+    used["grad checkpoint"] = encoder.stages[0].recompute
     print(
-        f"benchmark: {method.name}, batches of {batches.batch_size} slices at {method.image_size} px, "
-        f"channels {' '.join(map(str, method.encoder.channels))}, mixed precision {settings.amp}"
+        f"benchmark: {method.name}, batches of {size} slices at {method.image_size} px, channels "
+        f"{' '.join(map(str, encoder.channels))}, mixed precision {settings.amp}"
         + "".join(f", {name} {'on' if on else 'off'}" for name, on in used.items())
     )
     print(f"on: {device_name(batches.device)}, torch {torch.__version__}", flush=True)
     found = measure(method, batches, settings, num_steps=num_steps)
-    rounds, size = len(found.step.rates), batches.batch_size
+    rounds = len(found.step.rates)
     how = f"in {rounds} rounds of {found.steps_per_round} steps"
     print(f"\n{'':<20}{'slices/s':>10}   {how:<28}{'s a step':>10}")
     for speed in (found.real_path, found.step, found.views, found.network):
@@ -109,14 +105,14 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
     print(f"\n{found.real_path.relative_to(found.step)}; {waiting}")
     print(found.step.relative_to(found.network))
     print(f"peak memory: {found.peak_memory / 1e9:.2f} GB")
-    print(
-        f"a slice: {found.flops / 1e9:.3g} GFLOP, {found.moved / 1e9:.3g} GB in and out of operators; the "
-        f"device: {found.peak / 1e12:.3g} TFLOP/s in a matrix product, {found.bandwidth / 1e9:.3g} GB/s in a "
-        "copy"
+    each = f"{found.flops / 1e9:.3g} GFLOP, {found.moved / 1e9:.3g} GB in and out of operators"
+    limits = (
+        f"{found.peak / 1e12:.3g} TFLOP/s in a matrix product, {found.bandwidth / 1e9:.3g} GB/s in a copy"
     )
+    print(f"a slice: {each}; the device: {limits}")
     bound = "arithmetic" if found.flops / found.peak > found.moved / found.bandwidth else "memory"
-    print(f"floor: {1 / found.floor:.4g} slices/s, set by {bound}; ", end="")
-    print(f"step alone takes {found.times_floor:.2f} times as long")
+    times = f"step alone takes {found.times_floor:.2f} times as long"
+    print(f"floor: {1 / found.floor:.4g} slices/s, set by {bound}; {times}")
     left = duration(len(batches) * settings.epochs * size / found.real_path.median)
     print(f"the whole training: {settings.epochs} epochs x {len(batches)} steps, {left} without validation")
 
@@ -174,25 +170,19 @@ def measure(
             seconds = timed(lambda act=act: [act(i) for i in range(steps)], device)
             rates[name].append(steps * size / seconds)
     stream.close()
-    peak, bandwidth = ceilings(device, settings.amp)
-    return Measurement(
-        *(Speed(name, rates[name]) for name in parts),
-        steps_per_round=steps,
-        waiting=waited / sum(steps * size / rate for rate in rates["real path"]),
-        peak_memory=peak_memory(device),
-        flops=flops / batches.per_rank,
-        moved=moved / batches.per_rank,
-        peak=peak,
-        bandwidth=bandwidth,
-    )
+    waiting = waited / sum(steps * size / rate for rate in rates["real path"])
+    flops, moved, memory = flops / batches.per_rank, moved / batches.per_rank, peak_memory(device)
+    speeds = (Speed(name, rates[name]) for name in parts)
+    return Measurement(*speeds, steps, waiting, memory, flops, moved, *ceilings(device, settings.amp))
 
 
 def timed(act: Callable[[], object], device: torch.device) -> float:
     """The seconds until the device has done all of `act`."""
-    _wait(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else torch.cpu.synchronize
+    wait()
     began = time.perf_counter()
     act()
-    _wait(device)
+    wait()
     return time.perf_counter() - began
 
 
@@ -267,8 +257,3 @@ def device_name(device: torch.device) -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{model}, {torch.get_num_threads()} threads"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

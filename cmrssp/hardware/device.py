@@ -12,8 +12,7 @@ from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
 
 AMP_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# From how many slices on, all epochs together, a training gains more from compiling than the minute that it
-# takes: on an H100 it saves 0.1 ms a slice of the paper's network.
+# slices, all epochs together: on an H100 compiling saves 0.1 ms a slice and takes a minute
 COMPILE_FROM = 500_000
 
 
@@ -28,37 +27,24 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"{expected} {name}") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UserError(f"{expected} {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; use one of them, or cpu"
-        )
-    processes = distributed.world_size()
-    if processes > 1 and device.type == "cuda":
-        device = _own_gpu(name, device)
+    cuda, present, processes = device.type == "cuda", torch.cuda.device_count(), distributed.world_size()
+    if cuda and (device.index or 0) >= present:
+        raise UserError(f"--device {name}: torch sees {present} GPUs; use one of them, or cpu")
+    if processes > 1 and cuda:
+        if device.index is not None:
+            why = "torchrun gives every process its own GPU"
+            raise UserError(f"--device {name}: {why}; expected auto, cuda or cpu")
+        if (wanted := distributed.local_world_size()) > present:
+            how = "start at most as many processes, or add --device cpu"
+            raise UserError(f"--nproc-per-node={wanted}: torch sees {present} GPUs on this machine; {how}")
+        device = torch.device("cuda", distributed.local_rank())
+        torch.cuda.set_device(device)
     torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
     each = f"{processes} processes, each with " if processes > 1 else ""
-    if device.type == "cuda":
-        print(f"device: {each}{torch.cuda.get_device_name(device)}")
-    else:
-        print(f"device: {each}{device.type}, {torch.get_num_threads()} threads")
+    what = torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+    print(f"device: {each}{what}")
     distributed.connect(device)
     return device
-
-
-def _own_gpu(name: str, device: torch.device) -> torch.device:
-    """The GPU of this process on its machine."""
-    if device.index is not None:
-        raise UserError(
-            f"--device {name}: torchrun gives every process its own GPU; expected auto, cuda or cpu"
-        )
-    present, wanted = torch.cuda.device_count(), distributed.local_world_size()
-    if wanted > present:
-        raise UserError(
-            f"--nproc-per-node={wanted}: torch sees {present} GPUs on this machine; start at most as many "
-            "processes, or add --device cpu"
-        )
-    torch.cuda.set_device(distributed.local_rank())
-    return torch.device("cuda", distributed.local_rank())
 
 
 def available_cores() -> int:
@@ -81,9 +67,7 @@ def resolve_amp(amp: str, device: torch.device) -> str:
 
 
 def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices: int, cache: Path) -> bool:
-    """Whether to use torch.compile, for --compile auto, on or off. With auto it is used on a GPU, for a
-    training of at least COMPILE_FROM slices. Compiled kernels are kept below `cache`.
-    """
+    """Whether to torch.compile; "auto": on a GPU, from COMPILE_FROM slices on. `cache` keeps the kernels."""
     if choice == "off" or (choice == "auto" and (device.type != "cuda" or num_slices < COMPILE_FROM)):
         return False
     if device.type == "cuda" and norm == "batch" and distributed.world_size() > 1:
@@ -101,8 +85,8 @@ def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices:
 
 
 def resolve_graph(choice: str, device: torch.device, *, compiled: bool) -> bool:
-    """Whether to replay the compiled networks as CUDA graphs, for --graph auto or off. The host launches a
-    graph at once; launching its kernels one by one can take longer than the GPU needs to run them.
+    """Whether to replay the compiled networks as CUDA graphs: the host launches a graph at once, and its
+    kernels one by one could take longer than the GPU needs to run them.
     """
     if choice == "off" or device.type != "cuda" or not compiled:
         return False

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 _TIMEOUT = timedelta(seconds=50)
-_POLL_S = 0.02
 _FAILED = "failed"
 _store: dist.Store | None = None
 _barriers = 0
@@ -84,14 +83,19 @@ def finish(*, failed: bool) -> None:
     if _store is None:
         return
     if failed:
-        _none_without_store(lambda: _store.set(_FAILED, "1"))
+        with suppress(RuntimeError):  # the store has gone with the process that held it
+            _store.set(_FAILED, "1")
     elif dist.is_initialized():
         dist.destroy_process_group()
 
 
 def print_error(message: str) -> None:
     """Print a line to stderr. When several ranks have the same message, only the first one prints it."""
-    if _store is None or _none_without_store(lambda: _store.add(f"printed {message}", 1)) in (1, None):
+    times = 1
+    if _store is not None:
+        with suppress(RuntimeError):  # the store has gone with the process that held it
+            times = _store.add(f"printed {message}", 1)
+    if times == 1:
         print(message, file=sys.stderr, flush=True)
 
 
@@ -111,7 +115,7 @@ def barrier() -> None:
     while _store.add(key, 0) < world_size():
         if _store.check([_FAILED]):
             raise ProcessLost("another process has failed")
-        time.sleep(_POLL_S)
+        time.sleep(0.02)
 
 
 @contextmanager
@@ -152,10 +156,9 @@ def merge(results: list) -> list:
 
 def maximum(*numbers: int) -> list[int]:
     """The maximum of each number over the ranks: if one rank must save or stop, all do."""
-    if world_size() == 1:
-        return [int(number) for number in numbers]
     tensor = torch.tensor(numbers, dtype=torch.int64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
@@ -212,11 +215,3 @@ def broadcast_buffers(method: nn.Module) -> None:
     if world_size() > 1:
         for buffer in method.buffers():
             dist.broadcast(buffer, 0)
-
-
-def _none_without_store(call: Callable[[], Any]) -> Any:
-    """None when the store has gone with the process that held it."""
-    try:
-        return call()
-    except RuntimeError:
-        return None

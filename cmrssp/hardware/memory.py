@@ -23,34 +23,28 @@ def check(
 
     With `device_cache` on, or auto on a GPU that has room for them, copies the slices to the device now.
     """
-    if batches.batch_size < method.fewest_slices:
+    size, ranks = batches.batch_size, distributed.world_size()
+    if size < method.fewest_slices:
         raise UserError(
             f"--batch-size: {method.name} compares the slices of a batch, expected at least "
-            f"{method.fewest_slices} of them, got {batches.batch_size} ({len(batches.slices)} to train on)"
+            f"{method.fewest_slices} of them, got {size} ({len(batches.slices)} to train on)"
         )
-    factor, ranks = 2 ** (len(method.encoder.channels) - 1), distributed.world_size()
+    factor = 2 ** (len(method.encoder.channels) - 1)
     fewest = batches.per_rank * min(number * (side // factor) ** 2 for side, number in method.view_sizes())
     if method.encoder.norm == "batch" and fewest < 2:
         raise UserError(
-            f"--batch-size {batches.batch_size}: batch norm needs more than one value per channel, but with "
-            "these --channels and this --image-size the bottleneck has one; use --batch-size "
-            f"{2 * ranks} or a larger --image-size"
+            f"--batch-size {size}: batch norm needs more than one value per channel at the bottleneck, got "
+            f"one; use --batch-size {2 * ranks}, fewer --channels or a larger --image-size"
         )
     fixed, per_slice = estimate(method, batches, amp=amp)
     needed, present = fixed + per_slice * batches.per_rank, capacity(device)
     print(f"memory: about {needed / _GB:.1f} of {present / _GB:.1f} GB")
     if needed > present:
-        fitting = int((0.9 * present - fixed) / per_slice)
-        hint = (
-            f"try --batch-size {fitting * ranks}"
-            if fitting >= 1
-            else "try fewer --channels or a smaller --image-size"
-        )
-        raise UserError(
-            f"--batch-size {batches.batch_size}: this training needs about {needed / _GB:.0f} GB, "
-            f"{device} has {present / _GB:.0f} GB; {hint}"
-            + ("" if amp != "off" else ", or --amp fp16 on a GPU")
-        )
+        fitting = int((0.9 * present - fixed) / per_slice) * ranks
+        hint = f"--batch-size {fitting}" if fitting > 0 else "fewer --channels or a smaller --image-size"
+        hint += ", or --amp fp16 on a GPU" if amp == "off" else ""
+        sizes = f"this training needs about {needed / _GB:.0f} GB, {device} has {present / _GB:.0f} GB"
+        raise UserError(f"--batch-size {size}: {sizes}; try {hint}")
     _cache_slices(batches, device_cache, needed)
 
 
@@ -58,9 +52,8 @@ def _cache_slices(batches: Batches, choice: str, training: float) -> None:
     """Copy the slices to the device if they fit besides the training (bytes); else print why not."""
     if choice == "off" or (choice == "auto" and batches.device.type == "cpu"):
         return
-    slices = DeviceCache.needs(
-        batches.store, batches.slices, labelled=batches.labelled, motion=batches.motion
-    )
+    kinds = {"labelled": batches.labelled, "motion": batches.motion}
+    slices = DeviceCache.needs(batches.store, batches.slices, **kinds)
     room = free(batches.device) - _MARGIN * training - _RESERVE
     sizes = f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"
     if slices <= room:
