@@ -27,9 +27,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
 
 @torch.inference_mode()
 def views(method: Method, loader: Batches, path: Path) -> None:
-    """What a method sees of at most six slices, the same ones in every run; for MIM also its
-    reconstructions.
-    """
+    """What a method sees, and makes, of at most six slices, the same ones in every run."""
     method.eval()
     batch = next(iter(loader.in_order(6)))
     panel_sheet(method.panels(method.views(batch, step_generator(0, 0, 0))), path)
@@ -40,31 +38,27 @@ def panel_sheet(panels: dict[str, torch.Tensor], path: Path) -> None:
     """One row per title, one column per image; each column has one grey scale. Images (B, 1, H, W)."""
     images = {title: image[:, 0].float().cpu().numpy() for title, image in panels.items()}
     first = next(iter(images.values()))
-    columns = len(first)
-    figure = Figure(figsize=(1.8 * columns, 1.9 * len(images)))
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for row, (title, stack) in enumerate(images.items()):
-        for column in range(columns):
-            low, high = np.percentile(first[column], (0.5, 99.5))
-            scale = {"cmap": "viridis", "vmin": 0, "vmax": len(CLASSES)} if title == "label" else {}
-            axes[row, column].imshow(stack[column], **{"cmap": "gray", "vmin": low, "vmax": high, **scale})
-            axes[row, column].set(xticks=[], yticks=[])
-        axes[row, 0].set_ylabel(title)
+    figure = Figure(figsize=(1.8 * len(first), 1.9 * len(images)))
+    axes = figure.subplots(len(images), len(first), squeeze=False)
+    for row, (title, stack) in zip(axes, images.items(), strict=True):
+        for axis, image, reference in zip(row, stack, first, strict=True):
+            low, high = np.percentile(reference, (0.5, 99.5))
+            cmap, low, high = ("viridis", 0, len(CLASSES)) if title == "label" else ("gray", low, high)
+            axis.imshow(image, cmap=cmap, vmin=low, vmax=high)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(title)
     save_figure(figure, path)
 
 
 def curves(records: Sequence[dict], path: Path) -> None:
     """Losses, 3D Dice of a fine-tuning and health of a pretraining, each against the epoch."""
     dice = {"dice": "mean", **{f"dice_{name}": name for name in CLASSES}}
+    explained = {"explained_variance": "training", "validation_explained_variance": "validation"}
     sheets = [
         ("loss", {"loss": "training", "validation_loss": "validation"}, None),
         ("3D Dice on the validation subjects", dice, (0, 1)),
         ("effective rank of the features", {"effective_rank": "plain validation slices"}, (1, None)),
-        (
-            "explained variance of the motion map",
-            {"explained_variance": "training", "validation_explained_variance": "validation"},
-            (None, 1),
-        ),
+        ("explained variance of the motion map", explained, (None, 1)),
         ("held-out R² of the slice's position", {"position_r2": "linear probe"}, (-0.2, 1)),
     ]
     sheets = [sheet for sheet in sheets if any(name in record for record in records for name in sheet[1])]
@@ -85,11 +79,10 @@ def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) ->
     """A middle slice of every subject on one scale, with the crop centre found without labels, the crop's
     square, and the box around the labels of subjects that have them.
     """
-    count = len(store.subjects)
-    if not count:
+    if not store.subjects:
         return
-    columns = min(columns, count)
-    rows = -(-count // columns)
+    columns = min(columns, len(store.subjects))
+    rows = -(-len(store.subjects) // columns)
     mm = crop_mm * 1.2 / _CELL_PX  # of a pixel of the sheet: a cell shows a little more than the crop
     sheet = np.zeros((rows * _CELL_PX, columns * _CELL_PX), np.float32)
     squares: dict[str, list[np.ndarray]] = {BLUE: [], ORANGE: []}
@@ -115,10 +108,8 @@ def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) ->
     for colour, lines in squares.items():
         axis.add_collection(LineCollection(lines, colors=colour, linewidths=0.8))
     axis.set(xticks=[], yticks=[])
-    title = (
-        f"orange: crop centre found without labels, and the {crop_mm:.0f} mm crop; blue: box of the labels"
-    )
-    axis.set_title(title, fontsize=8, loc="left")
+    orange = f"orange: crop centre found without labels, and the {crop_mm:.0f} mm crop"
+    axis.set_title(f"{orange}; blue: box of the labels", fontsize=8, loc="left")
     save_figure(figure, path)
 
 

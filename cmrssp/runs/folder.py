@@ -4,6 +4,7 @@ import fcntl
 import json
 import subprocess
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,15 @@ class Run:
             folder = Path(out).expanduser()
             check_writable("--out", folder)
             if any((folder / name).exists() for name in ("args.json", "unet.pt", "last.pt")) and not again:
-                raise UserError(
-                    f"--out {out}: already holds a run; give another folder, or add --resume auto to go on "
-                    "with it"
-                )
+                how = "give another folder, or add --resume auto to go on with it"
+                raise UserError(f"--out {out}: already holds a run; {how}")
             folder.mkdir(parents=True, exist_ok=True)
             return cls(folder)
-        number = 1
-        while True:
+        for number in count(1):
             folder = RUNS / (default_name if number == 1 else f"{default_name}-{number}")
-            try:
+            with suppress(FileExistsError):
                 folder.mkdir(parents=True)
                 return cls(folder)
-            except FileExistsError:
-                number += 1
 
     def start(self, args: dict[str, Any], split: dict[str, list[str]]) -> None:
         """Write what the run was started with."""
@@ -57,10 +53,8 @@ class Run:
         (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a start that left no checkpoint
         self.write_json("split.json", split)
         versions = {"cmrssp": cmrssp.__version__, "torch": torch.__version__}
-        processes = distributed.world_size()
-        self.write_json(
-            "args.json", {**args, "versions": versions, "git": _git_commit(), "processes": processes}
-        )
+        code = {"versions": versions, "git": _git_commit()}
+        self.write_json("args.json", {**args, **code, "processes": distributed.world_size()})
 
     def lock(self) -> None:
         """Hold the folder until this process ends. Raises UserError if another process trains in it."""
@@ -150,19 +144,14 @@ def newest_finetuned() -> Path:
         if run.finished and run.read_json("args.json").get("kind") == "fine-tuning":
             finished.append(((run.folder / "unet.pt").stat().st_mtime_ns, run.folder))
     if not finished:
-        raise UserError(
-            f"no finished fine-tuned run in {RUNS.resolve()}; run finetune.py first, or name one with "
-            "--checkpoint"
-        )
+        how = "run finetune.py first, or name one with --checkpoint"
+        raise UserError(f"no finished fine-tuned run in {RUNS.resolve()}; {how}")
     return max(finished)[1]
 
 
 def _git_commit() -> str | None:
     """The commit of the running code; None outside a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    command, options = ["git", "rev-parse", "HEAD"], {"capture_output": True, "text": True, "timeout": 5}
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, cwd=Path(__file__).parent, **options).stdout.strip() or None
+    return None

@@ -27,17 +27,10 @@ class Progress:
         self.figures: dict[str, str] = {}
         self.in_a_row = 0
         self.resumed: dict[str, Any] | None = None
-        print(
-            f"{settings.epochs} epochs x {self.steps} steps of {self.batch_size} slices = {self.total_steps} "
-            "steps",
-            flush=True,
-        )
-        self.bar = tqdm(
-            total=self.total_steps * self.batch_size,
-            unit="slice",
-            disable=distributed.hide_bar(),
-            smoothing=0.05,
-        )
+        each = f"{self.steps} steps of {self.batch_size} slices"
+        print(f"{settings.epochs} epochs x {each} = {self.total_steps} steps", flush=True)
+        slices, hidden = self.total_steps * self.batch_size, distributed.hide_bar()
+        self.bar = tqdm(total=slices, unit="slice", disable=hidden, smoothing=0.05)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of the epoch under way."""
@@ -78,10 +71,8 @@ class Progress:
         """The epoch's means, its number of non-finite steps, its speed and duration. Raises UserError."""
         self.read()
         if self.skipped == self.done:
-            raise UserError(
-                f"epoch {self.epoch + 1}: every loss is NaN or infinite under fp16; try --amp bf16 or a "
-                "smaller --lr. Earlier checkpoints stay"
-            )
+            what = f"epoch {self.epoch + 1}: every loss is NaN or infinite under fp16"
+            raise UserError(f"{what}; try --amp bf16 or a smaller --lr. Earlier checkpoints stay")
         seconds = time.monotonic() - self.epoch_began
         record = {name: total / (self.done - self.skipped) for name, total in self.sums.items()}
         if self.skipped:
@@ -123,14 +114,13 @@ class Progress:
         self.pending, self.last_read = [], time.monotonic()
 
     def _refuse(self, row: dict[str, float], subjects: torch.Tensor) -> None:
-        names = [self.keys[i] for i in sorted(set(distributed.gather(subjects).tolist()))]
+        names = [self.keys[i] for i in distributed.gather(subjects).unique().tolist()]
         odd = ", ".join(f"{name} {value:g}" for name, value in row.items() if not math.isfinite(value))
         times = f", {self.in_a_row} times in a row (--max-skipped)" if self.settings.amp == "fp16" else ""
-        raise UserError(
-            f"epoch {self.epoch + 1}, step {self.done} of {self.steps}: not finite: {odd}{times}; the batch "
-            f"holds slices of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}. Try a smaller --lr; "
-            "earlier checkpoints stay"
-        )
+        where = f"epoch {self.epoch + 1}, step {self.done} of {self.steps}"
+        subjects = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        how = f"the batch holds slices of {subjects}. Try a smaller --lr; earlier checkpoints stay"
+        raise UserError(f"{where}: not finite: {odd}{times}; {how}")
 
     def _estimate(self) -> None:
         """Print the estimated time once it can be told. The first step is slower and does not count, unless
@@ -146,9 +136,8 @@ class Progress:
         each = now - self.began if steps == 1 else (now - self.first) / (steps - 1)
         left = each * (self.total_steps - steps)
         hint = f"; {self.settings.hint}" if self.settings.hint and left > _LONG_RUN_S else ""
-        self.bar.write(
-            f"estimated time: {duration(left)} ({each:.3g} s a step, validation not counted){hint}"
-        )
+        how = f"{each:.3g} s a step, validation not counted"
+        self.bar.write(f"estimated time: {duration(left)} ({how}){hint}")
 
 
 def duration(seconds: float) -> str:

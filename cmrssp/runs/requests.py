@@ -37,9 +37,7 @@ class Requests:
         return self._agree(late, self.progress.due())
 
     def after_epoch(self, epochs_done: int, *, last: bool) -> Request:
-        """Saves after the first epoch, after the last one, and as `save_every` says. Nothing stops a run that
-        has come to its end.
-        """
+        """Saves after the first epoch, the last, and as `save_every` says. Nothing stops a finished run."""
         due = epochs_done % self.epochs == 0 if self.epochs else self._waited() > 60 * self.minutes
         request = self._agree(last or self.never_saved or due, False)
         return replace(request, stop=None) if last else request
@@ -48,11 +46,9 @@ class Requests:
         """Start the clock again. Raises Stopped if the run was asked to stop."""
         self.last_save, self.never_saved = time.monotonic(), False
         if request.stop:
-            raise Stopped(
-                f"stopped by {signal.Signals(request.stop).name} and saved after epoch {epochs}, step "
-                f"{steps}; go on with: python {Path(sys.argv[0]).name} --resume {shlex.quote(str(folder))}",
-                request.stop,
-            )
+            name, script = signal.Signals(request.stop).name, Path(sys.argv[0]).name
+            what = f"stopped by {name} and saved after epoch {epochs}, step {steps}; go on with: "
+            raise Stopped(f"{what}python {script} --resume {shlex.quote(str(folder))}", request.stop)
 
     def _waited(self) -> float:
         return time.monotonic() - self.last_save

@@ -28,9 +28,8 @@ def find(resume: str | None, out: str | None, kind: str) -> Interrupted | None:
     if not (folder / "args.json").is_file() or not (folder / "split.json").is_file():
         if auto:
             return None
-        raise UserError(
-            f"--resume {folder}: expected the folder of a run, with args.json and split.json in it"
-        )
+        expected = "the folder of a run, with args.json and split.json in it"
+        raise UserError(f"--resume {folder}: expected {expected}")
     try:
         run = Interrupted(folder)
         if not run.split.keys() >= {"train", "validation", "test"}:
@@ -70,19 +69,15 @@ def open_run(
     run.lock()
     state = run.state()
     recorded = state["provenance"]
-    split = recorded["split"]
-    if recorded["labels"] != labels:
-        changed = "labels"
-    elif any(images.get(key) != recorded["digests"][key] for key in (*split["train"], *split["validation"])):
-        changed = "training or validation cines"
-    else:
-        steps = f", step {state['steps_done']}" if state["steps_done"] else ""
-        print(f"run folder: {run.folder}, going on after epoch {state['epochs_done']}{steps}")
-        before, now = run.args.get("processes", 1), distributed.world_size()
-        if before != now:
-            print(f"started with {before} processes, going on with {now}: the augmentation draws will differ")
-        return run, state
-    raise UserError(
-        f"--resume {run.folder}: its {changed} have changed since, or some are gone; restore them, or start "
-        "again in another --out"
-    )
+    keys = (*recorded["split"]["train"], *recorded["split"]["validation"])
+    same_images = all(images.get(key) == recorded["digests"][key] for key in keys)
+    if not same_images or recorded["labels"] != labels:
+        what = "training or validation cines" if recorded["labels"] == labels else "labels"
+        how = "restore them, or start again in another --out"
+        raise UserError(f"--resume {run.folder}: its {what} have changed since, or some are gone; {how}")
+    steps = f", step {state['steps_done']}" if state["steps_done"] else ""
+    print(f"run folder: {run.folder}, going on after epoch {state['epochs_done']}{steps}")
+    before, now = run.args.get("processes", 1), distributed.world_size()
+    if before != now:
+        print(f"started with {before} processes, going on with {now}: the augmentation draws will differ")
+    return run, state

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cmrssp.hardware import distributed
 
@@ -29,9 +29,7 @@ class Inbox:
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """Within, a signal raises KeyboardInterrupt(number), so that temporary files are removed on the way out.
-    A second signal ends the process.
-    """
+    """In it a signal raises KeyboardInterrupt(number), so files are cleaned up. A second ends the process."""
 
     def interrupt(number: int, frame) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -60,11 +58,9 @@ def holding() -> Iterator[Inbox]:
 @contextmanager
 def _handling(handler) -> Iterator[None]:
     before = {}
-    try:
+    with suppress(ValueError):  # outside the main thread Python delivers no signals
         for number in WATCHED:
             before[number] = signal.signal(number, handler)
-    except ValueError:  # outside the main thread Python delivers no signals
-        pass
     try:
         yield
     finally:
