@@ -26,16 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Raises UserError, and OSError for what cannot be read."""
     parser = entry.Parser(prog=PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|export")
-    shown = commands.add_parser(
-        "show", help="what a checkpoint is, which subjects it has seen, what transfers where"
-    )
-    shown.add_argument(
-        "file", metavar="FILE", help="unet.pt, last.pt, a run folder, or a file exported from one"
-    )
+    what = "what a checkpoint is, which subjects it has seen, what transfers where"
+    file = "unet.pt, last.pt, a run folder, or a file exported from one"
+    commands.add_parser("show", help=what).add_argument("file", metavar="FILE", help=file)
     export = commands.add_parser("export", help="write the weights for another program")
-    export.add_argument(
-        "--to", choices=("nnunet",), required=True, help="nnunet: for nnUNetv2_train -pretrained_weights"
-    )
+    to = "nnunet: for nnUNetv2_train -pretrained_weights"
+    export.add_argument("--to", choices=("nnunet",), required=True, help=to)
     export.add_argument("checkpoint", metavar="RUN/unet.pt", help="unet.pt, last.pt or a run folder")
     export.add_argument("out", metavar="OUT.pth", type=Path, help="the file to write")
     args = parser.parse_args(argv)
@@ -48,7 +44,9 @@ def show(file: str | Path) -> str:
     path = checkpoints.locate(file)
     content = checkpoints.read(path)
     exported = {"network_weights", "config", "provenance", "transfer"} <= content.keys()
+    what = "weights and training state" if "optimizer" in content else "weights"
     if exported:
+        what += " for nnU-Net v2 (nnUNetv2_train -pretrained_weights)"
         checkpoint = checkpoints.parse(path, content, "network_weights")
         parts = dict(content["transfer"])
     else:
@@ -57,8 +55,6 @@ def show(file: str | Path) -> str:
         parts = {part: _part(checkpoint, part, where) for part, where in _LANDS.items()}
     config, state = checkpoint.config, checkpoint.state_dict
     history = list(checkpoint.provenance.history())
-    kind = "weights and training state" if "optimizer" in content else "weights"
-    what = f"{kind} for nnU-Net v2 (nnUNetv2_train -pretrained_weights)" if exported else kind
     lines = {
         "file": f"{path}, {path.stat().st_size / 1e6:.1f} MB",
         "sha256": _sha256(path),
@@ -84,14 +80,12 @@ def _part(checkpoint: Checkpoint, part: str, where: str) -> str:
 
 
 def _origin(checkpoint: Checkpoint) -> str:
-    """pretrained by mim; fine-tuned (LV, MYO, RV) after mim"""
+    """pretrained by mim; trained to segment LV, MYO, RV, pretrained by mim"""
     methods = [link.method for link in checkpoint.provenance.history()]
     classes = checkpoint.config["classes"]
-    if not classes:
-        return f"pretrained by {' after '.join(methods)}"
-    return f"trained to segment {', '.join(classes)}, " + (
-        f"pretrained by {' after '.join(methods[1:])}" if methods[1:] else "from scratch"
-    )
+    before = methods[1:] if classes else methods
+    origin = f"pretrained by {' after '.join(before)}" if before else "from scratch"
+    return f"trained to segment {', '.join(classes)}, {origin}" if classes else origin
 
 
 def to_nnunet(file: str | Path, out: Path) -> str:
@@ -124,21 +118,17 @@ def to_nnunet(file: str | Path, out: Path) -> str:
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
     plan = nnunet.plan(config["channels"], norm, config["image_size"], config["spacing_mm"])
-    return "\n".join(
-        [
-            f"{checkpoint.path}: 2D U-Net, {_origin(checkpoint)}",
-            *(f"{part}: {what}" for part, what in report.items()),
-            f"written: {out}, {len(content['network_weights'])} keys",
-            "",
-            'for "configurations" in nnUNetPlans.json of the data set:',
-            nnunet.as_text(plan),
-            "",
-            f"trainer: {nnunet.TRAINERS[norm]}",
-            f"nnUNetv2_preprocess -d DATASET -c {nnunet.CONFIGURATION}",
-            f"nnUNetv2_train DATASET {nnunet.CONFIGURATION} FOLD -tr {nnunet.TRAINERS[norm]} "
-            f"-pretrained_weights {out}",
-        ]
-    )
+    trainer, parts = nnunet.TRAINERS[norm], "\n".join(f"{part}: {what}" for part, what in report.items())
+    return f"""{checkpoint.path}: 2D U-Net, {_origin(checkpoint)}
+{parts}
+written: {out}, {len(content["network_weights"])} keys
+
+for "configurations" in nnUNetPlans.json of the data set:
+{nnunet.as_text(plan)}
+
+trainer: {trainer}
+nnUNetv2_preprocess -d DATASET -c {nnunet.CONFIGURATION}
+nnUNetv2_train DATASET {nnunet.CONFIGURATION} FOLD -tr {trainer} -pretrained_weights {out}"""
 
 
 def _sha256(path: Path) -> str:

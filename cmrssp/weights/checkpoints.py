@@ -97,9 +97,8 @@ def read(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # about pickles of other protocols
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except _DAMAGED:
-        raise _not_ours(
-            path, "a damaged file, or one that holds more than weights (no code was run)"
-        ) from None
+        what = "a damaged file, or one that holds more than weights (no code was run)"
+        raise _not_ours(path, what) from None
     except OSError as error:
         if error.filename is None:  # torch raises this one for a truncated file
             raise _not_ours(path, "a damaged file") from None

@@ -45,9 +45,8 @@ def network_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         part, _, rest = key.partition(".")
         if part == "heads":
             continue
-        value = value.contiguous()
-        names = _block_names(rest, part) if rest.startswith("stages.") else [_transposed_name(rest)]
-        for name in names:
+        value, up = value.contiguous(), rest.replace("ups.", "transpconvs.")
+        for name in _block_names(rest, part) if rest.startswith("stages.") else [up]:
             found[f"{part}.{name}"] = value
             if part == "encoder":
                 found[f"decoder.encoder.{name}"] = value
@@ -60,11 +59,6 @@ def _block_names(rest: str, part: str) -> list[str]:
     block = f"stages.{stage}{'.0' if part == 'encoder' else ''}.convs.{int(layer[4:]) - 1}"
     kind = layer[:4]  # conv or norm
     return [f"{block}.{kind}.{name}", f"{block}.all_modules.{int(kind == 'norm')}.{name}"]
-
-
-def _transposed_name(rest: str) -> str:
-    """ups.1.weight -> transpconvs.1.weight"""
-    return "transpconvs." + rest.removeprefix("ups.")
 
 
 def plan(channels: Sequence[int], norm: str, image_size: int, spacing_mm: float) -> dict[str, Any]:

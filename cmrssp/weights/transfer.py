@@ -17,10 +17,9 @@ def transfer(checkpoint: Checkpoint, unet: UNet, parts: Iterable[str] = PARTS) -
     Raises UserError for weights that do not fit.
     """
     if checkpoint.norm != unet.encoder.norm:
-        raise UserError(
-            f"{checkpoint.path}: was trained with --norm {checkpoint.norm}, this network has --norm "
-            f"{unet.encoder.norm}; leave --norm out, or pretrain with --norm {unet.encoder.norm}"
-        )
+        theirs, ours = f"--norm {checkpoint.norm}", f"--norm {unet.encoder.norm}"
+        what = f"was trained with {theirs}, this network has {ours}"
+        raise UserError(f"{checkpoint.path}: {what}; leave --norm out, or pretrain with {ours}")
     check_keys(checkpoint)
     target, source = unet.state_dict(), checkpoint.state_dict
     report, chosen = {}, {}
@@ -35,11 +34,9 @@ def transfer(checkpoint: Checkpoint, unet: UNet, parts: Iterable[str] = PARTS) -
             report[part] = f"fresh (other classes in the checkpoint), {len(ours)} tensors"
         elif ours != theirs:
             odd = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
-            raise UserError(
-                f"{checkpoint.path}: its {part} does not fit this network ({len(odd)} tensors differ, first "
-                f"{odd[0]}); the checkpoint has --channels {_words(checkpoint.config['channels'])}, the "
-                f"network {_words(unet.encoder.channels)}"
-            )
+            what = f"its {part} does not fit this network ({len(odd)} tensors differ, first {odd[0]})"
+            has = f"the checkpoint has --channels {_words(checkpoint.config['channels'])}"
+            raise UserError(f"{checkpoint.path}: {what}; {has}, the network {_words(unet.encoder.channels)}")
         else:
             chosen.update({key: source[key] for key in theirs})
             report[part] = f"transferred, {len(theirs)} tensors"
@@ -52,17 +49,13 @@ def check_keys(checkpoint: Checkpoint) -> None:
     state, expected = checkpoint.state_dict, list(checkpoint.config["channels"])
     unknown = sorted(key for key in state if key.partition(".")[0] not in PARTS)
     if unknown or not state:
-        raise UserError(
-            f"{checkpoint.path}: expected keys from {', '.join(PARTS)}, got "
-            f"{unknown[:3] or 'no weights at all (an empty state dict)'}"
-        )
+        got = unknown[:3] or "no weights at all (an empty state dict)"
+        raise UserError(f"{checkpoint.path}: expected keys from {', '.join(PARTS)}, got {got}")
     names = (f"encoder.stages.{n}.conv1.weight" for n in count())
     found = [len(state[name]) for name in takewhile(state.__contains__, names)]
     if found and found != expected:
-        raise UserError(
-            f"{checkpoint.path}: its configuration says --channels {_words(expected)}, its weights have "
-            f"{_words(found)}"
-        )
+        what = f"its configuration says --channels {_words(expected)}, its weights have {_words(found)}"
+        raise UserError(f"{checkpoint.path}: {what}")
 
 
 def _words(numbers: Iterable[int]) -> str:
