@@ -15,17 +15,13 @@ from cmrssp.ssp.method import Method
 
 
 def parse(argv: Sequence[str] | None):
-    """(args, run that goes on or None), in two stages: --method decides which flags and which defaults there
-    are.
-    """
+    """(args, run that goes on or None), in two stages: --method decides the other flags and the defaults."""
     first = entry.Parser(prog="train_ssp.py", add_help=False)
     full = entry.Parser(prog="train_ssp.py", description=__doc__)
+    purposes = "; ".join(f"{name}: {method.purpose}" for name, method in METHODS.items())
     for parser in (first, full):
-        parser.add_argument(
-            "--method",
-            choices=sorted(METHODS),
-            help=f"{flags.purposes(METHODS)}. With it, --help shows the method's own flags and defaults",
-        )
+        what = f"{purposes}. With it, --help shows the method's own flags and defaults"
+        parser.add_argument("--method", choices=sorted(METHODS), help=what)
     known, _ = first.parse_known_args(argv)
     interrupted = resume.find(flags.peek(argv, "--resume"), flags.peek(argv, "--out"), "pretraining")
     if interrupted:
@@ -43,18 +39,18 @@ def parse(argv: Sequence[str] | None):
         resuming.set_defaults(full, interrupted)
     args, unknown = full.parse_known_args(argv)
     if args.method is None:
-        full.error(f"--method is required; {flags.purposes(METHODS)}")
+        full.error(f"--method is required; {purposes}")
     if unknown:
-        full.error(explain_unknown(unknown, args.method, METHODS))
+        full.error(explain_unknown(unknown, args.method))
     if interrupted:
         resuming.refuse_changes(full, args, argv, interrupted)
     return args, interrupted
 
 
-def explain_unknown(words: Sequence[str], method: str, methods: dict[str, type[Method]]) -> str:
+def explain_unknown(words: Sequence[str], method: str) -> str:
     """For flags that `method` does not have: whose they are."""
     for word in words:
-        for name, other in methods.items():
+        for name, other in METHODS.items():
             parser = entry.Parser(add_help=False)
             other.add_flags(parser)
             if word.split("=")[0] in parser._option_string_actions:
@@ -73,17 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_torch(args.seed, args.deterministic)
     method = flags.build(METHODS[args.method], args)
     settings = flags.settings(args, device)
+    inherited, split_file = (interrupted.split, None) if interrupted else (None, args.split_file)
     prepared = prepare(
-        args.data,
-        args.cache,
-        needed="train",
-        label_suffix=args.label_suffix,
-        split_file=None if interrupted else args.split_file,
-        split_seed=args.split_seed,
-        inherited=interrupted.split if interrupted else None,
-        keep_overlap=args.keep_overlap,
-        skip_broken=args.skip_broken,
-    )
+        args.data, args.cache, needed="train", label_suffix=args.label_suffix,
+        split_file=split_file, split_seed=args.split_seed, inherited=inherited,
+        keep_overlap=args.keep_overlap, skip_broken=args.skip_broken,
+    )  # fmt: skip
     cines, split = prepared.cines, prepared.split
     used = {part: method.usable(cines, split[part]) for part in ("train", "validation")}
     if split["train"] and not used["train"]:
@@ -97,25 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no validation subject: there will be no validation loss")
     options = {"batch_size": args.batch_size, "seed": args.seed, "device": device}
     options |= {"labelled": False, "motion": method.needs_motion}
-    batches = {
-        part: Batches(cines, each, **options) for part, each in slices.items() if len(each) or part == "train"
-    }
+    used_slices = {part: each for part, each in slices.items() if len(each) or part == "train"}
+    batches = {part: Batches(cines, each, **options) for part, each in used_slices.items()}
 
     def validate(method: Method, epoch: int) -> dict[str, float]:
         return health.check(method, batches["validation"], epoch) if "validation" in batches else {}
 
     run = launch(
-        args,
-        method,
-        batches["train"],
-        settings,
-        prepared,
-        validate,
-        kind="pretraining",
-        name=f"{args.method}-{dataset.name(args.data)}",
-        interrupted=interrupted,
-        provenance={"subjects": used["train"]},
-    )
+        args, method, batches["train"], settings, prepared, validate,
+        kind="pretraining", name=f"{args.method}-{dataset.name(args.data)}",
+        interrupted=interrupted, provenance={"subjects": used["train"]},
+    )  # fmt: skip
     if run:
         print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
     return 0

@@ -13,13 +13,9 @@ from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
 from cmrssp.runs.signals import Stopped, interrupting
 
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "unable to find an engine",  # cuDNN, if its work space does not fit
-)
+# the last one is cuDNN's, if its work space does not fit
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
+              "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine")  # fmt: skip
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -91,10 +87,8 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
         status = 128 + number
     except RuntimeError as error:
         if any(text in str(error) for text in _NO_MEMORY):
-            distributed.print_error(
-                f"{prog}: error: out of memory; try a smaller --batch-size, fewer --channels or --amp fp16 "
-                f"({str(error).splitlines()[0]})"
-            )
+            how = f"a smaller --batch-size, fewer --channels or --amp fp16 ({str(error).splitlines()[0]})"
+            distributed.print_error(f"{prog}: error: out of memory; try {how}")
             status = 2
         elif distributed.is_process_lost(error):
             distributed.print_error(f"{prog}: error: stopped, because another process has ended")

@@ -7,7 +7,7 @@ reverse order.
 import argparse
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,6 @@ def parameters(method: type[Method]) -> list[str]:
             if not any(p.kind is p.VAR_KEYWORD for p in found):
                 break
     return list(dict.fromkeys(names))
-
-
-def purposes(methods: Mapping[str, type[Method]]) -> str:
-    return "; ".join(f"{name}: {method.purpose}" for name, method in methods.items())
 
 
 def set_defaults(parser: Parser, argv: Sequence[str] | None, method: type[Method]) -> None:
@@ -104,42 +100,25 @@ def peek(argv: Sequence[str] | None, flag: str) -> str | None:
 def add_data(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        default=argparse.SUPPRESS,
-        help="folders of cines: M&Ms, M&Ms-2 or ACDC as downloaded, DICOM, or any tree of .nii / .nii.gz; or "
-        f"'{PHANTOM}', a synthetic data set (default: {default})",
+    data = (
+        f"folders of M&Ms, M&Ms-2, ACDC, DICOM or NIfTI files, or '{PHANTOM}': synthetic (default: {default})"
     )
+    add("--data", nargs="+", metavar="PATH", default=argparse.SUPPRESS, help=data)
     add_reading(group)
     add("--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects")
-    add(
-        "--split-file",
-        type=Path,
-        metavar="FILE",
-        help="do not draw: take a run's split.json, or a YAML file of the paper's authors",
-    )
-    add(
-        "--keep-overlap",
-        action="store_true",
-        help="with M&Ms and M&Ms-2 together: also use the M&Ms-2 subjects with NOR, HCM or LV, which may be "
-        "M&Ms subjects again",
-    )
+    instead = "do not draw: take a run's split.json, or a YAML file of the paper's authors"
+    add("--split-file", type=Path, metavar="FILE", help=instead)
+    overlap = "with M&Ms and M&Ms-2: keep the M&Ms-2 subjects with NOR, HCM or LV, who may also be in M&Ms"
+    add("--keep-overlap", action="store_true", help=overlap)
     add("--skip-broken", action="store_true", help="leave out unreadable subjects, and name them")
 
 
 def add_reading(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--label-suffix",
-        type=not_empty,
-        default=argparse.SUPPRESS,
-        metavar="END",
-        help="plain folders: a label file is named like its cine, with END before .nii or .nii.gz "
-        f"(default: {LABEL_SUFFIX}, or that of the checkpoint)",
-    )
+    add, default = parser.add_argument, f"(default: {LABEL_SUFFIX}, or the checkpoint's)"
+    suffix = f"plain folders: a label file is its cine's name with END before .nii or .nii.gz {default}"
+    add("--label-suffix", type=not_empty, default=argparse.SUPPRESS, metavar="END", help=suffix)
     store = "folder of the slice store and of the phantom"
-    parser.add_argument("--cache", type=folder, default=default_cache(), metavar="DIR", help=store)
+    add("--cache", type=folder, default=default_cache(), metavar="DIR", help=store)
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
@@ -149,14 +128,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     add("--spacing", type=positive(float), dest="spacing_mm", metavar="MM", help="pixel size of the input")
     parser.set_defaults(**PAPER_NETWORK)
     add("--norm", choices=tuple(NORMS), default="batch", help="batch as in the paper, instance as in nnU-Net")
-    add(
-        "--augmentation",
-        type=on_off,
-        dest="augment",
-        metavar="on|off",
-        default="on",
-        help="off: the plain centred crop (paper, section 2.6)",
-    )
+    off = "off: the plain centred crop (paper, section 2.6)"
+    add("--augmentation", type=on_off, dest="augment", metavar="on|off", default="on", help=off)
 
 
 def add_optimisation(parser: argparse.ArgumentParser) -> None:
@@ -172,12 +145,8 @@ def add_optimisation(parser: argparse.ArgumentParser) -> None:
     add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
     add("--weight-decay", type=at_least_0(float), help="L2 penalty of SGD")
     add("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
-    add(
-        "--validate-every",
-        type=positive(int),
-        metavar="N",
-        help="epochs between validations (default: 11 to 20 validations a run, at most one an epoch)",
-    )
+    every = "epochs between validations (default: 11 to 20 validations a run, at most one an epoch)"
+    add("--validate-every", type=positive(int), metavar="N", help=every)
 
 
 def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
@@ -189,20 +158,10 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
     if not training:
         return
     add("--quick", action="store_true", help="small network, small images, few epochs: minutes on a CPU")
-    add(
-        "--resume",
-        metavar="auto|RUN",
-        help="continue a stopped run exactly: give its folder and no other flag. auto: continue the run in "
-        "--out, or start it",
-    )
-    add(
-        "--save-every",
-        type=save_interval,
-        default="1min",
-        metavar="N|Nmin",
-        help="save last.pt every N epochs, or at the end of an epoch once N minutes have passed (within an "
-        "epoch: ten times N)",
-    )
+    resume = "continue the stopped run in this folder exactly; auto: continue the run in --out, or start it"
+    add("--resume", metavar="auto|RUN", help=resume)
+    save = "save last.pt every N epochs, or at an epoch's end after N minutes (within an epoch: after 10 N)"
+    add("--save-every", type=save_interval, default="1min", metavar="N|Nmin", help=save)
     skipped = "steps in a row that fp16 may leave out because a gradient overflows"
     add("--max-skipped", type=at_least_0(int), default=25, metavar="N", help=skipped)
     drawn = "draws initial weights, the order of slices, augmentation, and the subjects of --n-subjects"
@@ -212,31 +171,17 @@ def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("speed and memory").add_argument
-    add(
-        "--compile",
-        nargs="?",
-        const="on",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="torch.compile the networks, which takes about a minute; auto: for long trainings on a GPU",
-    )
+    choices = {"choices": ("auto", "on", "off"), "default": "auto"}
+    compile = "torch.compile the networks, which takes about a minute; auto: for long trainings on a GPU"
+    add("--compile", nargs="?", const="on", **choices, help=compile)
     graph = "replay the compiled networks as CUDA graphs; auto: on a GPU"
     add("--graph", choices=("auto", "off"), default="auto", help=graph)
     kept = "keep all slices in the device's memory; auto: on a GPU, if they fit besides the training"
-    add("--device-cache", choices=("auto", "on", "off"), default="auto", help=kept)
-    add(
-        "--grad-checkpoint",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compute activations again in the backward pass: about half the memory, a third more work, the "
-        "same losses",
-    )
-    add(
-        "--benchmark",
-        type=positive(int),
-        metavar="N",
-        help="measure at least N steps, their parts and the device's limits, then exit without a run folder",
-    )
+    add("--device-cache", **choices, help=kept)
+    again = "compute activations again in the backward pass: half the memory, a third more work, same losses"
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False, help=again)
+    measure = "measure at least N steps, their parts and the device's limits, then exit without a run folder"
+    add("--benchmark", type=positive(int), metavar="N", help=measure)
 
 
 def settings(args: argparse.Namespace, device: torch.device) -> Settings:
@@ -247,18 +192,8 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
     if args.compile == "on" and args.grad_checkpoint:
         raise UserError("--grad-checkpoint: not together with --compile; leave one of them out")
     return Settings(
-        epochs=args.epochs,
-        lr=args.lr,
-        schedule=args.schedule,
-        final_lr=args.final_lr,
-        warmup_epochs=args.warmup_epochs,
-        momentum=args.momentum,
-        nesterov=args.nesterov,
-        weight_decay=args.weight_decay,
+        **{name: getattr(args, name) for name in (*_OPTIMISATION, "seed", "save_every", "max_skipped")},
         amp=resolve_amp(args.amp, device),
-        seed=args.seed,
-        save_every=args.save_every,
-        max_skipped=args.max_skipped,
         validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
         hint="" if args.quick or device.type != "cpu" else "add --quick to finish in minutes on this CPU",
     )
@@ -266,12 +201,8 @@ def settings(args: argparse.Namespace, device: torch.device) -> Settings:
 
 def compiled(settings: Settings, args: argparse.Namespace, batches: Batches) -> Settings:
     """The settings, with what --compile and --graph mean for this training."""
-    compile = resolve_compile(
-        "off" if args.grad_checkpoint else args.compile,
-        batches.device,
-        norm=args.norm,
-        num_slices=settings.epochs * len(batches) * batches.batch_size,
-        cache=args.cache,
-    )
-    graph = resolve_graph(args.graph, batches.device, compiled=compile)
+    device, slices = batches.device, settings.epochs * len(batches) * batches.batch_size
+    choice = "off" if args.grad_checkpoint else args.compile
+    compile = resolve_compile(choice, device, norm=args.norm, num_slices=slices, cache=args.cache)
+    graph = resolve_graph(args.graph, device, compiled=compile)
     return replace(settings, compile=compile, graph=graph)

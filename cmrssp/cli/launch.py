@@ -18,19 +18,10 @@ from cmrssp.weights.provenance import Provenance
 
 
 def launch(
-    args: argparse.Namespace,
-    method: Method,
-    batches: Batches,
-    settings: Settings,
-    prepared: Prepared,
-    validate: Validation,
-    *,
-    kind: str,
-    name: str,
-    interrupted: Interrupted | None,
-    provenance: dict[str, Any],
-    transferred: dict[str, str] | None = None,
-) -> Run | None:
+    args: argparse.Namespace, method: Method, batches: Batches, settings: Settings, prepared: Prepared,
+    validate: Validation, *, kind: str, name: str, interrupted: Interrupted | None,
+    provenance: dict[str, Any], transferred: dict[str, str] | None = None,
+) -> Run | None:  # fmt: skip
     """Check the memory, then measure the speed (--benchmark; returns None) or train in a run folder.
 
     `args` must hold data, label_suffix and split_seed as they are used. `name` is the default name of the run

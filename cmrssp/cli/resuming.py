@@ -30,14 +30,10 @@ def refuse_changes(
             continue
         value = json.loads(json.dumps(getattr(args, action.dest), default=str))
         if value != run.args.get(action.dest):
+            what = f"was started with {run.args.get(action.dest)}, got {value}"
             why = "; the schedule depends on it" if action.dest == "epochs" else ""
-            raise UserError(
-                f"{action.option_strings[0]}: the run in {run.folder} was started with "
-                f"{run.args.get(action.dest)}, got {value}; a resumed run must keep it{why}: leave the flag "
-                "out, or start again in another --out"
-            )
+            how = f"a resumed run must keep it{why}: leave the flag out, or start again in another --out"
+            raise UserError(f"{action.option_strings[0]}: the run in {run.folder} {what}; {how}")
     if run.finished and "--data" in words and dataset.name(args.data) != dataset.name(run.args["data"]):
-        raise UserError(
-            f"--data: the run in {run.folder} has finished, with {', '.join(run.args['data'])}; start with "
-            "other data in another --out"
-        )
+        what = f"the run in {run.folder} has finished, with {', '.join(run.args['data'])}"
+        raise UserError(f"--data: {what}; start with other data in another --out")
