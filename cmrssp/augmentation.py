@@ -44,9 +44,7 @@ class Ranges:
 
 
 def paper_ranges(image_size: int, spacing_mm: float) -> Ranges:
-    """The paper's, for the baseline, SimCLR, PCL and MIM. Its translation of 40 px in 256 is kept as a share
-    of the image's side.
-    """
+    """The paper's (baseline, SimCLR, PCL, MIM): its translation of 40 px in 256 is a share of the side."""
     return Ranges(translation_mm=40 / 256 * image_size * spacing_mm)
 
 
@@ -72,18 +70,10 @@ def plain(count: int) -> Draws:
     one, zero = torch.ones(count), torch.zeros(count)
     pair = torch.zeros(count, 2)
     return Draws(
-        rotation_deg=zero,
-        fov_factor=one,
-        translation_mm=pair,
-        flip=torch.ones(count, 2),
-        noise_std=zero,
-        noise_seed=zero.long(),
-        blur_sigma_px=pair,
-        brightness=one,
-        shift=zero,
-        gamma=one,
-        solarise=zero.bool(),
-    )
+        rotation_deg=zero, fov_factor=one, translation_mm=pair, flip=torch.ones(count, 2),
+        noise_std=zero, noise_seed=zero.long(), blur_sigma_px=pair,
+        brightness=one, shift=zero, gamma=one, solarise=zero.bool(),
+    )  # fmt: skip
 
 
 def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
@@ -116,13 +106,9 @@ def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
 
 
 def augment(
-    batch: Batch,
-    ranges: Sequence[Ranges | None],
-    generator: torch.Generator | None,
-    *,
-    image_size: int,
-    spacing_mm: float,
-) -> Batch:
+    batch: Batch, ranges: Sequence[Ranges | None], generator: torch.Generator | None, *,
+    image_size: int, spacing_mm: float,
+) -> Batch:  # fmt: skip
     """For each of the ranges one augmented crop of each image, as `apply` gives it: (ranges x B, ...), those
     of the first ranges first. Without ranges or a generator the plain centred crop.
     """
@@ -135,8 +121,7 @@ def augment(
 
 
 def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> Batch:
-    """Native batch -> image (B, 1, S, S) float32, standardised; if the batch has them, label uint8 and motion
-    float32, both (B, 1, S, S).
+    """Native batch -> (B, 1, S, S) each: image float32, standardised; if given, label uint8, motion float32.
 
     Image bicubic, label nearest, motion linear, all 0 outside the native image; intensity draws change the
     image alone. Without gradient.
@@ -163,19 +148,17 @@ def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: fl
     """
     device = batch["image"].device
     axis = (torch.arange(image_size, device=device) - (image_size - 1) / 2) * spacing_mm
+    angle = torch.deg2rad(draws.rotation_deg)
     translation, fov_factor, flip, angle = _to(
-        device, draws.translation_mm, draws.fov_factor, draws.flip, torch.deg2rad(draws.rotation_deg)
+        device, draws.translation_mm, draws.fov_factor, draws.flip, angle
     )
     rows = (axis[None] + translation[:, :1]) * (fov_factor * flip[:, 0])[:, None]  # (B, S) mm
     columns = (axis[None] + translation[:, 1:]) * (fov_factor * flip[:, 1])[:, None]
     cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
     height, width = batch["spacing_mm"][:, :1], batch["spacing_mm"][:, 1:]  # of a native pixel
-    return _grid(
-        batch["centre"],
-        (cos * rows / height, sin * rows / width),
-        (-sin * columns / height, cos * columns / width),
-        batch["image"].shape[2:],
-    )
+    by_row = (cos * rows / height, sin * rows / width)
+    by_column = (-sin * columns / height, cos * columns / width)
+    return _grid(batch["centre"], by_row, by_column, batch["image"].shape[2:])
 
 
 def native_grid(batch: Batch, *, image_size: int, spacing_mm: float) -> torch.Tensor:
@@ -192,8 +175,8 @@ def native_grid(batch: Batch, *, image_size: int, spacing_mm: float) -> torch.Te
 
 def _grid(
     origin: torch.Tensor,
-    by_row: tuple[torch.Tensor, torch.Tensor],
-    by_column: tuple[torch.Tensor, torch.Tensor],
+    by_row: Sequence[torch.Tensor],
+    by_column: Sequence[torch.Tensor],
     size: Sequence[int],
 ) -> torch.Tensor:
     """(B, R, C, 2): pixel positions in an image of `size` as grid_sample's (x, y) in [-1, 1], align_corners.
@@ -221,22 +204,16 @@ def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> to
     noisy = draws.noise_std.nonzero()[:, 0]  # on the CPU, so that nothing waits for the device
     if len(noisy):
         seeds, counts = draws.noise_seed[noisy].unique_consecutive(return_counts=True)
-        noise = torch.cat(
-            [
-                torch.randn(
-                    (n, *image.shape[1:]), device=device, generator=torch.Generator(device).manual_seed(seed)
-                )
-                for seed, n in zip(seeds.tolist(), counts.tolist(), strict=True)
-            ]
-        )
+        noise = image.new_empty(len(noisy), *image.shape[1:])
+        for seed, part in zip(seeds.tolist(), noise.split(counts.tolist()), strict=True):
+            part.normal_(generator=torch.Generator(device).manual_seed(seed))
         rows, std = _to(device, noisy, draws.noise_std[noisy])
         image.index_add_(0, rows, noise.mul_(_column(std)))
     is_blurred = draws.blur_sigma_px.sum(dim=1) > 0
     for seed in draws.noise_seed[is_blurred].unique_consecutive():
         blurred = (is_blurred & (draws.noise_seed == seed)).nonzero()[:, 0]
-        sigma = draws.blur_sigma_px[blurred]
-        radius = int(4 * float(sigma.max()) + 0.5)
-        rows, sigma = _to(device, blurred, sigma)
+        radius = int(4 * float(draws.blur_sigma_px[blurred].max()) + 0.5)
+        rows, sigma = _to(device, blurred, draws.blur_sigma_px[blurred])
         image.index_copy_(0, rows, gaussian_blur(image[rows], sigma, radius))
     low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
     span = (high - low).clamp_min_(1e-7)

@@ -9,9 +9,7 @@ _SMOOTH = 1e-5
 
 
 def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the masked pixels. All (B, 1, H, W); mask: 1 = masked. He et al., arXiv
-    2111.06377.
-    """
+    """Mean squared error over the masked pixels. All (B, 1, H, W); mask: 1 = masked. arXiv 2111.06377."""
     with torch.autocast(prediction.device.type, enabled=False):
         mask = mask.float()
         return ((prediction.float() - target.float()).square() * mask).sum() / mask.sum().clamp_min(1)
@@ -82,12 +80,9 @@ def nt_xent(embeddings: torch.Tensor, positives: torch.Tensor, temperature: floa
 
 
 def dino_cross_entropy(
-    student: Sequence[torch.Tensor],
-    teacher: Sequence[torch.Tensor],
-    centre: torch.Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-) -> torch.Tensor:
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], centre: torch.Tensor,
+    student_temperature: float, teacher_temperature: float,
+) -> torch.Tensor:  # fmt: skip
     """Cross-entropy between each teacher output and each student output of another crop; mean over pairs and
     slices. Eq. 1 and 2, arXiv 2104.14294.
 

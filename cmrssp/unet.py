@@ -24,9 +24,8 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Stage(nn.Sequential):
-    """Two 3x3 convolutions, each with norm and activation; the first one has the stride.
-
-    The biases of the convolutions are parameters, but nothing adds them to the features, see `_normalised`.
+    """Two 3x3 convolutions, each with norm and activation; the first one has the stride. `_normalised` says
+    why nothing adds the biases of the convolutions to the features.
     """
 
     recompute = False  # True: keep only the convolutions' inputs, compute the rest again in the backward pass
@@ -43,13 +42,7 @@ class Stage(nn.Sequential):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         for conv, norm, act in ((self.conv1, self.norm1, self.act1), (self.conv2, self.norm2, self.act2)):
             if self.recompute and torch.is_grad_enabled():
-                image = checkpoint(
-                    lambda image, conv=conv, norm=norm, act=act: act(_normalised(conv, norm, image)),
-                    image,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=lambda norm=norm: (nullcontext(), _seen_before(norm)),
-                )
+                image = _recomputed(conv, norm, act, image)
             else:
                 image = act(_normalised(conv, norm, image))
         return image
@@ -88,6 +81,13 @@ class _WithoutEffect(torch.autograd.Function):
         return gradient, torch.zeros_like(ctx.saved_tensors[0])
 
 
+def _recomputed(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """act(norm(conv(image))), computed again in the backward pass."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    options["context_fn"] = lambda: (nullcontext(), _seen_before(norm))
+    return checkpoint(lambda image: act(_normalised(conv, norm, image)), image, **options)
+
+
 @contextmanager
 def _seen_before(norm: nn.Module) -> Iterator[None]:
     """The norm normalises as it did, but takes nothing into its running statistics a second time."""
@@ -103,9 +103,7 @@ def _seen_before(norm: nn.Module) -> Iterator[None]:
 
 
 def recompute_activations(network: nn.Module) -> None:
-    """Of every stage in the network keep about half as much for the backward pass, for one more forward pass
-    of its convolutions; losses, gradients and running statistics stay the same.
-    """
+    """Keep about half as much for the backward pass and compute the rest again; the results are the same."""
     for layers in network.modules():
         if isinstance(layers, Stage):
             layers.recompute = True
@@ -172,19 +170,14 @@ class UNet(nn.Module):
 
 
 def check_image_size(image_size: int, channels: Sequence[int], norm: str, flag: str = "--image-size") -> None:
-    """Raise UserError for a square that the stages cannot halve, or whose bottleneck instance norm cannot
-    normalise: it needs more than one pixel there.
-    """
-    if len(channels) < 2:
+    """Raise UserError for a square that the stages cannot halve, or with one pixel left for instance norm."""
+    stages, got = len(channels), f"got {image_size}"
+    if stages < 2:
         raise UserError(f"--channels: expected at least two stages, got {' '.join(map(str, channels))}")
-    factor = 2 ** (len(channels) - 1)
+    factor = 2 ** (stages - 1)
     if image_size < factor or image_size % factor:
-        raise UserError(
-            f"{flag}: expected a multiple of {factor} (2^(stages - 1), {len(channels)} stages in "
-            f"--channels), got {image_size}"
-        )
+        expected = f"expected a multiple of {factor} (2^(stages - 1), {stages} stages in --channels)"
+        raise UserError(f"{flag}: {expected}, {got}")
     if norm == "instance" and image_size == factor:
-        raise UserError(
-            f"{flag}: expected at least {2 * factor} with --norm instance (more than one pixel at the "
-            f"bottleneck of {len(channels)} stages), got {image_size}"
-        )
+        why = f"more than one pixel at the bottleneck of {stages} stages"
+        raise UserError(f"{flag}: expected at least {2 * factor} with --norm instance ({why}), {got}")
