@@ -17,7 +17,7 @@ from cmrssp.data import dataset, splits
 from cmrssp.data.prepare import prepare
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
-from cmrssp.evaluation import paper, plots, prediction, scoring, stats, study, text
+from cmrssp.evaluation import label_maps, paper, plots, prediction, scoring, stats, study, text
 from cmrssp.files import check_writable, write_csv
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = [segmentation.restore(checkpoint).to(device) for checkpoint in trained]
     options = {"flips": args.flips, "largest_component": args.largest_component}
     if args.predict:
-        return predict(args, trained[0].provenance.label_suffix, methods, device, options)
+        return predict(args, trained, methods, device, options)
     return score(args, argv, trained, methods, device, options)
 
 
@@ -155,20 +155,24 @@ def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoin
     return "-".join(filter(None, words))
 
 
-def predict(args, label_suffix: str, methods: list, device, options: dict) -> int:
+def predict(args, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> int:
     """Segment new cines and write the results. Raises UserError at the end if anything failed for a cine."""
     out = Path(args.out or "predictions")
     check_writable("--out", out)
-    _, label_suffix = dataset.source({"label_suffix": label_suffix, **vars(args)})
+    _, label_suffix = dataset.source({"label_suffix": trained[0].provenance.label_suffix, **vars(args)})
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     own = tqdm(distributed.own_items(subjects), "predicting", unit="cine", disable=distributed.hide_bar())
-    rows = distributed.merge([prediction.predict(s, methods, device, out, **options) for s in own])
-    rows.sort(key=lambda row: (-row["severity"], row["cine"]))
+    found = distributed.merge([prediction.predict(s, methods, device, out, **options) for s in own])
+    rows = sorted((row for row, _ in found), key=lambda row: (-row["severity"], row["cine"]))
     if distributed.is_main():
         write_csv(out / "clinical.csv", rows)
+        label_maps.write(out, {row["cine"]: entry for row, entry in found if entry}, trained, options)
         print(text.prediction_table(rows))
-        print(f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation")
+        print(
+            f"written: {out}/clinical.csv, predictions.json (for finetune.py --predicted) and, for each "
+            "cine, label map, contours, volumes and animation"
+        )
     if failed := [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]:
         raise UserError(f"--predict: errors in {len(failed)} of {len(rows)} cines: {'; '.join(failed)}")
     return 0

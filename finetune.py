@@ -1,20 +1,23 @@
 """Train a segmentation network on few labelled cines, from a pretrained checkpoint or from scratch:
 python finetune.py --init runs/mim-phantom --n-subjects 15"""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cmrssp.cli import entry, flags, resuming
-from cmrssp.cli.argument_types import vendor_names
+from cmrssp.cli.argument_types import folder, vendor_names
 from cmrssp.cli.launch import launch
 from cmrssp.data import dataset, splits, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.data.prepare import prepare
 from cmrssp.errors import UserError
+from cmrssp.evaluation import label_maps
 from cmrssp.evaluation.validation import mean_dice, undetected
+from cmrssp.hardware import distributed
 from cmrssp.hardware.device import prepare_torch, resolve_device
 from cmrssp.runs import resume
 from cmrssp.segmentation import Segmentation
 from cmrssp.ssp import METHODS
+from cmrssp.ssp.flag_types import fraction, positive
 from cmrssp.ssp.method import Method
 from cmrssp.weights import checkpoints
 from cmrssp.weights.transfer import PARTS, transfer
@@ -49,6 +52,12 @@ def parse(argv: Sequence[str] | None):
         help="labelled training subjects, drawn by --seed, nested (default: all)",
     )
     group.add_argument(
+        "--labelled",
+        type=folder,
+        metavar="FILE",
+        help="use true labels of the training subjects that this split file names alone",
+    )
+    group.add_argument(
         "--phases",
         choices=("ed", "es", "both"),
         default="both",
@@ -62,6 +71,26 @@ def parse(argv: Sequence[str] | None):
         metavar="NAME",
         help="train on the subjects of these vendors alone: Siemens, Philips, GE, Canon, or the letters A to "
         "D that M&Ms gives them, also as A+B (paper, table 3; default: all)",
+    )
+    group.add_argument(
+        "--predicted",
+        type=folder,
+        metavar="DIR",
+        help="self-training: also train on label maps that evaluate.py --predict wrote to DIR, of training "
+        "subjects without labels in use; frames that its flags doubt are left out",
+    )
+    group.add_argument(
+        "--predicted-weight",
+        type=positive(float),
+        default=1.0,
+        metavar="WEIGHT",
+        help="of a slice with predicted labels in the loss; one with true labels counts 1",
+    )
+    group.add_argument(
+        "--predicted-share",
+        type=fraction,
+        metavar="PART",
+        help="of each batch that are slices with predicted labels (default: every slice once an epoch)",
     )
     Segmentation.add_flags(group)
     flags.add_network(parser)
@@ -79,6 +108,9 @@ def parse(argv: Sequence[str] | None):
         resuming.set_defaults(parser, interrupted)
     args = parser.parse_args(argv)
     args.vendors = flags.flat(args.vendors)
+    for flag in ("--predicted-weight", "--predicted-share"):
+        if flags.typed(argv, flag) and not args.predicted:
+            parser.error(f"{flag} needs --predicted")
     if interrupted:
         resuming.refuse_changes(parser, args, argv, interrupted)
     return args, checkpoint, interrupted
@@ -89,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interrupted and interrupted.finished:
         print(f"already finished: {interrupted.folder / 'unet.pt'}")
         return 0
-    inherited = checkpoint.provenance if checkpoint else None
+    maps = label_maps.read(args.predicted) if args.predicted else None
+    sources = [*([checkpoint] if checkpoint else []), *(maps.teachers if maps else [])]
+    inherited = sources[0].provenance if sources else None
     known = {"data": inherited.data, "label_suffix": inherited.label_suffix} if inherited else {}
     args.data, args.label_suffix = dataset.source({**known, **vars(args)})
     dataset.announce(args.data)
@@ -109,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note = "" if checkpoint else ", with random weights: there is no --init"
         print(f"encoder: frozen for the first {epochs:g} of {args.epochs} epochs{note}")
 
-    own_split = inherited and not flags.typed(argv, "--split-seed")
+    own_split = inherited and not interrupted and not flags.typed(argv, "--split-seed")
     if own_split:
         args.split_seed = inherited.split_seed
     prepared = prepare(
@@ -123,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         inherited=interrupted.split if interrupted else inherited.split if own_split else None,
         keep_overlap=args.keep_overlap,
         skip_broken=args.skip_broken,
-        checkpoints=[checkpoint] if checkpoint else [],
+        checkpoints=sources,
         held_out=("validation", "test"),
     )
     cines, split = prepared.cines, prepared.split
@@ -133,7 +167,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{splits.describe(split)}; {len(chosen)} labelled subjects to train on")
     counted = (f"{n} in {subset}" for subset, n in sizes(cines, labelled, args).items())
     print(f"labelled slices: {len(slices)} to train on; {', '.join(counted)}")
-    batches = Batches(cines, slices, batch_size=args.batch_size, seed=args.seed, labelled=True, device=device)
+    predicted: dict[str, list[int]] = {}
+    if maps:
+        others = of_vendors(cines, [key for key in split["train"] if key not in chosen], args.vendors)
+        with distributed.main_first():
+            cines, predicted = maps.attach(cines, others, args.cache, skip_broken=args.skip_broken)
+        slices = Slices(cines, chosen, phases=args.phases, predicted=predicted)
+        count = len(slices) - slices.first_predicted
+        print(f"predicted labels: {len(predicted)} of {len(others)} other subjects, {count} slices")
+    batches = Batches(
+        cines,
+        slices,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        labelled=True,
+        device=device,
+        predicted_weight=args.predicted_weight,
+        predicted_share=args.predicted_share,
+    )
     if args.quick and not interrupted and not flags.typed(argv, "--epochs"):
         args.epochs = max(args.epochs, -(-_QUICK_STEPS // len(batches)))
     settings = flags.settings(args, device)
@@ -151,7 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures.update(mean_dice(method, cines, held_out, device))
         return figures
 
-    start = inherited.method if inherited else "scratch"
+    start = checkpoint.provenance.method if checkpoint else "scratch"
+    subjects = f"n{len(chosen)}" + "-self-trained" * bool(maps)
     run = launch(
         args,
         method,
@@ -160,16 +212,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepared,
         validate,
         kind="fine-tuning",
-        name=f"finetune-{start}-{dataset.name(args.data)}-n{len(chosen)}-seed{args.seed}",
+        name=f"finetune-{start}-{dataset.name(args.data)}-{subjects}-seed{args.seed}",
         interrupted=interrupted,
         transferred=transferred,
         provenance={
             "subjects": chosen,
-            "labels": cines.digests([*chosen, *held_out], labels=True),
-            "all_subjects": len(chosen) == len(labelled) and not splits.published_subset(split),
+            "labels": cines.digests([*chosen, *predicted, *held_out], labels=True),
+            "all_subjects": len(chosen) == len(labelled)
+            and not args.labelled
+            and not splits.published_subset(split),
             "phases": args.phases,
             "vendors": args.vendors,
-            "init": inherited,
+            "predicted": list(predicted),
+            "teachers": [teacher.provenance for teacher in maps.teachers] if maps else [],
+            "init": checkpoint.provenance if checkpoint else None,
         },
     )
     if run:
@@ -186,20 +242,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def candidates(cines: store.Store, keys: Sequence[str], args) -> list[str]:
     """The training subjects with labels of the wanted phases, of the wanted vendors."""
-    labelled = [key for key in keys if cines.labels[cines.index[key]].frames_of(args.phases)]
+    named = splits.read(args.labelled)["train"] if args.labelled else keys
+    labelled = [k for k in keys if k in named and cines.labels[cines.index[k]].frames_of(args.phases)]
     if not labelled:
         raise UserError(
             f"none of the {len(keys)} training subjects has a labelled frame (--phases {args.phases}); "
             "fine-tuning needs label files beside the cines"
         )
-    vendors = {key: cines.subjects[cines.index[key]].vendor for key in labelled}
-    wanted = [key for key in labelled if args.vendors is None or vendors[key] in args.vendors]
+    wanted = of_vendors(cines, labelled, args.vendors)
     if not wanted:
+        vendors = {cines.subjects[cines.index[key]].vendor or "unknown" for key in labelled}
         raise UserError(
             f"--vendors {' '.join(args.vendors)}: none of the {len(labelled)} labelled training subjects; "
-            f"their vendors are {', '.join(sorted({v or 'unknown' for v in vendors.values()}))}"
+            f"their vendors are {', '.join(sorted(vendors))}"
         )
     return wanted
+
+
+def of_vendors(cines: store.Store, keys: Sequence[str], vendors: Collection[str] | None) -> list[str]:
+    return [key for key in keys if vendors is None or cines.subjects[cines.index[key]].vendor in vendors]
 
 
 def sizes(cines: store.Store, labelled: Sequence[str], args) -> dict[str, int]:

@@ -39,7 +39,8 @@ def parse(argv: Sequence[str] | None):
         resuming.set_defaults(full, interrupted)
     args, unknown = full.parse_known_args(argv)
     if args.method is None:
-        full.error(f"--method is required; {purposes}")
+        names = ", ".join(sorted(METHODS))
+        full.error(f"--method is required: motion if the cines have many frames (recommended); all: {names}")
     if unknown:
         full.error(explain_unknown(unknown, args.method))
     if interrupted:

@@ -21,9 +21,11 @@ def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(prediction.float(), target.float())
 
 
-def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def dice_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """0.5 cross-entropy + 0.5 (1 - soft Dice). logits (B, C, H, W); labels (B, 1, H, W) integer, 0 =
-    background.
+    background; weight (B,): a factor of each slice's loss.
 
     The Dice coefficient per slice and foreground class, with 1e-5 added to numerator and denominator; then
     the mean.
@@ -31,22 +33,25 @@ def dice_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     with torch.autocast(logits.device.type, enabled=False):
         log_probabilities = logits.float().log_softmax(dim=1)
         # the reduction of nll_loss itself is not deterministic on a GPU
-        cross_entropy = F.nll_loss(log_probabilities, labels[:, 0].long(), reduction="none").mean()
+        cross_entropy = F.nll_loss(log_probabilities, labels[:, 0].long(), reduction="none")
         probabilities = log_probabilities[:, 1:].exp()
         classes = torch.arange(1, logits.shape[1], device=logits.device, dtype=labels.dtype).view(1, -1, 1, 1)
         reference = labels == classes
         overlap = (probabilities * reference).sum((2, 3))
         total = probabilities.sum((2, 3)) + reference.sum((2, 3))
         dice = (2 * overlap + _SMOOTH) / (total + _SMOOTH)
-        return 0.5 * cross_entropy + 0.5 * (1 - dice.mean())
+        if weight is None:
+            return 0.5 * cross_entropy.mean() + 0.5 * (1 - dice.mean())
+        return (weight * (0.5 * cross_entropy.mean((1, 2)) + 0.5 * (1 - dice.mean(1)))).mean()
 
 
 def deep_supervision(
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loss: Callable[..., torch.Tensor],
     outputs: Sequence[torch.Tensor],
     target: torch.Tensor,
+    **options: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The mean of `loss` over the scales i, weighted by 2^-i.
+    """The mean of `loss(output, target, **options)` over the scales i, weighted by 2^-i.
 
     outputs: (B, C, H / 2^i, W / 2^i) for each i; target (B, 1, H, W), for a coarser scale averaged if it is
     float, else resized by nearest-exact, as labels must be.
@@ -59,7 +64,7 @@ def deep_supervision(
             scaled = F.adaptive_avg_pool2d(target, size)
         elif size != target.shape[2:]:
             scaled = F.interpolate(target.to(torch.uint8), size, mode="nearest-exact")
-        total = total + weight / sum(weights) * loss(output, scaled)
+        total = total + weight / sum(weights) * loss(output, scaled, **options)
     return total
 
 

@@ -76,6 +76,10 @@ class Segmentation(Method):
             help="of the encoder's learning rate; below 1 a pretrained encoder changes more slowly",
         )
 
+    def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
+        views = self.crop(batch, generator)
+        return {**views, "weight": batch["weight"]} if "weight" in batch else views
+
     def outputs(self, views: Views) -> list[torch.Tensor]:
         """Logits (B, 4, S / 2^i, S / 2^i) of each head i."""
         return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
@@ -83,7 +87,8 @@ class Segmentation(Method):
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.training and self.freeze_encoder:
             self.encoder.train(epoch >= self.freeze_encoder)  # frozen: its batch statistics stay fixed
-        return self.loss(dice_cross_entropy, self.outputs(views), views["label"]), {}
+        weight = views.get("weight")
+        return self.loss(dice_cross_entropy, self.outputs(views), views["label"], weight=weight), {}
 
     def compile_networks(self, mode: str | None = None) -> None:
         self.unet.compile(dynamic=False, mode=mode)

@@ -37,7 +37,7 @@ def hearts(tmp_path_factory):
 
 def batches(cines, device, labelled=True):
     slices = Slices(cines, sorted(cines.index), phases="both" if labelled else None)
-    return Batches(cines, slices, batch_size=8, seed=4, labelled=labelled, device=device)
+    return Batches(cines, slices, batch_size=8, seed=4, labelled=labelled, device=device, motion=True)
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -164,7 +164,7 @@ def test_two_gpus_do_what_one_does(tmp_path, monkeypatch):
                 assert difference.norm() <= KINK * gradient.norm().cpu() + 1e-5, (name, key)
 
 
-@pytest.mark.parametrize("method", ["simclr", "pcl", "dino", "mim", None])
+@pytest.mark.parametrize("method", ["simclr", "pcl", "dino", "mim", "motion", None])
 def test_a_deterministic_run_goes_on_to_the_same_bits(phantom_folder, tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     script, words = (train_ssp, ["--method", method]) if method else (finetune, [])

@@ -49,6 +49,18 @@ def test_dice_cross_entropy_equals_a_slow_loop():
     )
 
 
+def test_a_weight_multiplies_the_loss_of_its_slice():
+    logits, labels = sample()
+    weight = [0.5, 2.0, 1.0]
+    slow = [w * slow_dice_cross_entropy(logits[[i]], labels[[i]]) for i, w in enumerate(weight)]
+    found = dice_cross_entropy(logits, labels, torch.tensor(weight))
+    assert found.item() == pytest.approx(np.mean(slow), abs=1e-6)
+    halves = deep_supervision(
+        dice_cross_entropy, [logits, logits], labels, weight=torch.tensor(weight)
+    )  # 2/3 and 1/3 of the same
+    assert halves.item() == pytest.approx(found.item(), abs=1e-6)
+
+
 def test_dice_cross_entropy_gradient_equals_differences():
     logits, labels = sample(1, size=3)
     logits.requires_grad_()

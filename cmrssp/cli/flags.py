@@ -71,7 +71,8 @@ def hyperparameters(
     """How a network was trained, for its checkpoint: optimisation, augmentation, the method's own flags.
     Mixed precision and batch size are those in use, which can be less than was asked for.
     """
-    names = dict.fromkeys((*_OPTIMISATION, *parameters(method)))
+    predicted = ("predicted_weight", "predicted_share") if vars(args).get("predicted") else ()
+    names = dict.fromkeys((*_OPTIMISATION, *parameters(method), *predicted))
     return {**{name: getattr(args, name) for name in names}, "amp": settings.amp, "batch_size": batch_size}
 
 

@@ -1,8 +1,9 @@
 """Batches: native slices padded to one tensor, read ahead or gathered from the device's memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from cmrssp.hardware.device import available_cores
 #   position    (B,) float32        k / n of slice k of n from the base; NaN in a stack of one slice
 #   subject     (B,) int64          number of the subject in the store
 #   frame       (B,) int64          frame of the cine
+#   weight      (B,) float32        with `predicted_weight` alone: factor of the slice's loss, on average 1
 Batch = dict[str, torch.Tensor]
 _PAD_TO = 64  # so that shapes repeat
 _AHEAD = 3  # batches that are being read, or wait
@@ -35,15 +37,26 @@ _READERS = 4  # threads that feed a GPU; a CPU that trains has no core to spare 
 class Slices:
     """The slices to use, numbered from 0. Holds a few numbers per subject, none per slice."""
 
-    def __init__(self, store: Store, keys: Sequence[str], *, phases: str | None = None) -> None:
-        """All slices of the subjects `keys`: of all frames, or of the labelled `phases` (ed, es, both)."""
-        self.subjects = np.array([store.index[key] for key in keys], np.int64)
+    def __init__(
+        self,
+        store: Store,
+        keys: Sequence[str],
+        *,
+        phases: str | None = None,
+        predicted: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> None:
+        """All slices of the subjects `keys`: of all frames, or of the labelled `phases` (ed, es, both). Then
+        those with predicted labels: {subject key: frames}.
+        """
+        self.subjects = np.array([store.index[key] for key in (*keys, *predicted)], np.int64)
         cines = [store.cines[i] for i in self.subjects]
         self.frames = [range(cine.shape[0]) for cine in cines]
         if phases:
             self.frames = [store.labels[i].frames_of(phases) for i in self.subjects]
+        self.frames[len(keys) :] = predicted.values()
         self.depths = np.array([cine.shape[1] for cine in cines], np.int64)
         self.ends = np.cumsum(np.array([len(f) for f in self.frames], np.int64) * self.depths)
+        self.first_predicted = int(self.ends[len(keys) - 1]) if len(keys) else 0
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -73,8 +86,13 @@ class Batches:
         labelled: bool,
         device: torch.device,
         motion: bool = False,
+        predicted_weight: float = 1.0,
+        predicted_share: float | None = None,
     ) -> None:
-        """`labelled`, `motion`: the batches hold labels, motion maps."""
+        """`labelled`, `motion`: the batches hold labels, motion maps. `predicted_weight`: of a slice with
+        predicted labels, where one with true labels counts 1. `predicted_share`: what part of each batch such
+        slices are; an epoch keeps its number of steps, so that slices of one kind repeat.
+        """
         if not len(slices):
             kind = "labelled frame" if labelled else "slice"
             raise UserError(f"there is no slice to train on: the training subjects have no {kind}")
@@ -87,6 +105,14 @@ class Batches:
             raise UserError(f"{ranks} processes cannot share {len(slices)} slices; start fewer of them")
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
         self.per_rank = self.batch_size // ranks
+        self.predicted_weight, self.num_predicted = predicted_weight, None
+        if predicted_share is not None:
+            self.num_predicted = round(predicted_share * self.batch_size)
+            if not 0 < self.num_predicted < self.batch_size:
+                raise UserError(
+                    f"--predicted-share {predicted_share:g}: expected slices of both kinds in a batch of "
+                    f"{self.batch_size}, got {self.num_predicted} with predicted labels"
+                )
         self.resident: DeviceCache | None = None
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -106,11 +132,25 @@ class Batches:
 
         def parts() -> Iterator[np.ndarray]:
             for epoch in range(first, end):
-                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.slices))
-                begin = step if epoch == first else 0
-                yield from order[: len(self) * self.batch_size].reshape(len(self), -1)[begin:]
+                yield from self._order(epoch)[step if epoch == first else 0 :]
 
         return self._read(parts(), split_over_ranks=True)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The slice numbers of an epoch, (steps, batch size)."""
+        draw, steps = np.random.default_rng((self.seed, epoch)), len(self)
+        if self.num_predicted is None:
+            return draw.permutation(len(self.slices))[: steps * self.batch_size].reshape(steps, -1)
+        true, every = self.slices.first_predicted, np.arange(len(self.slices))
+        kinds = []
+        for numbers, each in (
+            (every[:true], self.batch_size - self.num_predicted),
+            (every[true:], self.num_predicted),
+        ):
+            passes = -(-steps * each // len(numbers))
+            drawn = np.concatenate([draw.permutation(numbers) for _ in range(passes)])
+            kinds.append(drawn[: steps * each].reshape(steps, each))
+        return draw.permuted(np.concatenate(kinds, axis=1), axis=1)
 
     def in_order(self, limit: int | None = None, *, split_over_ranks: bool = False) -> Iterator[Batch]:
         """All slices once, unshuffled; the last batch may be small. With `limit` so many, always the same,
@@ -134,6 +174,12 @@ class Batches:
                 batch = {**describe(self.store, places), **self.resident.starts(mine)}
             else:
                 batch = collate(self.store, places, labelled=self.labelled, motion=self.motion)
+            if self.predicted_weight != 1:
+                weight = np.where(part < self.slices.first_predicted, 1.0, self.predicted_weight)
+                weight = (weight / weight.mean()).astype(np.float32)  # the mean over all ranks
+                batch["weight"] = torch.from_numpy(
+                    np.split(weight, ranks)[rank] if split_over_ranks else weight
+                )
             shape = padded(batch["size"].tolist())
             if self.copies is None:
                 return batch, shape, None

@@ -18,6 +18,7 @@ from cmrssp.data.store import CineRecord, Store
 from cmrssp.data.subject import CLASSES, LEFT_OUT, NOT_MEASURED, PLAIN, Subject
 from cmrssp.errors import UserError, one_line
 from cmrssp.evaluation import contours, plots
+from cmrssp.evaluation.label_maps import SUFFIX
 from cmrssp.files import sweep
 from cmrssp.segmentation import Segmentation, main_component, predict_frames
 
@@ -25,6 +26,7 @@ _OPEN, _SCATTERED, _JUMP = 0.1, 0.01, 0.1  # of the cavity's border, of a class'
 _EF = (0.05, 0.9)  # of either ventricle
 _APART = 1 / 4  # of the cycle, between the two largest or the two smallest frames
 _FEWEST_FRAMES = 5  # of a curve that can have a jump
+_NOT_MEASURED, _IMPLAUSIBLE = 7, 5  # severities of flags
 _NOTHING = {"cine": "", "frames": None, "ed_frame": None, "es_frame": None, **metrics.clinical({}),
             "heart_rate_per_min": None, **metrics.indexed({}, None, None), "severity": 0, "flags": "",
             "error": ""}  # fmt: skip
@@ -82,13 +84,14 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
 
 def predict(
     subject: Subject, methods: Sequence[Segmentation], device: torch.device, out: Path, **options: bool
-) -> dict:
+) -> tuple[dict, dict]:
     """Segment every frame of a cine, write its label map and pictures to `out`, and return its row of
-    clinical.csv. An error in one step goes to the row's `error`; the other files are written all the same.
-    `options` are those of `segmentation.predict_frames`.
+    clinical.csv and its entry in predictions.json, empty without a label map. An error in one step goes to
+    the row's `error`; the other files are written all the same. `options` are those of
+    `segmentation.predict_frames`.
     """
     sweep(out, older_than_s=3600)  # half-written files of a prediction that was killed
-    row = {**_NOTHING, "cine": subject.file_name}
+    row, entry = {**_NOTHING, "cine": subject.file_name}, {}
     errors: list[str] = []
 
     def attempt(step: Callable[[], None]) -> None:
@@ -103,9 +106,11 @@ def predict(
         predicted = predict_frames(methods, cines, 0, range(record.shape[0]), device, **options)
         labels = np.stack(list(predicted))
         reach = min(method.image_size * method.spacing_mm for method in methods) / 2
-        ml, phases, left_out = _measure(labels, record, reach, row)
-        path = Path(f"{stem}_labels.nii.gz")
+        ml, phases, left_out, good = _measure(labels, record, reach, row)
+        path = Path(f"{stem}{SUFFIX}")
         attempt(lambda: write_labels(path, labels, record.geometry, cine_image(subject)))
+        if not errors:
+            entry.update(digest=record.digest, frames=good)
         attempt(lambda: _draw_contours(cines, labels, phases, Path(f"{stem}_contours.png")))
         if len(labels) > 1:
             step_s, curve = record.time_step_s, Path(f"{stem}_volumes.png")
@@ -116,14 +121,14 @@ def predict(
     row |= metrics.indexed(row, subject.height_m, subject.weight_kg)
     if errors:
         row |= {"severity": 8, "error": "; ".join(dict.fromkeys(errors))}
-    return row
+    return row, entry
 
 
 def _measure(
     labels: np.ndarray, record: CineRecord, reach_mm: float, row: dict
-) -> tuple[dict[str, np.ndarray], dict[str, int], list[int]]:
-    """Fill the row from label maps (T, Z, H, W); returns the volumes in ml of each class, (T,), and what
-    `find_phases` does.
+) -> tuple[dict[str, np.ndarray], dict[str, int], list[int], list[int]]:
+    """Fill the row from label maps (T, Z, H, W); returns the volumes in ml of each class, (T,), the frames of
+    ED and ES, the frames that were not considered for them, and those that are good enough to train on.
     """
     spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
     frames = [metrics.volumes_ml(frame, spacing) for frame in labels]
@@ -136,7 +141,24 @@ def _measure(
     if record.measurable:
         row |= metrics.clinical({phase: frames[t] for phase, t in phases.items()})
         row["heart_rate_per_min"] = record.heart_rate_per_min
-    return ml, phases, left_out
+    doubtful = {severity for severity, _ in found} & {_NOT_MEASURED, _IMPLAUSIBLE}
+    return ml, phases, left_out, [] if doubtful else good_frames(labels, ml, record.sound_frames)
+
+
+def good_frames(labels: np.ndarray, ml: dict[str, np.ndarray], sound: Collection[int]) -> list[int]:
+    """The `sound` frames of label maps (T, Z, H, W) with all classes, no jump, and an enclosed LV cavity."""
+    odd = {*jumps(ml["LV"], sound), *jumps(ml["RV"], sound)}
+    return [
+        t
+        for t in sorted(sound)
+        if t not in odd and all(ml[n][t] > 0 for n in CLASSES) and _open_part(labels[t : t + 1]) <= _OPEN
+    ]
+
+
+def _open_part(labels: np.ndarray) -> float:
+    """What part of the LV cavity's border, over all frames (T, Z, H, W), is not myocardium."""
+    beside, border = borders(labels, 1)
+    return (border - beside) / max(border, 1)
 
 
 def find_phases(lv_ml: np.ndarray, sound: Collection[int]) -> tuple[dict[str, int], list[int]]:
@@ -176,7 +198,7 @@ def flags(
     """(severity, what) for all that looks wrong in a cine and its label maps (T, Z, H, W), worst first. ml:
     the volume of each class and frame, (T,). `reach_mm`: half the side of the network's crop.
     """
-    found = [(7 if p.done == NOT_MEASURED else 1, p.what) for p in record.problems]
+    found = [(_NOT_MEASURED if p.done == NOT_MEASURED else 1, p.what) for p in record.problems]
     absent = [n for id, n in enumerate(CLASSES, 1) if not (labels == id).any()]
     if absent:
         found.append((6, f"no {' and no '.join(absent)} in any frame"))
@@ -186,13 +208,12 @@ def flags(
     for name in ("LV", "RV") if "ES" in phases else ():
         at_ed, at_es = (ml[name][phases[phase]] for phase in ("ED", "ES"))
         if name not in absent and not at_ed:
-            found.append((5, f"no {name} at ED"))
+            found.append((_IMPLAUSIBLE, f"no {name} at ED"))
         elif name not in absent and not _EF[0] < (ejected := 1 - at_es / at_ed) < _EF[1]:
-            found.append((5, f"implausible {name} ejection fraction of {100 * ejected:.0f} %"))
-    beside, border = borders(labels, 1)
-    if border - beside > _OPEN * border:  # pixels of the border that are not myocardium
-        open_part = f"{100 * (border - beside) / border:.0f} % of its border"
-        found.append((4, f"LV cavity not enclosed by myocardium ({open_part})"))
+            what = f"implausible {name} ejection fraction of {100 * ejected:.0f} %"
+            found.append((_IMPLAUSIBLE, what))
+    if (open_part := _open_part(labels)) > _OPEN:
+        found.append((4, f"LV cavity not enclosed by myocardium ({100 * open_part:.0f} % of its border)"))
     for name in ("LV", "RV"):
         if frames := jumps(ml[name], record.sound_frames):
             found.append((3, f"jump in the {name} volume at frame {', '.join(map(str, frames[:5]))}"))

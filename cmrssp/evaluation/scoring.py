@@ -183,11 +183,12 @@ def missed(rows: Iterable[dict]) -> dict[str, int]:
 def arm(checkpoint: Checkpoint) -> dict[str, Any]:
     """The place of a fine-tuned network in the tables of a study: its training and its seed."""
     link = checkpoint.provenance
+    trainings = [each for each in link.contributions() if each.method == link.method]  # also of teachers
     same = ("all_subjects", "slices", "phases", "vendors", "augmentation", "seed")
     return {
         "pretraining": list(link.history())[-1].method if link.init else "scratch",
-        "n_subjects": len(link.subjects),
-        "predicted": bool(getattr(link, "predicted", False)),
+        "n_subjects": len({key for each in trainings for key in each.subjects}),
+        "predicted": bool(link.predicted),
         **{name: getattr(link, name) for name in same},
     }
 

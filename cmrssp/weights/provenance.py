@@ -29,6 +29,8 @@ class Provenance:
     all_subjects: bool = False  # fine-tuning: no labelled training subject was left out
     phases: str = "both"  # fine-tuning: labelled frames, ed, es or both
     vendors: list[str] | None = None  # fine-tuning: None means all
+    predicted: list[str] = field(default_factory=list)  # subjects that were trained on with predicted labels
+    teachers: list["Provenance"] = field(default_factory=list)  # of the networks that predicted them
     augmentation: str = "on"
     init: "Provenance | None" = None
 
@@ -36,8 +38,8 @@ class Provenance:
     def from_dict(cls, content: dict[str, Any]) -> "Provenance":
         """Raises TypeError if a field without a default is missing; ignores fields of other versions."""
         known = {name: content[name] for name in cls.names() if name in content}
-        init = known.get("init")
-        return cls(**{**known, "init": cls.from_dict(init) if init else None})
+        init, teachers = known.get("init"), [cls.from_dict(each) for each in known.get("teachers", ())]
+        return cls(**{**known, "init": cls.from_dict(init) if init else None, "teachers": teachers})
 
     @classmethod
     def names(cls) -> list[str]:
@@ -53,13 +55,22 @@ class Provenance:
             yield link
             link = link.init
 
+    def contributions(self) -> Iterator["Provenance"]:
+        """The history, and after each training in it the contributions to its teachers."""
+        for link in self.history():
+            yield link
+            for teacher in link.teachers:
+                yield from teacher.contributions()
+
     def seen(self) -> dict[str, str]:
-        """{subject key: method that trained on it}, over the whole history."""
-        return {key: link.method for link in self.history() for key in link.subjects}
+        """{subject key: method that trained on it}, over all contributions."""
+        return {
+            key: link.method for link in self.contributions() for key in (*link.subjects, *link.predicted)
+        }
 
     def image_digests(self) -> dict[str, str]:
-        """{subject key: digest of its images} of all subjects in the history."""
-        return {key: digest for link in self.history() for key, digest in link.digests.items()}
+        """{subject key: digest of its images} of all subjects in all contributions."""
+        return {key: digest for link in self.contributions() for key, digest in link.digests.items()}
 
     def unfinished(self) -> str:
         """How far the training has come, such as "16 of 500 epochs"; "" if it has ended or does not say."""

@@ -70,7 +70,9 @@ def predict(folder: Path, checkpoint: str) -> tuple[int, dict[str, dict]]:
     names = {path.name for path in out.iterdir()}
     rows = {row["cine"]: row for row in csv.DictReader((out / "clinical.csv").open())}
     ends = ("_labels.nii.gz", "_contours.png", "_volumes.png", ".gif")
-    assert names <= {"clinical.csv", *(cine + end for cine in rows for end in ends)}, names
+    assert names <= {"clinical.csv", "predictions.json", *(cine + end for cine in rows for end in ends)}, (
+        names
+    )
     assert not folder.with_name("cache").exists()
     return status, rows
 

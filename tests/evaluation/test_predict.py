@@ -82,9 +82,12 @@ def test_a_phantom_is_segmented_in_every_frame(predict, scans, cine, tmp_path):
     array = np.asanyarray(cine.dataobj)
     status, rows, names = predict(scans(beat=array, still=array[..., :1]))
     assert status == 0 and names == {
-        "clinical.csv", "beat_labels.nii.gz", "beat_contours.png", "beat_volumes.png", "beat.gif",
-        "still_labels.nii.gz", "still_contours.png",
+        "clinical.csv", "predictions.json", "beat_labels.nii.gz", "beat_contours.png", "beat_volumes.png",
+        "beat.gif", "still_labels.nii.gz", "still_contours.png",
     }  # fmt: skip
+    known = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert known["cines"].keys() == {"beat", "still"} and len(known["cines"]["beat"]["digest"]) == 64
+    assert known["networks"][0]["config"]["channels"] == [4, 8] and known["options"]["flips"] is False
     labels = nibabel.load(tmp_path / "out" / "beat_labels.nii.gz")
     assert labels.shape == cine.shape and (labels.affine == cine.affine).all()
     voxel_ml = abs(np.linalg.det(cine.affine[:3, :3])) / 1000

@@ -117,6 +117,15 @@ def heart(frames: int = 6) -> np.ndarray:
     return labels
 
 
+def test_frames_that_look_wrong_are_not_trained_on():
+    labels = heart()
+    labels[1][labels[1] == 3] = 0  # no RV
+    labels[2, :, :, :30][labels[2, :, :, :30] == 2] = 0  # half of the cavity lies open
+    volumes = {n: (labels == i).sum(axis=(1, 2, 3)) * 1.0 for i, n in enumerate(("LV", "MYO", "RV"), 1)}
+    assert prediction.good_frames(labels, volumes, range(6)) == [0, 3, 4, 5]
+    assert prediction.good_frames(labels, volumes, [0, 4]) == [0, 4]
+
+
 def flagged(labels: np.ndarray, one, reach: float = 80.0) -> list[str]:
     record = replace(
         one.cines[0], shape=labels.shape, centre=(29.5, 29.5), sound_frames=tuple(range(len(labels)))

@@ -117,7 +117,7 @@ def test_validation_figures_equal_those_of_one_process(both, name):
         found = rank[name]["figures"]
         assert found == ranks[0][name]["figures"] and found.keys() == one.keys()
         for key, value in one.items():
-            if key != "validation_loss":  # the views are others
+            if key not in ("validation_loss", "validation_explained_variance"):  # the views are others
                 assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 

@@ -118,7 +118,7 @@ def test_a_step_reads_nothing_back_from_the_device(hearts, name, monkeypatch):
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "randn", lambda *shape, generator, **options: randn(*shape, **options))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    loader = batches(hearts)
+    loader = batches(hearts, motion=True)
     batch = {key: value.to("meta") for key, value in next(loader.in_order()).items()}
     loader.device = torch.device("meta")
     settings = loop.settings(**two_processes.SETTINGS)

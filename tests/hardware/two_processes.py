@@ -35,11 +35,12 @@ from cmrssp.ssp import health
 from cmrssp.ssp.dino import DINO
 from cmrssp.ssp.method import Method, Views
 from cmrssp.ssp.mim import MIM
+from cmrssp.ssp.motion import Motion
 from cmrssp.ssp.pcl import PCL
 from cmrssp.ssp.simclr import SimCLR
 from cmrssp.weights import checkpoints
 
-NAMES = ("simclr", "pcl", "dino", "mim", "segmentation")
+NAMES = ("simclr", "pcl", "dino", "mim", "motion", "segmentation")
 BATCH, SIZE = 8, 32
 SETTINGS = {"epochs": 2, "schedule": "cosine", "warmup_epochs": 0.5}
 
@@ -58,6 +59,7 @@ def make_method(name: str, seed: int = 0) -> Method:
         "pcl": lambda: PCL(**common, **contrast, threshold=0.1),
         "dino": lambda: DINO(**common, **dino),
         "mim": lambda: MIM(**common, patch_size=8, mask_ratio=0.75),
+        "motion": lambda: Motion(**common),
         "segmentation": lambda: Segmentation(**common, freeze_encoder=0.0, encoder_lr_factor=1.0),
     }[name]()
 
@@ -88,6 +90,8 @@ def global_views(name: str) -> Views:
         return {"global": images(2), "local": images(2, 16)}
     if name == "mim":
         return {"image": images(1), "mask": make_method("mim").views(_batch(), None)["mask"]}
+    if name == "motion":
+        return {"image": images(1), "motion": images(1)}
     label = torch.randint(0, 4, (BATCH, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
     label[:3] = 0  # no foreground
     return {"image": images(1), "label": label}
@@ -117,9 +121,8 @@ def loss_and_gradients(method: Method, network: nn.Module, views: Views) -> dict
 
 def make_batches(cines: store.Store, *, labelled: bool, kind: type[Batches] = Batches, **named) -> Batches:
     slices = Slices(cines, sorted(cines.index), phases="both" if labelled else None)
-    return kind(
-        cines, slices, batch_size=BATCH, seed=4, labelled=labelled, device=torch.device("cpu"), **named
-    )
+    options = {"batch_size": BATCH, "seed": 4, "device": torch.device("cpu"), "motion": not labelled}
+    return kind(cines, slices, labelled=labelled, **options, **named)
 
 
 def make_store(hearts: Path, cache: Path) -> store.Store:
@@ -139,8 +142,8 @@ def figures(name: str, cines: store.Store) -> dict[str, float]:
     slices = Slices(cines, keys)
     while len(slices) % 2:  # two ranks share an even number
         slices = Slices(cines, keys := keys[1:])
-    loader = Batches(cines, slices, batch_size=BATCH, seed=0, labelled=False, device=torch.device("cpu"))
-    return health.check(make_method(name), loader, 0)
+    options = {"batch_size": BATCH, "seed": 0, "device": torch.device("cpu"), "motion": True}
+    return health.check(make_method(name), Batches(cines, slices, labelled=False, **options), 0)
 
 
 class Recording(Batches):

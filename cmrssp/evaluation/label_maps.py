@@ -1,0 +1,87 @@
+"""Label maps that `evaluate.py --predict` wrote, as labels for self-training; predictions.json beside them
+holds what is known of them.
+
+A map is found by the images that it was made from, whatever their names.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cmrssp.data import store
+from cmrssp.data.subject import LabelFile
+from cmrssp.errors import UserError
+from cmrssp.runs.folder import Run
+from cmrssp.weights import checkpoints
+from cmrssp.weights.checkpoints import Checkpoint
+
+SUFFIX = "_labels.nii.gz"  # a cine's label map is named like the cine, with this behind
+_FILE = "predictions.json"
+
+
+@dataclass(frozen=True)
+class LabelMaps:
+    """The label maps of a folder, and the networks that predicted them, without weights."""
+
+    folder: Path
+    cines: dict[str, tuple[Path, list[int]]]  # {digest of the images: (label map, good frames)}
+    teachers: list[Checkpoint]
+
+    def attach(
+        self, cines: store.Store, keys: Iterable[str], cache: Path, *, skip_broken: bool
+    ) -> tuple[store.Store, dict[str, list[int]]]:
+        """The store, in which the subjects `keys` have these maps as their labels, and {subject key: its good
+        frames} of those that have any. Raises UserError if none has.
+        """
+        images = cines.digests(keys)
+        found = {key: self.cines[image] for key, image in images.items() if image in self.cines}
+        found = {key: (path, good) for key, (path, good) in found.items() if good}
+        if not found:
+            raise UserError(
+                f"--predicted {self.folder}: none of its {len(self.cines)} cines has good frames and is one "
+                f"of the {len(images)} training subjects without labels in use"
+            )
+        subjects = [
+            replace(s, labels=(LabelFile(found[s.key][0]),), label_ids=(0, 1, 2, 3), ed=None, es=None)
+            if s.key in found
+            else s
+            for s in cines.subjects
+        ]
+        cines = store.build(subjects, cache, labels=True, skip_broken=skip_broken)
+        labels = {key: cines.labels[cines.index[key]].frames for key in found if key in cines.index}
+        frames = {key: [t for t in found[key][1] if t in labelled] for key, labelled in labels.items()}
+        return cines, {key: good for key, good in frames.items() if good}
+
+
+def write(
+    folder: Path, cines: dict[str, dict], networks: Sequence[Checkpoint], options: dict[str, Any]
+) -> None:
+    """cines: {name: {"digest": of the images, "frames": those good enough to train on}}; options: of the
+    prediction.
+    """
+    made_by = [{"config": each.config, "provenance": each.provenance.to_dict()} for each in networks]
+    content = {"cines": dict(sorted(cines.items())), "options": options, "networks": made_by}
+    Run(folder).write_json(_FILE, content)
+
+
+def read(folder: Path) -> LabelMaps:
+    """Raises UserError for a folder without predictions.json, without networks, or with maps missing."""
+    path = folder / _FILE
+    try:
+        content = json.loads(path.read_text())
+        teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]
+        cines = {
+            cine["digest"][:16]: (folder / f"{name}{SUFFIX}", [int(t) for t in cine["frames"]])
+            for name, cine in content["cines"].items()
+        }
+        if not teachers:
+            raise ValueError("networks")
+    except OSError as error:
+        raise UserError(f"--predicted {path}: {error.strerror}; expected a folder of --predict") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged; run evaluate.py --predict again") from None
+    if missing := [path.name for path, _ in cines.values() if not path.is_file()]:
+        raise UserError(f"--predicted {folder}: {len(missing)} label maps are gone, such as {missing[0]}")
+    return LabelMaps(folder, cines, teachers)
