@@ -436,7 +436,8 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
         evaluate.main(["--predict", str(scans), *checkpoint, "--out", str(out), "--largest-component"]) == 0
     )
     assert {p.name for p in out.iterdir()} == {
-        "clinical.csv", "predictions.json", "one_contours.png", "one_labels.nii.gz", "six.gif", "six_contours.png",
+        "clinical.csv", "predictions.json", "one_contours.png", "one_labels.nii.gz", "six.gif",
+        "six_contours.png",
         "six_labels.nii.gz", "six_volumes.png",
     }  # fmt: skip
     labels = nibabel.load(out / "six_labels.nii.gz")
