@@ -91,7 +91,7 @@ def global_views(name: str) -> Views:
     if name == "mim":
         return {"image": images(1), "mask": make_method("mim").views(_batch(), None)["mask"]}
     if name == "motion":
-        return {"image": images(1), "motion": images(1)}
+        return {"image": images(1) / BATCH, "motion": images(1) / BATCH}
     label = torch.randint(0, 4, (BATCH, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
     label[:3] = 0  # no foreground
     return {"image": images(1), "label": label}
