@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,10 @@ def score(
     for part in distributed.merge(parts):
         for name, rows in vars(part).items():
             getattr(every, name).extend(rows)
+    known = metrics.clinical({phase: dict.fromkeys(every.present, 1.0) for phase in ("ED", "ES")})
+    for row in every.clinical:  # the 0 ml of a class that no reference has are no measurement
+        ends = ("_reference", "_error")
+        row |= {name + end: None for name, value in known.items() if value is None for end in ends}
     return every
 
 
@@ -175,9 +179,10 @@ def _groups(scores: Scores) -> Iterator[tuple[str, str, list[dict], Sequence[str
         yield "third", third, rows, ("dice",)
 
 
-def missed(rows: Iterable[dict]) -> dict[str, int]:
-    """{class: volumes in which only one of the two label maps has it}."""
-    return dict(Counter(row["class"] for row in rows if row["missed"]))
+def missed(scores: Scores) -> dict[str, int]:
+    """{class: volumes in which only one of the two label maps has it}, for the present classes."""
+    present = scores.present
+    return dict(Counter(row["class"] for row in scores.rows if row["missed"] and row["class"] in present))
 
 
 def arm(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -248,7 +253,7 @@ def write(
         **summary, "subjects": sorted({row["subject"] for row in scores.rows}),
         "without_labels": scores.unlabelled,
         "without_reference": [name for name in CLASSES if name not in present],
-        "failed": scores.failed, "dice": dice, "missed": missed(scores.rows),
+        "failed": scores.failed, "dice": dice, "missed": missed(scores),
     }  # fmt: skip
     Run(out).write_json("summary.json", content)
     return [name for name in (*tables, "summary.json", *pictures) if (out / name).is_file()]

@@ -35,7 +35,7 @@ def notes(scores: Scores) -> str:
     lines = []
     if absent := [name for name in CLASSES if name not in scores.present]:
         lines.append(f"no reference has {' or '.join(absent)}: left out of every mean")
-    if lost := missed(scores.rows):
+    if lost := missed(scores):
         where = ", ".join(f"{name} in {count} volumes" for name, count in lost.items())
         lines.append(f"missed (in only one of the two label maps, so without a distance): {where}")
     if scores.unlabelled:

@@ -67,6 +67,15 @@ def test_a_class_that_no_reference_has_is_left_out_of_the_means_and_named(three)
     assert line.split()[-4:-3] == ["-"] and line.endswith(f"{np.mean(dice):.3f} ± " + line.split()[-1])
 
 
+def test_a_class_that_no_reference_has_is_neither_missed_nor_measured(three):
+    scores = scoring.score([network(0)], three, CPU, phases="both")
+    for row in scores.clinical:
+        assert row["rv_edv_ml"] is not None and row["rv_edv_ml_reference"] is row["rv_edv_ml_error"] is None
+        assert row["lv_edv_ml_error"] == row["lv_edv_ml"] - row["lv_edv_ml_reference"]
+    both = [{"class": name, "missed": True, "in_reference": name == "LV"} for name in ("LV", "RV")]
+    assert scoring.missed(scoring.Scores(rows=both)) == {"LV": 1}
+
+
 def test_a_cine_that_cannot_be_measured_has_dice_but_no_volumes(write_mnms, beating, tmp_path):
     cine, labels = (np.repeat(array, 2, axis=2) for array in beating())
     subjects, _ = dataset.find([str(write_mnms("A", cine, labels))], tmp_path)
