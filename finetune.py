@@ -22,7 +22,7 @@ from cmrssp.ssp.method import Method
 from cmrssp.weights import checkpoints
 from cmrssp.weights.transfer import PARTS, transfer
 
-_QUICK_STEPS = 1800  # --quick takes at least so many: 900 steps on 5 synthetic subjects missed the myocardium
+_ENOUGH_STEPS = 1800  # of --quick, at least: 900 on 5 synthetic subjects missed the myocardium
 
 
 def parse(argv: Sequence[str] | None):
@@ -185,8 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         predicted_weight=args.predicted_weight,
         predicted_share=args.predicted_share,
     )
+    enough = -(-_ENOUGH_STEPS // len(batches))
     if args.quick and not interrupted and not flags.typed(argv, "--epochs"):
-        args.epochs = max(args.epochs, -(-_QUICK_STEPS // len(batches)))
+        args.epochs = max(args.epochs, enough)
     settings = flags.settings(args, device)
 
     held_out = [key for key in split["validation"] if cines.labels[cines.index[key]].frames]
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if lost := undetected(figures):
             print(
                 f"warning: a Dice of 0 for {' and '.join(lost)} on the validation subjects: the training was "
-                f"too short or had too few labels; try --epochs {4 * args.epochs}"
+                f"too short or had too few labels; try --epochs {max(4 * args.epochs, enough)}"
             )
         print(
             f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}"

@@ -239,4 +239,4 @@ def test_a_class_that_is_never_found_is_named_at_the_end(phantom_folder, tmp_pat
     (last,) = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     lost = [name for name in ("LV", "MYO", "RV") if last[f"dice_{name}"] == 0]
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: a Dice")]
-    assert lost and all(name in warning for name in lost) and "--epochs 4" in warning
+    assert lost and all(name in warning for name in lost) and int(warning.rpartition("--epochs ")[2]) > 4

@@ -90,7 +90,7 @@ def predict(
     the row's `error`; the other files are written all the same. `options` are those of
     `segmentation.predict_frames`.
     """
-    sweep(out, older_than_s=3600)  # half-written files of a prediction that was killed
+    sweep(out, older_than_s=60)  # half-written files of a prediction that was killed
     row, entry = {**_NOTHING, "cine": subject.file_name}, {}
     errors: list[str] = []
 
