@@ -14,7 +14,7 @@ from cmrssp.files import below
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
-_PHANTOM_VERSION = 2  # in the folder's name: the phantom of another version is written beside it
+_PHANTOM_VERSION = 1  # in the folder's name: the phantom of another version is written beside it
 
 
 def default_cache() -> Path:

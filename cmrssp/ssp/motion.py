@@ -20,7 +20,7 @@ class Motion(UNetMethod):
     purpose = "the movement over the heart cycle is predicted from one frame (encoder and decoder)"
     defaults = {"epochs": 100, "batch_size": 32, "lr": 0.01, "schedule": "cosine", "momentum": 0.99,
                 "nesterov": True, "weight_decay": 3e-5, "amp": "fp16"}  # fmt: skip
-    quick = {"epochs": 10}
+    quick = {"epochs": 3}
     finetuning = {"lr": 0.01, "transfer": "encoder"}
     needs_motion = True
 
