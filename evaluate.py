@@ -167,11 +167,12 @@ def predict(args, trained: list[checkpoints.Checkpoint], methods: list, device, 
     rows = sorted((row for row, _ in found), key=lambda row: (-row["severity"], row["cine"]))
     if distributed.is_main():
         write_csv(out / "clinical.csv", rows)
-        label_maps.write(out, {row["cine"]: entry for row, entry in found if entry}, trained, options)
+        if maps := {row["cine"]: entry for row, entry in found if entry}:
+            label_maps.write(out, maps, trained, options)
         print(text.prediction_table(rows))
         print(
-            f"written: {out}/clinical.csv, predictions.json (for finetune.py --predicted) and, for each "
-            "cine, label map, contours, volumes and animation"
+            f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation; "
+            "predictions.json for finetune.py --predicted"
         )
     if failed := [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]:
         raise UserError(f"--predict: errors in {len(failed)} of {len(rows)} cines: {'; '.join(failed)}")

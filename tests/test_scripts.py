@@ -534,10 +534,10 @@ def test_fine_tuning_on_chosen_phases_and_vendors(way, phantom_folder, tmp_path,
     ):
         assert finetune.main([*map(str, (*common, "--out", tmp_path / out)), *words]) == 0
         said = capsys.readouterr().out
-        assert f", {expected} labelled slices\n" in said
+        assert f"labelled slices: {expected} to train on; " in said
         assert torch.load(tmp_path / out / "unet.pt", weights_only=True)["provenance"]["slices"] == expected
         if out == "ed":
-            assert f"labelled slices: {expected} in all {len(train)} subjects\n" in said
+            assert f"; {expected} in all {len(train)} subjects\n" in said
     line = refused("finetune.py", *common, "--vendors", "Hitachi")
     assert "--vendors Hitachi: none of the" in line and name in line
 
@@ -681,7 +681,7 @@ def test_a_full_gpu_is_one_line(error, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         entry.end(main, "train_ssp.py")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train_ssp.py: error: the memory is too small")
+    assert line.startswith("train_ssp.py: error: out of memory; try a smaller --batch-size")
     assert str(error).splitlines()[0] in line
 
 

@@ -270,7 +270,7 @@ def test_a_prediction_has_the_heart_rate_and_volumes_by_body_surface(tmp_path):
     """Du Bois, by hand: 1.70 m and 70 kg have 1.8097 square metres."""
     files = stack(images(5, 8, rows=40, columns=40), PatientSize="1.70", PatientWeight="70")
     subject, _, _ = reading(tmp_path, files)
-    row = prediction.predict(subject, [network(0)], torch.device("cpu"), tmp_path)
+    row, _ = prediction.predict(subject, [network(0)], torch.device("cpu"), tmp_path)
     assert row["error"] == "" and row["heart_rate_per_min"] == pytest.approx(60000 / RR)
     assert row["body_surface_m2"] == pytest.approx(1.8097, abs=1e-4)
     assert row["lv_edv_ml_per_m2"] == pytest.approx(row["lv_edv_ml"] / 1.8097, rel=1e-4)
