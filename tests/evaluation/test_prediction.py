@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from test_scoring import network
 
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import collate
@@ -13,26 +14,7 @@ from cmrssp.data.cine import read_cine
 from cmrssp.data.nifti import write_labels
 from cmrssp.data.subject import Subject
 from cmrssp.evaluation import prediction
-from cmrssp.segmentation import Segmentation, keep_largest, predict_frames
-
-
-def network(seed: int, size: int = 32, spacing: float = 3.0) -> Segmentation:
-    """Random weights; without biases the heads prefer no class, so all classes are predicted."""
-    torch.manual_seed(seed)
-    method = Segmentation(
-        channels=[4, 8, 8],
-        image_size=size,
-        spacing_mm=spacing,
-        augment=False,
-        norm="batch",
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    ).eval()
-    with torch.no_grad():
-        for head in method.unet.heads:
-            head.weight.mul_(20)
-            head.bias.zero_()
-    return method
+from cmrssp.segmentation import keep_largest, predict_frames
 
 
 @pytest.fixture
