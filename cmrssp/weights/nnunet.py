@@ -6,6 +6,7 @@ Its PlainConvUNet lists one tensor under up to four names: a convolution also as
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,8 +46,8 @@ def network_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         part, _, rest = key.partition(".")
         if part == "heads":
             continue
-        value, up = value.contiguous(), rest.replace("ups.", "transpconvs.")
-        for name in _block_names(rest, part) if rest.startswith("stages.") else [up]:
+        value, block = value.contiguous(), rest.startswith("stages.")
+        for name in _block_names(rest, part) if block else [rest.replace("ups.", "transpconvs.")]:
             found[f"{part}.{name}"] = value
             if part == "encoder":
                 found[f"decoder.encoder.{name}"] = value
@@ -94,13 +95,7 @@ def plan(channels: Sequence[int], norm: str, image_size: int, spacing_mm: float)
     }
 
 
-def as_text(entry: dict[str, Any], name: str = CONFIGURATION, indent: int = 0) -> str:
-    """`"name": {...}` in JSON, one line for each value."""
-    pad = " " * indent
-    lines = [
-        as_text(value, key, indent + 2)
-        if isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values())
-        else f'{pad}  "{key}": {json.dumps(value)}'
-        for key, value in entry.items()
-    ]
-    return f'{pad}"{name}": {{\n' + ",\n".join(lines) + f"\n{pad}}}"
+def as_text(plan: dict[str, Any]) -> str:
+    """`"2d_cmrssp": {...}` in JSON, a list of numbers in one line."""
+    text = json.dumps(plan, indent=2)
+    return f'"{CONFIGURATION}": ' + re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text)

@@ -37,23 +37,16 @@ class Provenance:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Provenance":
         """Raises TypeError if a field without a default is missing; ignores fields of other versions."""
-        known = {name: content[name] for name in cls.names() if name in content}
+        known = {each.name: content[each.name] for each in fields(cls) if each.name in content}
         init, teachers = known.get("init"), [cls.from_dict(each) for each in known.get("teachers", ())]
         return cls(**{**known, "init": cls.from_dict(init) if init else None, "teachers": teachers})
-
-    @classmethod
-    def names(cls) -> list[str]:
-        return [each.name for each in fields(cls)]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def history(self) -> Iterator["Provenance"]:
+    def history(self) -> list["Provenance"]:
         """This training, then the one it started from, and so on."""
-        link: Provenance | None = self
-        while link:
-            yield link
-            link = link.init
+        return [self, *(self.init.history() if self.init else [])]
 
     def contributions(self) -> Iterator["Provenance"]:
         """The history, and after each training in it the contributions to its teachers."""
@@ -64,9 +57,8 @@ class Provenance:
 
     def seen(self) -> dict[str, str]:
         """{subject key: method that trained on it}, over all contributions."""
-        return {
-            key: link.method for link in self.contributions() for key in (*link.subjects, *link.predicted)
-        }
+        links = self.contributions()
+        return {key: link.method for link in links for key in (*link.subjects, *link.predicted)}
 
     def image_digests(self) -> dict[str, str]:
         """{subject key: digest of its images} of all subjects in all contributions."""
@@ -75,6 +67,5 @@ class Provenance:
     def unfinished(self) -> str:
         """How far the training has come, such as "16 of 500 epochs"; "" if it has ended or does not say."""
         planned = self.hyperparameters.get("epochs")
-        if planned is None or self.epochs is None or self.epochs >= planned:
-            return ""
-        return f"{self.epochs} of {planned} epochs"
+        ended = None in (planned, self.epochs) or self.epochs >= planned
+        return "" if ended else f"{self.epochs} of {planned} epochs"

@@ -114,14 +114,6 @@ def test_a_file_that_names_no_norm_has_batch_norm(tmp_path):
     assert transfer(checkpoint, unet())["encoder"] == "transferred, 42 tensors"
 
 
-def test_unknown_and_missing_keys_are_refused(tmp_path):
-    made = content(unet())
-    for state in ({}, {"resnet.conv.weight": torch.ones(1)}):
-        checkpoints.save(tmp_path / "unet.pt", {**made, "state_dict": state})
-        with pytest.raises(UserError, match="expected keys from encoder, decoder, heads, got"):
-            transfer(checkpoints.load(tmp_path), unet())
-
-
 class Hostile:
     def __init__(self, path):
         self.path = path
@@ -148,7 +140,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
         ("other.pt", "expected a checkpoint"),
         ("half.pt", "expected a checkpoint"),
         ("none.pt", "no such checkpoint"),
-        ("empty", "expected a run folder"),
+        ("empty", "no such checkpoint"),
     ):
         with pytest.raises(UserError, match=message):
             checkpoints.load(tmp_path / name)
