@@ -40,12 +40,12 @@ def batches(cines, device, labelled=True):
     return Batches(cines, slices, batch_size=8, seed=4, labelled=labelled, device=device, motion=True)
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_the_same_batches_as_on_a_cpu(hearts, resident):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_same_batches_as_on_a_cpu(hearts, on_device):
     loader = batches(hearts, GPU)
-    if resident:
+    if on_device:
         loader.keep_on_device()
-        assert loader.resident is not None
+        assert loader.on_device is not None
     expected = batches(hearts, torch.device("cpu")).epochs(0, 2)
     for ours, theirs in zip(loader.epochs(0, 2), expected, strict=True):
         assert ours.keys() == theirs.keys() and ours["image"].device.type == "cuda"

@@ -63,14 +63,10 @@ class Slices:
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """(subject in the store, cine frame, slice) of a slice number."""
-        i, within = self.entry(number)
-        frame, slice = divmod(within, int(self.depths[i]))
-        return int(self.subjects[i]), int(self.frames[i][frame]), slice
-
-    def entry(self, number: int) -> tuple[int, int]:
-        """(place in `subjects`, place among its slices) of a slice number."""
         i = int(np.searchsorted(self.ends, number, side="right"))
-        return i, int(number) - (int(self.ends[i - 1]) if i else 0)
+        within = number - (self.ends[i - 1] if i else 0)
+        frame, slice = divmod(int(within), int(self.depths[i]))
+        return int(self.subjects[i]), int(self.frames[i][frame]), slice
 
 
 class Batches:
@@ -93,27 +89,25 @@ class Batches:
         predicted labels, where one with true labels counts 1. `predicted_share`: what part of each batch such
         slices are; an epoch keeps its number of steps, so that slices of one kind repeat.
         """
-        if not len(slices):
-            kind = "labelled frame" if labelled else "slice"
-            raise UserError(f"there is no slice to train on: the training subjects have no {kind}")
-        self.store, self.slices, self.device = store, slices, device
-        self.labelled, self.motion = labelled, motion
-        if batch_size % (ranks := distributed.world_size()):
+        ranks = distributed.world_size()
+        if batch_size % ranks:
             example = f"expected a multiple of {ranks}, for example {-(-batch_size // ranks) * ranks}"
             raise UserError(f"--batch-size {batch_size}: is of all {ranks} processes together; {example}")
         if len(slices) < ranks:
-            raise UserError(f"{ranks} processes cannot share {len(slices)} slices; start fewer of them")
+            kind = "slices of labelled frames" if labelled else "slices"
+            raise UserError(f"expected {kind} for each of {ranks} processes, got {len(slices)} to train on")
+        self.store, self.slices, self.device = store, slices, device
+        self.labelled, self.motion = labelled, motion
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed
         self.per_rank = self.batch_size // ranks
-        self.predicted_weight, self.num_predicted = predicted_weight, None
-        if predicted_share is not None:
-            self.num_predicted = round(predicted_share * self.batch_size)
-            if not 0 < self.num_predicted < self.batch_size:
-                raise UserError(
-                    f"--predicted-share {predicted_share:g}: expected slices of both kinds in a batch of "
-                    f"{self.batch_size}, got {self.num_predicted} with predicted labels"
-                )
-        self.resident: DeviceCache | None = None
+        self.predicted_weight = predicted_weight
+        self.num_predicted = round((predicted_share or 0) * self.batch_size)  # in each batch; 0: by chance
+        if predicted_share is not None and not 0 < self.num_predicted < self.batch_size:
+            both = f"expected slices of both kinds in a batch of {self.batch_size}"
+            raise UserError(
+                f"--predicted-share {predicted_share:g}: {both}, got {self.num_predicted} predicted"
+            )
+        self.on_device: DeviceCache | None = None
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -121,9 +115,8 @@ class Batches:
 
     def keep_on_device(self) -> None:
         """Copy all slices into the device's memory now; from here on none is read from a file."""
-        self.resident = DeviceCache(
-            self.store, self.slices, labelled=self.labelled, motion=self.motion, device=self.device
-        )
+        kinds = {"labelled": self.labelled, "motion": self.motion}
+        self.on_device = DeviceCache(self.store, self.slices, **kinds, device=self.device)
 
     def epochs(self, first: int, end: int, step: int = 0) -> Iterator[Batch]:
         """The shuffled batches of the epochs `first` to `end` - 1 on the device, without pauses, from batch
@@ -139,14 +132,11 @@ class Batches:
     def _order(self, epoch: int) -> np.ndarray:
         """The slice numbers of an epoch, (steps, batch size)."""
         draw, steps = np.random.default_rng((self.seed, epoch)), len(self)
-        if self.num_predicted is None:
+        if not self.num_predicted:
             return draw.permutation(len(self.slices))[: steps * self.batch_size].reshape(steps, -1)
-        true, every = self.slices.first_predicted, np.arange(len(self.slices))
+        true, predicted = np.split(np.arange(len(self.slices)), [self.slices.first_predicted])
         kinds = []
-        for numbers, each in (
-            (every[:true], self.batch_size - self.num_predicted),
-            (every[true:], self.num_predicted),
-        ):
+        for numbers, each in ((true, self.batch_size - self.num_predicted), (predicted, self.num_predicted)):
             passes = -(-steps * each // len(numbers))
             drawn = np.concatenate([draw.permutation(numbers) for _ in range(passes)])
             kinds.append(drawn[: steps * each].reshape(steps, each))
@@ -170,16 +160,13 @@ class Batches:
         def read(part: np.ndarray) -> tuple[Batch, tuple[int, int], torch.cuda.Event | None]:
             mine = np.split(part, ranks)[rank] if split_over_ranks else part
             places = [self.slices.locate(n) for n in mine]
-            if self.resident:
-                batch = {**describe(self.store, places), **self.resident.starts(mine)}
+            if self.on_device:
+                batch = {**describe(self.store, places), **self.on_device.starts(mine)}
             else:
                 batch = collate(self.store, places, labelled=self.labelled, motion=self.motion)
-            if self.predicted_weight != 1:
-                weight = np.where(part < self.slices.first_predicted, 1.0, self.predicted_weight)
-                weight = (weight / weight.mean()).astype(np.float32)  # the mean over all ranks
-                batch["weight"] = torch.from_numpy(
-                    np.split(weight, ranks)[rank] if split_over_ranks else weight
-                )
+            if self.predicted_weight != 1:  # the mean over all ranks is 1
+                weight = self._weight(mine) / self._weight(part).mean()
+                batch["weight"] = torch.from_numpy(weight.astype(np.float32))
             shape = padded(batch["size"].tolist())
             if self.copies is None:
                 return batch, shape, None
@@ -194,7 +181,10 @@ class Batches:
                 now.wait_event(copied)
                 for value in batch.values():
                     value.record_stream(now)
-            yield self.resident.fill(batch, shape) if self.resident else batch
+            yield self.on_device.fill(batch, shape) if self.on_device else batch
+
+    def _weight(self, numbers: np.ndarray) -> np.ndarray:
+        return np.where(numbers < self.slices.first_predicted, 1.0, self.predicted_weight)
 
 
 def padded(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -205,17 +195,18 @@ def padded(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 def describe(store: Store, places: Sequence[tuple[int, int, int]]) -> Batch:
     """A batch of slices (subject, frame, slice) without pixels, on the CPU."""
     cines = [store.cines[subject] for subject, _, _ in places]
-    depths = [c.shape[1] for c in cines]
-    positions = [z / n if n > 1 else float("nan") for (_, _, z), n in zip(places, depths, strict=True)]
+    subjects, frames, slices = torch.tensor(places).T
+    depths = torch.tensor([cine.shape[1] for cine in cines])
     return {
-        "size": torch.tensor([c.shape[2:] for c in cines]),
-        "spacing_mm": torch.tensor([c.geometry.spacing_mm for c in cines]),
+        "size": torch.tensor([cine.shape[2:] for cine in cines]),
+        "spacing_mm": torch.tensor([cine.geometry.spacing_mm for cine in cines]),
         **{
-            name: torch.tensor([getattr(c, name) for c in cines]) for name in ("centre", "mean", "std", "max")
+            name: torch.tensor([getattr(cine, name) for cine in cines])
+            for name in ("centre", "mean", "std", "max")
         },
-        "position": torch.tensor(positions),
-        "subject": torch.tensor([subject for subject, _, _ in places]),
-        "frame": torch.tensor([frame for _, frame, _ in places]),
+        "position": torch.where(depths > 1, slices / depths, torch.nan),
+        "subject": subjects,
+        "frame": frames,
     }
 
 
@@ -223,34 +214,31 @@ def collate(
     store: Store, places: Sequence[tuple[int, int, int]], *, labelled: bool, motion: bool = False
 ) -> Batch:
     """Slices (subject, frame, slice) as one batch before augmentation, on the CPU."""
-    sizes = [store.cines[subject].shape[2:] for subject, _, _ in places]
-    kinds = {"image": np.int16, **({"label": np.uint8} if labelled else {})}
-    kinds |= {"motion": np.float16} if motion else {}
-    pixels = {name: np.zeros((len(places), 1, *padded(sizes)), kind) for name, kind in kinds.items()}
-    for i, (place, (height, width)) in enumerate(zip(places, sizes, strict=True)):
-        pixels["image"][i, 0, :height, :width] = store.slice(*place)
+    batch = describe(store, places)
+    shape = (len(places), 1, *padded(batch["size"].tolist()))
+    pixels = {"image": np.zeros(shape, np.int16)}
+    pixels |= {"label": np.zeros(shape, np.uint8)} if labelled else {}
+    pixels |= {"motion": np.zeros(shape, np.float16)} if motion else {}
+    for i, (subject, frame, z) in enumerate(places):
+        inside = (i, 0, *map(slice, store.cines[subject].shape[2:]))
+        pixels["image"][inside] = store.slice(subject, frame, z)
         if labelled:
-            pixels["label"][i, 0, :height, :width] = store.label_slice(*place)
+            pixels["label"][inside] = store.label_slice(subject, frame, z)
         if motion:
-            pixels["motion"][i, 0, :height, :width] = store.motion_slice(place[0], place[2])
-    return {**{name: torch.from_numpy(array) for name, array in pixels.items()}, **describe(store, places)}
+            pixels["motion"][inside] = store.motion_slice(subject, z)
+    return {**{name: torch.from_numpy(array) for name, array in pixels.items()}, **batch}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def _on(device: torch.device) -> None:
-    """Keep a reader on its process's GPU: it would start on the first one."""
-    if device.index is not None:
-        torch.cuda.set_device(device)
-
-
 def _ahead(
     read: Callable[[np.ndarray], tuple], parts: Iterable[np.ndarray], readers: int, device: torch.device
 ) -> Iterator[tuple]:
     """`read(part)` for each part in order, some of them ahead, in background threads."""
-    pool, pending = ThreadPoolExecutor(readers, "slice reader", _on, (device,)), deque()
+    stay = (torch.cuda.set_device, (device,)) if device.index is not None else ()  # else on the first GPU
+    pool, pending = ThreadPoolExecutor(readers, "slice reader", *stay), deque()
     try:
         for part in parts:
             pending.append(pool.submit(read, part))

@@ -50,13 +50,17 @@ class Cine(CineFacts):
     stored: np.ndarray  # (T, Z, H, W) int16, not negative
     motion: np.ndarray  # (Z, H, W) float16, see `motion_map`
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [self.stored, self.motion]
+
 
 @np.errstate(all="ignore")
 def read_cine(subject: Subject) -> Cine:
     """Read, make uniform, measure and judge one cine. Opens no label file. Raises BrokenSubject."""
-    path = subject.cine
+    path, source = subject.cine, subject.source
     image = cine_image(subject)
-    slope, intercept = (float(v) for v in (image.dataobj.slope, image.dataobj.inter))
+    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
     unscaled = slope > 0 and math.isfinite(intercept)  # keeps whole numbers whole, and all proportions
     raw = voxels(path, image, scaled=not unscaled)
     affine, zooms, odd = grid(image)
@@ -64,21 +68,25 @@ def read_cine(subject: Subject) -> Cine:
         geometry, found = from_header(affine, zooms, raw.shape)
     except ValueError as error:
         raise BrokenSubject(f"{path}: {error}") from None
-    odd += [*found, *(subject.source.notes if subject.source else ())]
+    odd += [*found, *(source.notes if source else ())]
     if (unsigned := plausibility.unwrapped(raw)) is not None:
         raw = unsigned
         odd.append(("values too large for the signed type were negative: read as unsigned", CORRECTED))
-    raw, not_finite = _finite(path, raw)
-    if not_finite:
-        odd.append((f"{not_finite} voxels are NaN or infinite: set to the minimum", CORRECTED))
+    if not np.isfinite([raw.min(), raw.max()]).all():
+        finite = np.isfinite(raw)
+        bad = raw.size - int(np.count_nonzero(finite))
+        if bad > _MAX_NOT_FINITE * raw.size:
+            what = f"NaN or infinity in {bad} of {raw.size}"
+            raise BrokenSubject(f"{path}: expected finite voxels, got {what}")
+        raw = np.where(finite, raw, raw[finite].min())
+        odd.append((f"{bad} voxels are NaN or infinite: set to the minimum", CORRECTED))
     stored, minimum, scale = _stored(path, geometry.to_canonical(raw))
     mean, std = intensity_statistics(stored, max(0, round(-minimum * scale)))
     if not std > 0:
         raise BrokenSubject(f"{path}: expected an image, got a constant inside its borders")
-    step, found = time_step(image)
-    rate = subject.source.heart_rate_per_min if subject.source else None
-    verdict = plausibility.judge(stored, geometry.spacing_mm, geometry.slice_pitch_mm, step)
-    odd += [*found, *verdict.findings]
+    step_s, found = time_step(image)
+    verdict, sound, rate = plausibility.judge(stored, geometry.spacing_mm, geometry.slice_pitch_mm, step_s)
+    odd += [*found, *verdict]
     if len(stored) == 1 and subject.dataset != PLAIN:
         odd.append(("one frame where a cine has many: nothing moves, the crop is centred on the image", USED))
     if unscaled:
@@ -94,50 +102,32 @@ def read_cine(subject: Subject) -> Cine:
         mean=mean,
         std=std,
         max=float(stored.max()),
-        time_step_s=step,
-        heart_rate_per_min=rate or verdict.heart_rate_per_min,
-        sound_frames=verdict.sound_frames,
+        time_step_s=step_s,
+        heart_rate_per_min=(source and source.heart_rate_per_min) or rate,
+        sound_frames=tuple(sound),
         digest=hashlib.sha256(stored.data).hexdigest(),
         problems=tuple(Problem(subject.key, path.name, what, done) for what, done in odd),
     )
 
 
-def _finite(path: Path, raw: np.ndarray) -> tuple[np.ndarray, int]:
-    """(voxels, how many were repaired): a few that are not finite become the minimum of the others."""
-    if np.isfinite([raw.min(), raw.max()]).all():
-        return raw, 0
-    finite = np.isfinite(raw)
-    bad = raw.size - int(np.count_nonzero(finite))
-    if bad > _MAX_NOT_FINITE * raw.size:
-        raise BrokenSubject(f"{path}: expected finite voxels, got NaN or infinity in {bad} of {raw.size}")
-    return np.where(finite, raw, raw[finite].min()), bad
-
-
 def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
     """(T, Z, H, W) of any type -> (int16 from 0 on, minimum, factor). Raises BrokenSubject if no image."""
     minimum, maximum = float(array.min()), float(array.max())
-    if minimum == maximum:
-        raise BrokenSubject(f"{path}: expected an image, got the constant {minimum:g} everywhere")
+    if all(frame.min() == frame.max() for frame in array):
+        raise BrokenSubject(f"{path}: expected an image, got a constant in every frame, {minimum:g} first")
     if maximum - minimum <= _FEW_VALUES and len(found := np.unique(array)) <= _FEW_VALUES + 1:
         values = ", ".join(f"{v:g}" for v in found)
         raise BrokenSubject(
             f"{path}: expected an image, got the values {values} alone: a label map? Give the end of label "
             "files' names as --label-suffix, or keep them in another folder"
         )
-    if all(frame.min() == frame.max() for frame in array):
-        raise BrokenSubject(f"{path}: expected images, got a constant in each of the {len(array)} frames")
     whole = array.dtype.kind in "iu" or all((frame == np.round(frame)).all() for frame in array)
+    scale = 1.0 if whole and maximum - minimum <= _MAX_STORED else _MAX_STORED / (maximum - minimum)
     stored = np.empty(array.shape, np.int16)  # filled a frame at a time, to save memory
-    if whole and maximum - minimum <= _MAX_STORED:
-        kind = np.promote_types(array.dtype, np.int16)  # may wrap on the way: the difference fits
-        for frame, out in zip(array, stored, strict=True):
-            np.subtract(frame, kind.type(minimum), out=out, dtype=kind, casting="unsafe")
-        return stored, minimum, 1.0
-    scale = _MAX_STORED / (maximum - minimum)
     for frame, out in zip(array, stored, strict=True):
         out[...] = np.round((frame.astype(np.float64) - minimum) * scale)
     levels = float(np.ptp(np.percentile(stored[:, :, ::2, ::2], (1, 99))))
-    if levels < _MIN_LEVELS:
+    if scale != 1 and levels < _MIN_LEVELS:
         few = f"a few voxels so far from all others ({minimum:g} to {maximum:g})"
         raise BrokenSubject(f"{path}: expected an image, got {few} that {levels:.0f} grey levels remain")
     return stored, minimum, scale

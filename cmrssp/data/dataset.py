@@ -3,14 +3,15 @@
 import os
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
-from cmrssp.data.layouts import acdc, csv_table, dicom, folder, mnms, mnms2
-from cmrssp.data.subject import LEFT_OUT, Problem, Subject
+from cmrssp.data import phantom
+from cmrssp.data.layouts import acdc, dicom, folder, mnms, mnms2
+from cmrssp.data.subject import LEFT_OUT, Problem, Subject, listed
 from cmrssp.errors import UserError
-from cmrssp.files import below
+from cmrssp.files import below, check_writable
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
@@ -35,48 +36,53 @@ def find(
 
     Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
     """
-    found = [_in_folder(path, cache, label_suffix, ignore_split) for path in paths]
-    subjects = sorted((s for members, _ in found for s in members), key=lambda s: s.key)
-    counts = Counter(s.key for s in subjects)
-    if twice := [key for key, count in counts.items() if count > 1]:
-        files = ", ".join(str(s.cine) for s in subjects if s.key == twice[0])
-        raise UserError(
-            f"--data: subjects found more than once: {len(twice)}, the first is {twice[0]} ({files}); remove "
-            "the copies or give a smaller folder (of several plain folders: the folder that holds them)"
-        )
-    return subjects, [problem for _, odd in found for problem in odd]
+    subjects, problems = [], []
+    for path in paths:
+        found, odd = _in_folder(path, cache, label_suffix, ignore_split)
+        subjects += found
+        problems += odd
+    subjects.sort(key=lambda s: s.key)
+    for one, other in pairwise(subjects):
+        if one.key == other.key:
+            raise UserError(
+                f"--data: {one.key} was found more than once ({one.cine}, {other.cine}); remove the copies "
+                "or give a smaller folder (of several plain folders: the folder that holds them)"
+            )
+    return subjects, problems
 
 
 def _in_folder(
     path: str, cache: Path, label_suffix: str, ignore_split: bool
 ) -> tuple[list[Subject], list[Problem]]:
-    root = _phantom_folder(cache) if path == PHANTOM else _expanded(path)
+    root = _phantom_folder(cache) if path == PHANTOM else Path(os.path.expanduser(path))
     if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
-        raise FileNotFoundError(f"--data {path}: {what}; give the cines' folder, or '{PHANTOM}' (synthetic)")
+        raise FileNotFoundError(f"--data {path}: no such folder; give the cines' folder, or '{PHANTOM}'")
     files = below(root, (".nii.gz", ".nii", ".csv"), skip=cache)
     if path == PHANTOM:
         return mnms.subjects_among(files, PHANTOM)
-    layouts = (mnms, mnms2, acdc)
-    found = [layout.subjects_among(files) for layout in layouts]
-    known = [layout for layout, (subjects, _) in zip(layouts, found, strict=True) if subjects]
+    found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
+    known = [layout for layout, (subjects, _) in found.items() if subjects]
     if not known:
         _refuse_frames_without_cines(path, files)
-        found = [folder.subjects_among(files, root, label_suffix, ignore_split=ignore_split)]
-    for file in files:
-        used = not known and file == root / folder.TABLE
-        if file.name.lower() == folder.TABLE and not used and not ignore_split:
-            expected = f"{root / folder.TABLE}, and no file named as in M&Ms, M&Ms-2 or ACDC beside it"
+        found = {folder: folder.subjects_among(files, root, label_suffix, ignore_split=ignore_split)}
+    own_table = root / folder.TABLE
+    for file in () if ignore_split else files:
+        if file.name.lower() == folder.TABLE and (known or file != own_table):
+            expected = f"{own_table}, and no file named as in M&Ms, M&Ms-2 or ACDC beside it"
             raise UserError(f"{file}: would not be read, and may say who tests; expected {expected}")
     others = set(below(root, ("",), skip=cache, any_name=True)).difference(files)
-    found.append(dicom.subjects_among(sorted(others, key=str), root, cache))
-    subjects = [s for subjects, _ in found for s in subjects]
-    problems = [p for _, problems in found for p in problems]
+    found[dicom] = dicom.subjects_among(sorted(others), root, cache)
+    subjects = [s for members, _ in found.values() for s in members]
+    problems = [p for _, odd in found.values() for p in odd]
     if not subjects:
-        seen = "".join(f"; {problem}" for problem in found[-1][1][:3])
         expected = "expected .nii or .nii.gz files or DICOM studies in this folder or below"
+        seen = "".join(f"; {problem}" for problem in problems[:3])
         raise FileNotFoundError(f"--data {path}: no cine found; {expected}{seen}")
-    return subjects, problems + _strangers(files, known)
+    names = [f.name for f in files if known and f.suffix.lower() != ".csv"]
+    if strangers := [name for name in names if not any(k.NAMES.fullmatch(name) for k in known)]:
+        what = f"files that are not named as in the layouts found beside them: {listed(strangers)}"
+        problems.append(Problem("", "", what, LEFT_OUT))
+    return subjects, problems
 
 
 def _refuse_frames_without_cines(path: str, files: Sequence[Path]) -> None:
@@ -87,24 +93,9 @@ def _refuse_frames_without_cines(path: str, files: Sequence[Path]) -> None:
             raise UserError(f"--data {path}: {names}, but there is no cine *{cine}; add the cines")
 
 
-def _strangers(files: Sequence[Path], layouts: Sequence) -> list[Problem]:
-    """One problem for the NIfTI files that are not named as in the layouts found beside them."""
-    names = [f.name for f in files if ".nii" in f.name.lower()]
-    rest = [name for name in names if not any(layout.NAMES.fullmatch(name) for layout in layouts)]
-    what = f"files that are not named as in the layouts found beside them: {csv_table.first(rest)}"
-    return [Problem("", "", what, LEFT_OUT)] if rest and layouts else []
-
-
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"--data {path}: {error}") from None
-
-
 def absolute(paths: Sequence[str]) -> list[str]:
     """As checkpoints store them: a later script finds them from any folder."""
-    return [path if path == PHANTOM else str(_expanded(path).resolve()) for path in paths]
+    return [path if path == PHANTOM else str(Path(os.path.expanduser(path)).resolve()) for path in paths]
 
 
 def source(given: dict) -> tuple[list[str], str]:
@@ -127,12 +118,7 @@ def name(paths: Sequence[str]) -> str:
 def _phantom_folder(cache: Path) -> Path:
     root = Path(cache) / f"phantom-{_PHANTOM_VERSION}"
     if not root.is_dir():
-        from cmrssp.data import phantom
-
+        check_writable("--cache", root)
         print(f"writing the phantom to {root} (once, under a minute)", flush=True)
-        try:
-            root.parent.mkdir(parents=True, exist_ok=True)
-            phantom.write(root)
-        except OSError as error:
-            raise UserError(f"{root}: {error.strerror}; give a writable folder as --cache") from None
+        phantom.write(root)
     return root

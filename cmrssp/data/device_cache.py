@@ -1,5 +1,7 @@
 """Slices kept in the memory of the device that trains on them, so that no step waits for a file."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -11,47 +13,38 @@ from cmrssp.hardware import distributed
 class DeviceCache:
     """All pixels of `batches.Slices`, in their order, native and unpadded; a batch is one gather."""
 
-    def __init__(
-        self, store: Store, slices, *, labelled: bool, device: torch.device, motion: bool = False
-    ) -> None:
-        self.slices, self.areas = slices, _areas(store, slices)
-        sizes = self.areas * np.diff(slices.ends, prepend=0)
-        self.begins = np.cumsum(sizes) - sizes  # of each subject's first pixel
-        self.image = torch.empty(sizes.sum(), dtype=torch.int16, device=device)
-        self.label = torch.empty(sizes.sum() if labelled else 0, dtype=torch.uint8, device=device)
-        maps = self.areas * slices.depths  # one map per slice, whatever the number of frames
-        self.map_begins = np.cumsum(maps) - maps
-        self.motion = torch.empty(maps.sum() if motion else 0, dtype=torch.float16, device=device)
-        end = map_end = 0
-        each = list(zip(slices.subjects, slices.frames, strict=True))
-        for subject, frames in tqdm(
-            each, "slices to the device", unit="subject", disable=distributed.hide_bar()
-        ):
-            for frame in frames:
-                volume = store.volume(subject, frame)
-                begin, end = end, end + volume.size
-                self.image[begin:end] = torch.from_numpy(np.array(volume).ravel())
-                if labelled:
-                    volume = store.label_volume(subject, frame)
-                    self.label[begin:end] = torch.from_numpy(np.array(volume).ravel())
-            for z in range(store.cines[subject].shape[1] if motion else 0):
-                map = store.motion_slice(subject, z)
-                begin, map_end = map_end, map_end + map.size
-                self.motion[begin:map_end] = torch.from_numpy(map.ravel().copy())
+    def __init__(self, store: Store, slices, *, labelled: bool, motion: bool, device: torch.device) -> None:
+        areas, depths = _areas(store, slices), slices.depths
+        counts = np.diff(slices.ends, prepend=0)  # slices of each subject
+        per_slice = np.repeat(areas, counts)
+        self.start = np.cumsum(per_slice) - per_slice  # of each slice among the pixels
+        z = (np.arange(len(slices)) - np.repeat(slices.ends - counts, counts)) % np.repeat(depths, counts)
+        maps = areas * depths  # one motion map per slice, whatever the number of frames
+        self.map_start = np.repeat(np.cumsum(maps) - maps, counts) + per_slice * z
+        subjects = list(zip(slices.subjects, slices.frames, depths, strict=True))
+        places = [(subject, frame) for subject, frames, _ in subjects for frame in frames]
+        bar = tqdm(places, "slices to the device", unit="frame", disable=distributed.hide_bar())
+        pixels = per_slice.sum()
+        self.image = torch.empty(pixels, dtype=torch.int16, device=device)
+        self.label = torch.empty(pixels * labelled, dtype=torch.uint8, device=device)
+        self.motion = torch.empty(maps.sum() * motion, dtype=torch.float16, device=device)
+        _copy(self.image, (store.volume(*place) for place in bar))
+        if labelled:
+            _copy(self.label, (store.label_volume(*place) for place in places))
+        if motion:
+            _copy(self.motion, (store.motion_slice(s, z) for s, _, depth in subjects for z in range(depth)))
 
     @staticmethod
-    def needs(store: Store, slices, *, labelled: bool, motion: bool = False) -> int:
+    def needs(store: Store, slices, *, labelled: bool, motion: bool) -> int:
         """The bytes that these slices take: int16 images, uint8 labels, float16 motion maps."""
         areas = _areas(store, slices)
         pixels = (areas * np.diff(slices.ends, prepend=0)).sum()
-        return int(pixels * (3 if labelled else 2) + (areas * slices.depths).sum() * (2 if motion else 0))
+        return int(pixels * (2 + labelled) + (areas * slices.depths).sum() * 2 * motion)
 
     def starts(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:
         """start, map_start (B,) int64: where the pixels and the motion map of each slice begin."""
-        i, within = np.array([self.slices.entry(number) for number in numbers]).T
-        maps = self.map_begins[i] + self.areas[i] * (within % self.slices.depths[i])
-        starts = self.begins[i] + self.areas[i] * within
-        return {"start": torch.from_numpy(starts), "map_start": torch.from_numpy(maps)}
+        starts = {"start": self.start, "map_start": self.map_start}
+        return {name: torch.from_numpy(start[numbers]) for name, start in starts.items()}
 
     def fill(self, batch: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """The batch with pixels, as `batches.collate` makes it, instead of `starts`."""
@@ -59,18 +52,29 @@ class DeviceCache:
         rows = torch.arange(shape[0], device=size.device)[:, None]
         columns = torch.arange(shape[1], device=size.device)
         inside = (rows < size[:, 0]) & (columns < size[:, 1])
-
-        def gather(pixels: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-            places = torch.where(inside, start[:, None, None] + rows * size[:, 1] + columns, 0)
-            return (pixels[places] * inside)[:, None]
-
-        rest = dict(batch)
-        start, map_start = rest.pop("start"), rest.pop("map_start")
-        label = {"label": gather(self.label, start)} if len(self.label) else {}
-        motion = {"motion": gather(self.motion, map_start)} if len(self.motion) else {}
-        return {"image": gather(self.image, start), **label, **motion, **rest}
+        batch = dict(batch)
+        start, map_start = batch.pop("start"), batch.pop("map_start")
+        sources = {
+            "image": (self.image, start),
+            "label": (self.label, start),
+            "motion": (self.motion, map_start),
+        }
+        filled = {}
+        for name, (pixels, begin) in sources.items():
+            if len(pixels):
+                places = torch.where(inside, begin[:, None, None] + rows * size[:, 1] + columns, 0)
+                filled[name] = (pixels[places] * inside)[:, None]
+        return {**filled, **batch}
 
 
 def _areas(store: Store, slices) -> np.ndarray:
     """(subjects,) pixels per slice."""
     return np.array([np.prod(store.cines[i].shape[2:]) for i in slices.subjects], np.int64)
+
+
+def _copy(to: torch.Tensor, arrays: Iterable[np.ndarray]) -> None:
+    """The arrays one behind the other."""
+    end = 0
+    for array in arrays:
+        begin, end = end, end + array.size
+        to[begin:end] = torch.from_numpy(np.array(array).ravel())

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cmrssp.data.plausibility import Finding, mm, slice_axis
-from cmrssp.data.subject import CORRECTED, USED
+from cmrssp.data.plausibility import mm, slice_axis
+from cmrssp.data.subject import CORRECTED, USED, Finding
 
 # Directions in RAS+ (nibabel's world): the apex lies to the patient's left, front and feet.
 _APEX = np.array([-1.0, 1.0, -1.0]) / np.sqrt(3)
@@ -53,14 +53,11 @@ class Geometry:
 
     def to_canonical(self, array: np.ndarray) -> np.ndarray:
         """(X, Y, Z, T) -> (T, Z, H, W), a view."""
-        return np.flip(array.transpose(3, *self.axes), self._flipped_axes())
+        return np.flip(array.transpose(3, *self.axes), np.flatnonzero((False, *self.flip)))
 
     def from_canonical(self, array: np.ndarray) -> np.ndarray:
         """(T, Z, H, W) -> (X, Y, Z, T), a view."""
-        return np.flip(array, self._flipped_axes()).transpose(np.argsort((3, *self.axes)))
-
-    def _flipped_axes(self) -> tuple[int, ...]:
-        return tuple(axis for axis, flipped in enumerate(self.flip, start=1) if flipped)
+        return np.flip(array, np.flatnonzero((False, *self.flip))).transpose(np.argsort((3, *self.axes)))
 
 
 def from_header(
@@ -72,14 +69,13 @@ def from_header(
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     zooms_set = _usable(zooms) and not (zooms == 1).all()
     odd = []
-    if not _usable(lengths) or np.linalg.matrix_rank(affine[:3, :3] / np.maximum(lengths, 1e-9)) < 3:
+    if not _usable(lengths) or np.linalg.matrix_rank(affine[:3, :3] / lengths) < 3:
         if not zooms_set:
-            raise ValueError(
-                f"expected a spacing in the affine or in pixdim, got {mm(lengths)} and {mm(zooms)}; add it"
-            )
+            got = f"{mm(lengths)} and {mm(zooms)}"
+            raise ValueError(f"expected a spacing in the affine or in pixdim, got {got}; add it")
         affine = np.diag([*zooms, 1.0])
         odd.append((f"the affine is empty: spacing {mm(zooms)} from pixdim, axes as stored", CORRECTED))
-    elif (np.abs(lengths - 1) < 1e-6).all() and zooms_set:
+    elif np.allclose(lengths, 1, rtol=0, atol=1e-6) and zooms_set:
         affine = affine @ np.diag([*zooms, 1.0])
         odd.append((f"the affine has no spacing: {mm(zooms)} from pixdim", CORRECTED))
     elif not np.allclose(lengths, zooms, rtol=0.01):
@@ -87,12 +83,11 @@ def from_header(
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     slices, moved = slice_axis(shape, lengths)
     unit = affine[:3, :3] / lengths
-    skew = float(np.abs(unit.T @ unit - np.eye(3)).max())
-    if skew > 0.01:
+    if (skew := float(np.abs(unit.T @ unit - np.eye(3)).max())) > 0.01:
         what = f"the direction cosines are not orthogonal (cosine {skew:.2f}): axes kept as stored"
         odd.append((what, USED))
     return Geometry.from_affine(affine, slices), odd + moved
 
 
 def _usable(lengths: np.ndarray) -> bool:
-    return bool(np.isfinite(lengths).all() and (lengths > 1e-6).all() and (lengths < 1e6).all())
+    return bool(((lengths > 1e-6) & (lengths < 1e6)).all())  # not where one is NaN

@@ -1,20 +1,32 @@
 """The labels of one subject: read, brought to the frames of its cine, and checked."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel import orientations
 from skimage.measure import regionprops
 
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.nifti import cine_image, grid, load, voxels
-from cmrssp.data.subject import CLASSES, CORRECTED, LEFT_OUT, USED, BrokenSubject, LabelFile, Problem, Subject
+from cmrssp.data.subject import (
+    CLASSES,
+    CORRECTED,
+    LEFT_OUT,
+    USED,
+    BrokenSubject,
+    LabelFile,
+    Problem,
+    Subject,
+    listed,
+)
 
 _SAME, _ALIKE = 0.9999, 0.9  # correlation of a labelled image with a frame of its cine
 _STRIDE = 3  # of the pixels that are compared
-Note = Callable[..., None]  # (what, what was done): a problem of the file that is being read
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class LabelFacts:
     ed: int | None  # cine frames of end diastole and end systole, None where unlabelled
     es: int | None
     heart: Heart | None
+    digest: str  # of frames and masks
     problems: tuple[Problem, ...]
 
     @property
@@ -51,6 +64,10 @@ class Labels(LabelFacts):
 
     masks: np.ndarray  # (F, Z, H, W) uint8 with ids 0 to 3, one per labelled frame
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return [self.masks]
+
 
 @np.errstate(all="ignore")
 def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Labels:
@@ -59,159 +76,146 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
     A frame is labelled if any of its voxels is. ED is the labelled frame with the largest LV blood pool, ES
     the one with the smallest; if the data set says otherwise, that is a problem of the subject.
     """
-    reference = cine_image(subject)
-    masks: dict[int, np.ndarray] = {}
-    named: dict[str, int] = {}  # {phase: frame} by the files' names
-    problems: list[Problem] = []
+    reader = _Reader(subject, cine, geometry)
     for file in subject.labels:
+        reader.add(file)
+    return reader.labels()
 
-        def note(what: str, done: str = USED, file: LabelFile = file) -> None:
-            problems.append(Problem(subject.key, file.path.name, what, done))
 
-        def read(path: Path, note: Note = note) -> np.ndarray:
-            return _on_grid(path, reference, geometry, note)
+class _Reader:
+    """Collects the masks of a subject's label files, and what is odd about them."""
 
-        array = _with_our_ids(subject, file.path, cine.shape, read(file.path))
+    def __init__(self, subject: Subject, cine: np.ndarray, geometry: Geometry) -> None:
+        self.subject, self.cine, self.geometry, self.reference = subject, cine, geometry, cine_image(subject)
+        self.masks: dict[int, np.ndarray] = {}
+        self.told = {"ED": subject.ed, "ES": subject.es}  # by the data set's table, or by a file's name
+        self.problems: list[Problem] = []
+
+    def note(self, file: Path, what: str, done: str = USED) -> None:
+        self.problems.append(Problem(self.subject.key, file.name, what, done))
+
+    def add(self, file: LabelFile) -> None:
+        """Read a label file of one frame, or of all."""
+        array = self._with_our_ids(file.path)
         if not array.any():
-            note("holds no label")
-            continue
-        for frame, mask in _by_frame(subject, file, array, cine, read, note):
-            if mask.any() and frame in masks:
-                note(f"belongs to frame {frame}, which has labels already: not used", LEFT_OUT)
+            self.note(file.path, "holds no label")
+            return
+        frames = range(len(array))
+        if file.image or file.frame is not None or len(array) != len(self.cine):
+            frame = self._frame_that_shows(file.image) if file.image else self._frame(file, array)
+            frames = [] if frame is None else [frame]
+        for frame, mask in zip(frames, array, strict=False):
+            if mask.any() and frame in self.masks:
+                what = f"belongs to frame {frame}, which has labels already: not used"
+                self.note(file.path, what, LEFT_OUT)
             elif mask.any():
-                masks[frame] = mask
-                named |= {file.phase: frame} if file.phase else {}
-    complete = {frame for frame, mask in masks.items() if {1, 2} <= set(np.unique(mask))}
-    if len(complete) > 1:  # a frame with a few stray voxels is no end systole
-        for frame in sorted(masks.keys() - complete):
-            what = f"frame {frame} lacks LV or MYO, others have both: not used"
-            problems.append(Problem(subject.key, subject.labels[0].path.name, what, LEFT_OUT))
-            del masks[frame]
-    frames = tuple(sorted(masks))
-    stacked = np.stack([masks[f] for f in frames]) if frames else np.zeros((0, *cine.shape[1:]), np.uint8)
-    ed, es, odd = _phases({"ED": subject.ed, "ES": subject.es} | named, stacked, frames)
-    odd += [(what, USED) for what in _doubts(stacked, frames, {"ED": ed, "ES": es})]
-    problems += [Problem(subject.key, subject.labels[0].path.name, what, done) for what, done in odd]
-    return Labels(frames, ed, es, _heart(stacked), tuple(problems), stacked)
+                self.masks[frame] = mask
+                self.told |= {file.phase: frame} if file.phase else {}
 
+    def _with_our_ids(self, path: Path) -> np.ndarray:
+        """The voxels (frames, Z, H, W) of a label file as uint8 with our ids. Raises BrokenSubject."""
+        array, last = self._on_grid(path), len(self.subject.label_ids) - 1
+        if array.dtype.kind == "f" and np.abs(array - np.rint(array)).max() < 1e-3:
+            array = np.rint(array)
+        if array.dtype.kind == "f" or array.min() < 0 or array.max() > last:
+            ids = np.unique(array)
+            if not np.isin(ids, range(last + 1)).all():
+                got = listed([f"{id:.9g}" for id in ids])
+                raise BrokenSubject(f"{path}: expected label ids 0 to {last}, got {got}")
+        return np.array(self.subject.label_ids, np.uint8)[array.astype(np.uint8, copy=False)]
 
-def _on_grid(path: Path, reference: nibabel.Nifti1Image, geometry: Geometry, note: Note) -> np.ndarray:
-    """The voxels of a file in the canonical axes of its cine, whose file is `reference`: (frames, Z, H, W).
-    Used as stored, unless by its affine the file has the cine's grid with axes swapped or reversed.
-    """
-    image = load(path)
-    array = voxels(path, image, scaled=True)
-    (to_mm, *_), (reference_to_mm, *_) = grid(image), grid(reference)
-    if np.allclose(to_mm, reference_to_mm, atol=1e-3):
-        return geometry.to_canonical(array)
-    try:
-        step = np.linalg.solve(reference_to_mm, to_mm)  # voxel of the file -> voxel of the cine
-    except np.linalg.LinAlgError:
-        return geometry.to_canonical(array)
-    turn = np.rint(np.nan_to_num(step[:3, :3])).astype(int)
-    swaps = all((np.abs(turn).sum(axis=axis) == 1).all() for axis in (0, 1))
-    if swaps and np.allclose(step[:3, :3], turn, atol=0.02):
-        corner = np.where(turn.sum(axis=1) < 0, np.array(reference.shape[:3]) - 1, 0)
-        if not np.allclose(step[:3, 3], corner, atol=0.5):
+    def _on_grid(self, path: Path) -> np.ndarray:
+        """The voxels of a file in the canonical axes of its cine, (frames, Z, H, W). Used as stored unless by
+        its affine the file has the cine's grid with axes swapped or reversed. Raises BrokenSubject.
+        """
+        image = load(path)
+        array = voxels(path, image, scaled=True)
+        try:
+            step = np.linalg.solve(grid(self.reference)[0], grid(image)[0])  # from its voxels to the cine's
+            turn = nibabel.io_orientation(step)
+            rest = step @ orientations.inv_ornt_aff(turn, image.shape[:3])  # once it is turned
+        except (np.linalg.LinAlgError, orientations.OrientationError):  # an affine that says nothing
+            rest = np.zeros((4, 4))
+        if np.allclose(rest, np.eye(4), atol=0.02 + 0.48 * (np.arange(4) == 3)):
+            if (turn != [[0, 1], [1, 1], [2, 1]]).any():
+                array = nibabel.apply_orientation(array, turn)
+                what = f"{path.name} is stored in other axes than its cine: turned by its affine"
+                self.note(path, what, CORRECTED)
+        elif np.allclose(rest[:3, :3], np.eye(3), atol=0.02):
             first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
             what = f"by its affine {path.name} is off its cine's grid (its first voxel is at {first} there)"
-            note(what + ": the array was used as stored")
-        elif (turn != np.eye(3, dtype=int)).any():
-            array = nibabel.apply_orientation(array, nibabel.io_orientation(step))
-            note(f"{path.name} is stored in other axes than its cine: turned by its affine", CORRECTED)
-    return geometry.to_canonical(array)
+            self.note(path, what + ": the array was used as stored")
+        array = self.geometry.to_canonical(array)
+        if array.shape[1:] != self.cine.shape[1:] or len(array) not in (1, len(self.cine)):
+            expected = f"the cine's shape (frames, slices, rows, columns) = {self.cine.shape}"
+            raise BrokenSubject(f"{path}: expected {expected}, got {array.shape}")
+        return array
 
+    def _frame(self, file: LabelFile, array: np.ndarray) -> int:
+        """The cine frame of labels of one frame. Raises BrokenSubject if nothing says which it is."""
+        table = [frame for frame in (self.subject.ed, self.subject.es) if frame is not None]
+        frame = table[0] if file.frame is None and len(table) == 1 else file.frame
+        if frame is None or frame >= len(self.cine) or len(array) > 1:
+            expected = f"labels of all {len(self.cine)} frames (zeros where there are none)"
+            got = f"{len(array)} volumes, frame {frame}"
+            more = "or of one that the data set's table gives as ED or ES, counted from 0"
+            raise BrokenSubject(f"{file.path}: expected {expected}, {more}; got {got}")
+        return frame
 
-def _with_our_ids(subject: Subject, path: Path, shape: Sequence[int], array: np.ndarray) -> np.ndarray:
-    """The voxels (frames, Z, H, W) of a label file as uint8 with our ids. Raises BrokenSubject."""
-    if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array - np.rint(array)).max() < 1e-3:
-        array = np.rint(array)
-    if array.shape[1:] != tuple(shape[1:]) or len(array) not in (1, shape[0]):
-        expected = f"the cine's shape (frames, slices, rows, columns) = {tuple(shape)}"
-        raise BrokenSubject(f"{path}: expected {expected}, got {array.shape}")
-    known = np.arange(len(subject.label_ids))
-    if array.dtype.kind == "f" or array.min() < 0 or array.max() >= len(known):
-        ids = np.unique(array)
-        if not np.isin(ids, known).all():
-            got = ", ".join(f"{i:.9g}" for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
-            raise BrokenSubject(f"{path}: expected label ids 0 to {len(known) - 1}, got {got}")
-    return np.array(subject.label_ids, np.uint8)[array.astype(np.uint8, copy=False)]
+    def _frame_that_shows(self, path: Path) -> int | None:
+        """The cine frame that correlates best with a labelled image; None if none does."""
+        volumes = (self._on_grid(path)[0], *self.cine)
+        wanted, *frames = (volume[:, ::_STRIDE, ::_STRIDE].ravel() for volume in volumes)
+        alike = np.nan_to_num([np.corrcoef(pixels, wanted)[0, 1] for pixels in frames])
+        frame, best = int(alike.argmax()), alike.max()
+        if best < _ALIKE:
+            what = f"no frame of the cine looks like it (best correlation {best:.2f}): not used"
+            self.note(path, what, LEFT_OUT)
+            return None
+        if best < _SAME:
+            what = f"it is not in the cine; frame {frame} is the most alike (correlation {best:.4f})"
+            self.note(path, what, CORRECTED)
+        return frame
 
+    def labels(self) -> Labels:
+        """What all files together say."""
+        masks, shape = self.masks, self.cine.shape[1:]
+        complete = [frame for frame, mask in masks.items() if {1, 2} <= set(np.unique(mask))]
+        used = complete if len(complete) > 1 else masks  # a frame with a few stray voxels is no end systole
+        for frame in sorted(masks.keys() - set(used)):
+            what = f"frame {frame} lacks LV or MYO, others have both: not used"
+            self.note(self.subject.labels[0].path, what, LEFT_OUT)
+        frames = tuple(sorted(used))
+        stacked = np.stack([masks[f] for f in frames]) if frames else np.zeros((0, *shape), np.uint8)
+        ed, es = self._phases(stacked, frames) if frames else (None, None)
+        for what in _doubts(stacked, frames, {"ED": ed, "ES": es}) if frames else ():
+            self.note(self.subject.labels[0].path, what)
+        digest = sha256(json.dumps([frames, ed, es]).encode() + stacked.tobytes()).hexdigest()
+        return Labels(frames, ed, es, _heart(stacked), digest, tuple(self.problems), stacked)
 
-def _by_frame(
-    subject: Subject, file: LabelFile, array: np.ndarray, cine: np.ndarray, read: Callable, note: Note
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(cine frame, mask (Z, H, W)) of each volume of a label file. Raises BrokenSubject."""
-    if file.frame is None and file.image is None and len(array) == len(cine):
-        yield from enumerate(array)
-        return
-    frame, table = file.frame, [f for f in (subject.ed, subject.es) if f is not None]
-    if file.image is not None:
-        frame = _frame_that_shows(file.image, cine, read, note)
-        if frame is None:
-            return
-    elif frame is None and len(table) == 1:
-        frame = table[0]
-    if frame is None:
-        raise BrokenSubject(
-            f"{file.path}: expected labels of all {len(cine)} frames, got a 3D file; give a 4D file (zeros "
-            "in unlabelled frames), or the frame as ED or ES in the data set's table"
-        )
-    if not 0 <= frame < len(cine) or len(array) != 1:
-        got = f"frame {frame} (counted from 0) with {len(array)} volumes"
-        raise BrokenSubject(f"{file.path}: expected one of the cine's {len(cine)} frames, got {got}")
-    yield frame, array[0]
-
-
-def _frame_that_shows(path: Path, cine: np.ndarray, read: Callable, note: Note) -> int | None:
-    """The cine frame that correlates best with a labelled image; None, and a problem, if none does."""
-    image = read(path)
-    if image.shape[1:] != cine.shape[1:] or len(image) != 1:
-        note(f"{path.name} has shape {image.shape}, the cine {cine.shape}: not used", LEFT_OUT)
-        return None
-    wanted, *frames = (v[:, ::_STRIDE, ::_STRIDE].ravel() for v in (image[0], *cine))
-    alike = np.nan_to_num([np.corrcoef(pixels, wanted)[0, 1] for pixels in frames])
-    frame = int(alike.argmax())
-    if alike[frame] < _ALIKE:
-        what = f"no frame of the cine looks like {path.name} (best correlation {alike[frame]:.2f}): not used"
-        note(what, LEFT_OUT)
-        return None
-    if alike[frame] < _SAME:
-        best = f"frame {frame} is the most alike (correlation {alike[frame]:.4f})"
-        note(f"{path.name} is not in the cine; {best}", CORRECTED)
-    return frame
-
-
-def _phases(
-    table: dict[str, int | None], masks: np.ndarray, frames: tuple[int, ...]
-) -> tuple[int | None, int | None, list[tuple[str, str]]]:
-    """(ED frame, ES frame, problems) from the LV blood pools of the labelled frames."""
-    said = (table["ED"], table["ES"])  # by the data set
-    if not frames:
-        return None, None, []
-    if len(frames) == 1:  # nothing to compare with: the table decides, else it is ED
-        far = [np.inf if t is None else abs(frames[0] - t) for t in said]
-        late = far[1] < far[0]
-        what = f"the labelled frame is {frames[0]}, the data set says ED {said[0]} and ES {said[1]}"
-        what += f" (counted from 0): taken as {'ES' if late else 'ED'}"
-        odd = [] if said[late] in (None, frames[0]) else [(what, CORRECTED)]
-        return (None, frames[0], odd) if late else (frames[0], None, odd)
-    pools = (masks == 1).sum(axis=(1, 2, 3))
-    if pools.min() == pools.max():  # nothing tells them apart
-        told = set(said) <= set(frames) and said[0] != said[1]
-        return (*said, []) if told else (frames[0], frames[-1], [])
-    found = (frames[int(pools.argmax())], frames[int(pools.argmin())])
-    odd = []
-    for phase, f, t in zip(("ED", "ES"), found, said, strict=True):
-        if t not in (None, f):
-            what = f"{phase} is frame {f} by the labels' blood pool, the data set says {t} (counted from 0)"
-            odd.append((what, CORRECTED))
-    return *found, odd
+    def _phases(self, masks: np.ndarray, frames: tuple[int, ...]) -> tuple[int | None, int | None]:
+        """(ED frame, ES frame) by the LV blood pools of the labelled frames, else by what was `told`."""
+        ed, es = self.told["ED"], self.told["ES"]
+        pools = (masks == 1).sum(axis=(1, 2, 3))
+        if len(frames) == 1:
+            far = {p: np.inf if t is None else abs(frames[0] - t) for p, t in self.told.items()}
+            found = {"ES" if far["ES"] < far["ED"] else "ED": frames[0]}
+        elif pools.min() < pools.max():
+            found = {"ED": frames[int(pools.argmax())], "ES": frames[int(pools.argmin())]}
+        elif {ed, es} <= set(frames) and ed != es:
+            found = {"ED": ed, "ES": es}
+        else:
+            return frames[0], frames[-1]
+        for phase, frame in found.items():
+            if self.told[phase] not in (None, frame):
+                what = f"{phase} is frame {frame} by the labels, the data set says ED {ed} and ES {es}"
+                self.note(self.subject.labels[0].path, f"{what} (counted from 0)", CORRECTED)
+        return found.get("ED"), found.get("ES")
 
 
 def _doubts(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | None]) -> Iterator[str]:
     """Missing phases and classes, slices in the wrong order, LV and RV exchanged."""
-    for phase, frame in phases.items() if frames else ():
+    for phase, frame in phases.items():
         if frame is None:
             yield f"{phase} has no labels"
         else:

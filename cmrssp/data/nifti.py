@@ -2,9 +2,8 @@
 
 import gzip
 import math
-import struct
-import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nibabel
@@ -12,12 +11,9 @@ import numpy as np
 
 from cmrssp.data import plausibility
 from cmrssp.data.geometry import Geometry
-from cmrssp.data.subject import BrokenSubject, Subject
+from cmrssp.data.subject import BrokenSubject, Finding, Subject
 from cmrssp.files import atomic
 
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError,
-               struct.error, zlib.error, nibabel.filebasedimages.ImageFileError,
-               nibabel.spatialimages.HeaderDataError)  # fmt: skip
 nibabel.imageglobals.logger.setLevel("CRITICAL")  # the data report names what is odd in a header, once
 _MAX_COMPRESSION = 1032  # of deflate: no file holds more than its size times this
 # of the codes in xyzt_units; of all others mm and seconds
@@ -34,39 +30,39 @@ def load(path: Path) -> nibabel.Nifti1Image:
     """Open a NIfTI file without reading its voxels. Raises BrokenSubject for anything but a 3D or 4D image of
     numbers (further axes may have length 1) and for a header that claims more than the file holds.
     """
-    try:
+    with _readable(path):
         image = nibabel.load(path, mmap=False)
         kind, shape = image.get_data_dtype(), image.shape
-        if len([n for n in shape[3:] if n != 1]) > 1 or len(shape) < 3 or min(shape) < 1:
-            raise BrokenSubject(f"{path}: expected a 3D or 4D image, got shape {shape}")
-        if kind.kind not in "iuf":
-            raise BrokenSubject(f"{path}: expected grey values, got voxels of type {kind}")
+        if sum(n != 1 for n in shape[3:]) > 1 or len(shape) < 3 or min(shape) < 1 or kind.kind not in "iuf":
+            raise BrokenSubject(f"{path}: expected a 3D or 4D image of grey values, got {kind} {shape}")
         claimed, size = math.prod(shape) * kind.itemsize, path.stat().st_size
         if claimed > size * (_MAX_COMPRESSION if path.suffix.lower() == ".gz" else 1):
             raise ValueError(f"its header claims {claimed} bytes of voxels, the file has {size}")
         return image
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
 
 
 @np.errstate(all="ignore")
 def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarray:
-    """(X, Y, Z, T), a 3D file with T = 1; `scaled` by the header's slope and intercept, or as stored."""
-    try:
+    """(X, Y, Z, T), a 3D file with T = 1; `scaled` by the header's slope and intercept, or as stored. Raises
+    BrokenSubject.
+    """
+    with _readable(path):
         array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
         return array.reshape(*image.shape[:3], -1)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: Exception) -> BrokenSubject:
-    if isinstance(error, BrokenSubject):
-        return error
-    why = " ".join(str(error).split())[:200] or type(error).__name__
-    return BrokenSubject(f"{path}: cannot be read as NIfTI, it may be truncated ({why})")
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenSubject:
+        raise
+    except Exception as error:  # a broken file makes nibabel raise anything
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BrokenSubject(f"{path}: cannot be read as NIfTI, it may be truncated ({why})") from None
 
 
-def grid(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray, list[plausibility.Finding]]:
+def grid(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray, list[Finding]]:
     """The 4x4 affine and the voxel sizes (3,) of a file, both in mm, and what is odd about their unit. The
     affine is the sform, or the qform if the sform is empty, the identity, or holds voxel sizes alone.
     """
@@ -84,7 +80,7 @@ def grid(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray, list[plaus
     return np.diag([factor, factor, factor, 1.0]) @ affine, zooms * factor, odd
 
 
-def time_step(image: nibabel.Nifti1Image) -> tuple[float | None, list[plausibility.Finding]]:
+def time_step(image: nibabel.Nifti1Image) -> tuple[float | None, list[Finding]]:
     """Seconds between frames (None for a 3D file or an implausible step), and what is odd about them."""
     zooms = image.header.get_zooms()
     if len(zooms) < 4:

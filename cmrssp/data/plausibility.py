@@ -1,12 +1,10 @@
 """What a short-axis cine of a heart can be: judges geometry, time and intensities."""
 
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cmrssp.data.subject import CORRECTED, NOT_MEASURED, USED
+from cmrssp.data.subject import CORRECTED, NOT_MEASURED, USED, Finding, listed
 
 # SCMR's protocols ask for pixels of 1 to 2 mm and slices 6 to 10 mm apart (J Cardiovasc Magn Reson 2020,
 # 22:17); ACDC, M&Ms and clinical files reach from 0.6 mm to 18 mm. The limits are somewhat wider.
@@ -20,21 +18,10 @@ _FEWEST_FRAMES = 5  # of a whole beat: fewer are chosen phases, such as ED and E
 # Correlation of neighbours in 131 cines of ACDC, the phantom and a clinical one: slices 0.44 to 0.90 in the
 # mean over a cine, frames 0.81 to 0.99, frames always 0.06 or more above slices.
 _FEWEST_SLICES = 5  # that show a pattern
-_LIKE_FRAMES, _MORE_ALIKE, _ODD_FRAME = 0.93, 0.1, 0.3
+_LIKE_FRAMES, _MORE_ALIKE = 0.93, 0.1
 _STRIDE = 4  # of the pixels that are compared
 _COARSER = 1.5  # slices along another axis than the third are at least so many pixels thick
 _SMOOTHER = 0.97  # undoing a wrap leaves at most so much of the image's roughness
-
-Finding = tuple[str, str]  # (what, what was done: USED, CORRECTED or NOT_MEASURED)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was found in a cine."""
-
-    findings: tuple[Finding, ...]
-    sound_frames: tuple[int, ...]  # whole and like their neighbours; all frames if none is
-    heart_rate_per_min: float | None
 
 
 def millimetres(lengths: np.ndarray, declared: float) -> tuple[float, list[Finding]]:
@@ -52,8 +39,8 @@ def millimetres(lengths: np.ndarray, declared: float) -> tuple[float, list[Findi
 def slice_axis(shape: Sequence[int], lengths: np.ndarray) -> tuple[int, list[Finding]]:
     """Which axis of a file (X, Y, Z) holds the slices: the third, unless another is shortest and coarsest."""
     axis = int(np.argmin(shape[:3]))
-    others = [a for a in range(3) if a != axis]
-    if axis == 2 or lengths[axis] < _COARSER * lengths[others].max() or shape[axis] == shape[2]:
+    coarsest = lengths[axis] >= _COARSER * np.delete(lengths, axis).max()
+    if axis == 2 or shape[axis] == shape[2] or not coarsest:
         return 2, []
     found = f"the slices lie along axis {axis + 1}: {shape[axis]} of {lengths[axis]:.4g} mm"
     return axis, [(found, CORRECTED)]
@@ -85,42 +72,40 @@ def time_step(number: float, unit_s: float) -> tuple[float | None, list[Finding]
 
 def judge(
     cine: np.ndarray, spacing_mm: tuple[float, float], pitch_mm: float, time_step_s: float | None
-) -> Verdict:
-    """The verdict on a canonical cine (T, Z, H, W)."""
-    flat = cine.min(axis=(2, 3)) == cine.max(axis=(2, 3))  # (T, Z)
-    padding = flat[~flat.all(axis=1)].all(axis=0)  # slices that are constant in all frames
+) -> tuple[list[Finding], list[int], float | None]:
+    """Of a canonical cine (T, Z, H, W): (what is odd; the whole frames, all if none is; beats a minute where
+    the frames are one beat of plausible length).
+    """
+    flat = cine.min(axis=(2, 3)) == cine.max(axis=(2, 3))  # (T, Z): constant images
+    padding = flat[~flat.all(axis=1)].all(axis=0)  # (Z,): slices that are constant in all frames
     likeness, of_slices = _likeness(cine, flat)
-    found = _sizes(cine.shape, spacing_mm, pitch_mm) + _constant(flat, padding) + _repeated(cine, padding)
-    found += _exchanged(cine.shape, likeness, of_slices, pitch_mm)
-    whole = ~(flat & ~padding).any(axis=1)
-    odd = whole & _unlike_neighbours(likeness)
-    if odd.any():
-        found.append((f"frames that look like none of their neighbours: {some(odd)}", USED))
-    sound = np.flatnonzero(whole & ~odd).tolist()
-    if not sound:
-        found.append(("no frame is whole", NOT_MEASURED))
     rate, about_time = _heart_rate(likeness, time_step_s)
-    return Verdict(tuple(found + about_time), tuple(sound or range(len(cine))), rate)
+    whole = np.flatnonzero(~(flat & ~padding).any(axis=1)).tolist()
+    found = [
+        *_sizes(cine.shape, spacing_mm, pitch_mm),
+        *_constant(flat, padding),
+        *_repeated(cine, padding),
+        *_exchanged(cine.shape, likeness, of_slices, pitch_mm),
+        *([] if whole else [("no frame is whole", NOT_MEASURED)]),
+        *about_time,
+    ]
+    return found, whole or list(range(len(cine))), rate
 
 
-def _sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: float) -> list[Finding]:
+def _sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: float) -> Iterator[Finding]:
     frames, slices, rows, columns = shape
-    found = []
     if not (all(_within(s, PIXEL_MM) for s in spacing_mm) and _within(pitch_mm, PITCH_MM)):
         sizes = mm((*spacing_mm, pitch_mm))
-        found.append((f"a spacing of {sizes} (rows, columns, slices) is unusual for a short-axis cine", USED))
+        yield f"a spacing of {sizes} (rows, columns, slices) is unusual for a short-axis cine", USED
     height, sides = slices * pitch_mm, (rows * spacing_mm[0], columns * spacing_mm[1])
     if not _within(height, STACK_MM):
         what = f"{slices} slices of {pitch_mm:.4g} mm make {height:.4g} mm, a heart takes {_to(STACK_MM)}"
-        more = "; is the third axis time?" if frames == 1 and slices >= _FEWEST_SLICES else ""
-        found.append((what + more, NOT_MEASURED))
+        time = "; is the third axis time?" if frames == 1 and slices >= _FEWEST_SLICES else ""
+        yield what + time, NOT_MEASURED
     if not all(_within(side, FIELD_MM) for side in sides):
-        what = f"a field of view of {mm(sides)} is not a heart's, expected {_to(FIELD_MM)}"
-        found.append((what, NOT_MEASURED))
+        yield f"a field of view of {mm(sides)} is not a heart's, expected {_to(FIELD_MM)}", NOT_MEASURED
     if slices > min(rows, columns):
-        what = f"{slices} slices of {rows} x {columns} pixels: is another axis the slices?"
-        found.append((what, NOT_MEASURED))
-    return found
+        yield f"{slices} slices of {rows} x {columns} pixels: is another axis the slices?", NOT_MEASURED
 
 
 def _within(value: float, limits: tuple[float, float]) -> bool:
@@ -131,31 +116,31 @@ def _to(limits: tuple[float, float]) -> str:
     return f"{limits[0]:.0f} to {limits[1]:.0f} mm"
 
 
-def _constant(flat: np.ndarray, padding: np.ndarray) -> list[Finding]:
-    """`flat`: constant images (T, Z); `padding`: slices (Z,) that are constant in all frames."""
-    found = []
+def _where(flags: np.ndarray) -> str:
+    """The places where a bool array (N,) is True, counted from 0."""
+    return listed(np.flatnonzero(flags))
+
+
+def _constant(flat: np.ndarray, padding: np.ndarray) -> Iterator[Finding]:
     empty = flat.all(axis=1)
     if empty.any():
-        found.append((f"constant frames: {some(empty)} of {len(flat)}, counted from 0", USED))
+        yield f"constant frames: {_where(empty)} of {len(flat)}, counted from 0", USED
     if padding.any():
         inside = np.ptp(np.flatnonzero(~padding)) + 1 > np.count_nonzero(~padding)
-        what = f"constant slices: {some(padding)} of {len(padding)}, counted from 0 at the base"
-        found.append((what + (", within the stack" if inside else ""), NOT_MEASURED if inside else USED))
+        what = f"constant slices: {_where(padding)} of {len(padding)}, counted from 0 at the base"
+        yield (what + ", within the stack", NOT_MEASURED) if inside else (what, USED)
     partly = flat & ~padding & ~empty[:, None]
     if partly.any():
-        frames, slices = some(partly.any(axis=1)), some(partly.any(axis=0))
-        found.append((f"slices {slices} are constant in the frames {frames}: these are not measured", USED))
-    return found
+        frames, slices = _where(partly.any(axis=1)), _where(partly.any(axis=0))
+        yield f"slices {slices} are constant in the frames {frames}: these are not measured", USED
 
 
-def _repeated(cine: np.ndarray, padding: np.ndarray) -> list[Finding]:
+def _repeated(cine: np.ndarray, padding: np.ndarray) -> Iterator[Finding]:
     """Slices with exactly the images of another slice in all frames."""
-    marks = [
-        tuple(zlib.crc32(np.ascontiguousarray(image)) for image in slice) for slice in cine.swapaxes(0, 1)
-    ]
+    marks = [hash(cine[:, z].tobytes()) for z in range(cine.shape[1])]
     twice = np.array([mark in marks[:z] for z, mark in enumerate(marks)]) & ~padding
-    what = f"slices that repeat another one: {some(twice)}, counted from 0 at the base"
-    return [(what, NOT_MEASURED)] if twice.any() else []
+    if twice.any():
+        yield f"slices that repeat another one: {_where(twice)}, counted from 0 at the base", NOT_MEASURED
 
 
 def _likeness(cine: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, float]:
@@ -173,27 +158,20 @@ def _likeness(cine: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _exchanged(
     shape: Sequence[int], likeness: np.ndarray, of_slices: float, pitch_mm: float
-) -> list[Finding]:
-    frames, slices, what = *shape[:2], ""
+) -> Iterator[Finding]:
+    frames, slices = shape[:2]
     of_frames = float(np.median(np.diag(likeness, 1))) if frames > 1 else 1.0
+    if slices < _FEWEST_SLICES:
+        return
     if frames == 1 and of_slices > _LIKE_FRAMES and pitch_mm >= PITCH_MM[0]:
         what = f"its slices are as alike as frames (correlation {of_slices:.2f}): is the third axis time?"
+        yield what, NOT_MEASURED
     elif of_slices > of_frames + _MORE_ALIKE:
-        what = f"slices are more alike than frames (correlation {of_slices:.2f}, {of_frames:.2f}): exchanged?"
-    return [(what, NOT_MEASURED)] if what and slices >= _FEWEST_SLICES else []
-
-
-def _unlike_neighbours(likeness: np.ndarray) -> np.ndarray:
-    """(T,) bool: frames that correlate far less with both neighbours than frames do in the median."""
-    if len(likeness) < _FEWEST_FRAMES:
-        return np.zeros(len(likeness), bool)
-    following = np.diag(np.roll(likeness, -1, axis=1))  # of frame t with t + 1, of the last with the first
-    best = np.maximum(following, np.roll(following, 1))
-    return best < np.median(following) - _ODD_FRAME
+        alike = f"correlation {of_slices:.2f}, {of_frames:.2f}"
+        yield f"slices are more alike than frames ({alike}): exchanged?", NOT_MEASURED
 
 
 def _heart_rate(likeness: np.ndarray, time_step_s: float | None) -> tuple[float | None, list[Finding]]:
-    """Beats a minute, where the frames are one beat of plausible length."""
     frames = len(likeness)
     if frames < _FEWEST_FRAMES or time_step_s is None:
         return None, []
@@ -208,11 +186,10 @@ def _heart_rate(likeness: np.ndarray, time_step_s: float | None) -> tuple[float 
 
 def _period(likeness: np.ndarray) -> int:
     """After how many frames a cine resembles itself as neighbours do; 0 if it never does."""
-    frames = len(likeness)
-    profile = np.array([np.diag(likeness, lag).mean() for lag in range(frames // 2 + 1)])
+    profile = np.array([np.diag(likeness, lag).mean() for lag in range(len(likeness) // 2 + 1)])
     for lag in range(3, len(profile)):
         fall = profile[1] - profile[1:lag].min()
-        is_peak = profile[lag] >= profile[min(lag + 1, len(profile) - 1)]
+        is_peak = profile[lag] >= profile[lag : lag + 2].max()
         if is_peak and fall > 0.01 and profile[lag] >= profile[1] - 0.1 * fall:
             return lag
     return 0
@@ -220,9 +197,3 @@ def _period(likeness: np.ndarray) -> int:
 
 def mm(lengths: Sequence[float]) -> str:
     return " x ".join(f"{length:.4g}" for length in lengths) + " mm"
-
-
-def some(which: np.ndarray, limit: int = 8) -> str:
-    """The first places where a bool array (N,) is True."""
-    numbers = np.flatnonzero(which)
-    return ", ".join(map(str, numbers[:limit])) + (", ..." if len(numbers) > limit else "")

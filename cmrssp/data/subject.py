@@ -1,6 +1,7 @@
 """What a layout knows of a subject, and what can be wrong with it."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ CLASSES = ("LV", "MYO", "RV")  # label ids 1, 2, 3 everywhere in this package, a
 PLAIN = "folder"  # the data set's name of a plain folder
 # What is done about a problem, worst first. NOT_MEASURED: the images are used, volumes would be wrong.
 DONE = LEFT_OUT, NOT_MEASURED, CORRECTED, USED = "left out", "not measured", "used with correction", "used"
+Finding = tuple[str, str]  # (what is odd, what was done: one of DONE)
 
 _VENDORS = {
     "Siemens": r"siemens.*|a",
@@ -54,7 +56,7 @@ class Source(Protocol):
 
     files: tuple[Path, ...]
     heart_rate_per_min: float | None
-    notes: tuple[tuple[str, str], ...]  # (what is odd, what was done)
+    notes: tuple[Finding, ...]
 
     def image(self) -> nibabel.Nifti1Image:
         """The cine as a NIfTI image, whose voxels are read on access; that raises BrokenSubject."""
@@ -101,3 +103,9 @@ def frame_number(text: str, first: int = 0) -> int | None:
     """A table's frame number, counted from `first`, as a 0-based one; None for anything else."""
     number = re.fullmatch(r"\s*([0-9]{1,6})(\.0*)?\s*", text)
     return int(number[1]) - first if number and int(number[1]) >= first else None
+
+
+def listed(items: Collection) -> str:
+    """The first eight of some names or numbers, and how many there are if there are more."""
+    some = ", ".join(map(str, list(items)[:8]))
+    return some if len(items) <= 8 else f"{some}, ... ({len(items)} in all)"

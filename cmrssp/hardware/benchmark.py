@@ -86,7 +86,7 @@ class Measurement:
 def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
     """Measure at least `num_steps` steps and print what was found."""
     encoder, size = method.encoder, batches.batch_size
-    used = {"compile": settings.compile, "graph": settings.graph, "device cache": batches.resident}
+    used = {"compile": settings.compile, "graph": settings.graph, "device cache": batches.on_device}
     used["grad checkpoint"] = encoder.stages[0].recompute
     print(
         f"benchmark: {method.name}, batches of {size} slices at {method.image_size} px, channels "

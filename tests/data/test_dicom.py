@@ -148,13 +148,10 @@ def test_other_numbers_of_frames_are_brought_to_the_commonest_by_phase(tmp_path)
     assert [done for _, done in subject.source.notes] == ["used with correction"] * 2
 
 
-def test_a_frame_or_a_slice_that_all_lack_is_said(tmp_path):
-    files = [f for number, f in enumerate(stack(images())) if number % 10 != 4 and number // 10 != 2]
-    subject, notes, _ = reading(tmp_path, files)
-    assert voxels(subject).shape[:2] == (4, 9)
-    assert sorted(note.split(":")[0] for note in notes) == [
-        "a frame seems to be missing", "a slice seems to be missing"
-    ]  # fmt: skip
+def test_a_slice_that_is_missing_is_reported(tmp_path):
+    files = [f for number, f in enumerate(stack(images())) if number // 10 != 2]
+    subject, (note,), _ = reading(tmp_path, files)
+    assert voxels(subject).shape[:2] == (4, 10) and "a slice seems to be missing" in note
 
 
 def test_a_slice_that_is_not_parallel_is_left_out(tmp_path):

@@ -34,7 +34,7 @@ def clinic(tmp_path) -> Path:
     for path in write(folder / "Mathilda_Sorgenfrei" / "HX-4471-09 heart", files):
         path.rename(path.with_name(f"HX-4471-09_{path.name}"))
     paths = sorted((folder / "Mathilda_Sorgenfrei").rglob("HX*_IM*"))
-    paths[3].write_bytes(paths[3].read_bytes()[:-9])
+    paths[3].write_bytes(paths[3].read_bytes()[:-99])
     paths[3].with_name("Sorgenfrei.dcm").write_bytes(b"")
     content = paths[4].read_bytes()
     paths[4].write_bytes(content.replace(b"1.2.3.1\0", b"MATHILDA"))

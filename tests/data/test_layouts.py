@@ -74,9 +74,9 @@ def test_mnms_as_distributed(tmp_path, beating):
     assert set(problems) == {"mnms/B1", "mnms/C2", "mnms/D3", ""}
     assert problems["mnms/B1"] == [("holds no label", "used")]
     ((what, done),) = problems["mnms/C2"]
-    assert "ED is frame 2" in what and "says 1" in what and done == "used with correction"
-    assert problems["mnms/D3"] == [("no row in the table: vendor unknown", "used")]
-    assert problems[""] == [("mnms: the table names subjects that have no cine here: E9", "left out")]
+    assert "ED is frame 2" in what and "says ED 1" in what and done == "used with correction"
+    assert [done for _, done in problems["mnms/D3"]] == ["used"]
+    assert problems[""] == [("the table names subjects that have no cine here: E9", "left out")]
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_a_plain_folder(tmp_path, beating):
             ("subject,split", "a,training"),
             "expected train, validation, test or nothing as split of a, got training",
         ),
-        (("subject,vendor", "a,GE", "b,GE", "a,Siemens"), "expected one row a subject, got 2 of a"),
+        (("subject,vendor", "a,GE", "b,GE", "a,Siemens"), "expected one row a subject, got several of a"),
     ],
 )
 def test_a_table_that_is_wrong(tmp_path, beating, rows, message):
@@ -297,17 +297,13 @@ def test_labels_of_one_frame_need_to_say_which(tmp_path, beating):
     save(tmp_path / "scans" / "a.nii.gz", cine)
     save(tmp_path / "scans" / "a_gt.nii.gz", labels[..., 0])
     cines, problems = stored(tmp_path, tmp_path / "scans")
-    assert (
-        not cines.subjects and "expected labels of all 3 frames, got a 3D file" in problems["folder/a"][0][0]
-    )
+    assert not cines.subjects and "expected labels of all 3 frames" in problems["folder/a"][0][0]
 
 
 def test_the_same_subject_twice(tmp_path, beating):
     for folder in ("one", "two"):
         save(tmp_path / folder / "a.nii.gz", beating()[0])
-    with pytest.raises(
-        UserError, match=r"more than once: 1, the first is folder/a .*one/a.nii.gz.*two/a.nii.gz"
-    ):
+    with pytest.raises(UserError, match=r"folder/a .* more than once .*one/a.nii.gz.*two/a.nii.gz"):
         dataset.find([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path)
 
 
@@ -519,7 +515,7 @@ def test_one_labelled_frame_that_the_table_does_not_name(tmp_path, beating):
     cines, problems = stored(tmp_path, tmp_path / "in")
     assert [record.phases for record in cines.labels] == [{"ES": 2}, {"ED": 2}]
     for name, numbers, phase in (("a", "ED 0 and ES 3", "ES"), ("b", "ED 1 and ES 3", "ED")):
-        what = f"the labelled frame is 2, the data set says {numbers} (counted from 0): taken as {phase}"
+        what = f"{phase} is frame 2 by the labels, the data set says {numbers} (counted from 0)"
         assert (what, "used with correction") in problems[f"folder/{name}"]
 
 

@@ -195,12 +195,6 @@ def test_constant_slices(read, slices, measurable):
     assert done(problems) == {USED if measurable else NOT_MEASURED}
 
 
-def test_a_frame_of_noise_is_not_sound(read):
-    array = beating()
-    array[..., 3] = np.random.default_rng(1).integers(0, 300, array.shape[:3])
-    assert read(array)[0].sound_frames == (0, 1, 2, 4, 5, 6, 7)
-
-
 def test_a_cine_without_a_whole_frame_is_not_measured(read):
     array = beating()
     for frame in range(8):

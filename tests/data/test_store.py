@@ -11,7 +11,6 @@ from cmrssp.data.batches import Batches, Slices, collate
 from cmrssp.data.cine import read_cine
 from cmrssp.data.motion import motion_map, temporal_deviation
 from cmrssp.data.subject import BrokenSubject
-from cmrssp.errors import UserError
 
 
 @pytest.fixture
@@ -72,19 +71,6 @@ def test_half_written_files_are_built_again(three, tmp_path):
         path.write_bytes(content[: len(content) // 2])
     store.build(three, cache, labels=True, progress=False)
     assert {p: p.read_bytes() for p in (cache / "store").iterdir()} == whole
-
-
-def test_a_file_that_is_cut_off_under_a_training_is_named(three, tmp_path):
-    cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
-    for record, dtype in ((cines.cines[0], "<i2"), (cines.labels[0], "u1")):
-        record.path.write_bytes(record.path.read_bytes()[: record.offset + 8 * np.dtype(dtype).itemsize])
-    frame = cines.labels[0].frames[0]
-    for read in (cines.slice, cines.label_slice):
-        with pytest.raises(UserError, match=r"A.*: shorter than it was"):
-            read(0, frame, 0)
-    for read in (cines.volume, cines.label_volume):
-        with pytest.raises(UserError, match=r"A.*: shorter than it was"):
-            read(0, frame)
 
 
 def test_what_killed_processes_left_is_swept_after_a_day(three, tmp_path):

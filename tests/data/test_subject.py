@@ -100,7 +100,7 @@ def test_read_mnms_subject(write_mnms, beating):
         0,
     )  # the larger blood pool is ED, whatever the order
     (problem,) = found.problems
-    assert problem.what.startswith("ES is frame 0 by the labels' blood pool, the data set says 1")
+    assert problem.what.startswith("ES is frame 0 by the labels, the data set says ED 2 and ES 1")
     assert (problem.subject, problem.done) == ("mnms/A0S9V9", "used with correction")
     assert (found.masks[1] == labels[::-1, ::-1, :, 2].transpose(2, 1, 0)).all()
 
@@ -161,7 +161,7 @@ def refused(path, array, message):
 
 
 def test_a_constant_is_no_image(tmp_path):
-    refused(tmp_path / "A.nii.gz", np.full((4, 4, 2, 2), 7, np.int16), "constant 7")
+    refused(tmp_path / "A.nii.gz", np.full((4, 4, 2, 2), 7, np.int16), "constant .*7")
 
 
 def test_an_image_of_which_much_is_no_number_is_named(tmp_path):

@@ -79,7 +79,7 @@ def test_what_the_device_has_no_room_for_is_read_or_refused(hearts, monkeypatch,
     loader = batches(hearts, labelled=False)
     needed = 9 * (32 * 40 + 65 * 70) * 2
     memory.check(method, loader, amp="off", device=CPU, device_cache="auto")
-    assert loader.resident is None and "device cache" not in capsys.readouterr().out  # on a CPU
+    assert loader.on_device is None and "device cache" not in capsys.readouterr().out  # on a CPU
     fixed, per_slice = memory.estimate(method, loader, amp="off")
     training = 1.3 * (fixed + 5 * per_slice) + 2e9
     monkeypatch.setattr(memory, "free", lambda device: training + needed - 1)
@@ -87,7 +87,7 @@ def test_what_the_device_has_no_room_for_is_read_or_refused(hearts, monkeypatch,
         memory.check(method, loader, amp="off", device=CPU, device_cache="on")
     monkeypatch.setattr(memory, "free", lambda device: training + needed + 1)
     memory.check(method, loader, amp="off", device=CPU, device_cache="on")
-    assert loader.resident.image.numel() * 2 == needed and "device cache: on" in capsys.readouterr().out
+    assert loader.on_device.image.numel() * 2 == needed and "device cache: on" in capsys.readouterr().out
 
 
 def test_where_slices_lie_and_what_is_recomputed_change_no_bit(phantom_folder, tmp_path, monkeypatch):

@@ -3,29 +3,30 @@
 import csv
 import io
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from cmrssp.data.subject import LEFT_OUT, USED, Problem
+from cmrssp.data.subject import LEFT_OUT, USED, Problem, frame_number, listed, vendor_name
 from cmrssp.errors import UserError
 
+Rows = dict[str, dict[str, str]]  # {subject: its row}
 
-def read(path: Path, key: str, *, lower: bool = False) -> list[dict[str, str]] | None:
-    """The rows of a CSV that have a `key`, cells stripped; None without such a column. `lower` makes column
-    names small. Raises UserError for a file that is no CSV.
+
+def read(path: Path, key: str) -> list[dict[str, str]] | None:
+    """The rows of a CSV that have a `key`, column names in small letters, cells stripped; None without such a
+    column. Raises UserError for a file that is no CSV.
     """
+    lines = io.StringIO(read_text(path), newline="").readlines()
+    while lines and (not lines[0].strip() or lines[0].startswith("sep=")):
+        del lines[0]
+    separator = max(",;\t", key=(lines or [""])[0].count)  # some countries' spreadsheets write ;
+    reader = csv.DictReader(lines, delimiter=separator, restkey="")
     try:
-        lines = io.StringIO(read_text(path), newline="").readlines()
-        while lines and (not lines[0].strip() or lines[0].startswith("sep=")):
-            del lines[0]
-        separator = max(",;\t", key=(lines or [""])[0].count)  # some countries' spreadsheets write ;
-        reader = csv.DictReader(lines, delimiter=separator)
-        columns = [(name or "").strip() for name in reader.fieldnames or ()]
-        columns = [name.lower() for name in columns] if lower else columns
-        if key not in columns:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        if key not in reader.fieldnames:
             return None
-        reader.fieldnames = columns
-        rows = [{k: (v or "").strip() for k, v in row.items() if k is not None} for row in reader]
+        rows = [{name: (cell or "").strip() for name, cell in row.items() if name} for row in reader]
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as CSV ({error})") from None
     return [row for row in rows if row[key]]
@@ -34,12 +35,12 @@ def read(path: Path, key: str, *, lower: bool = False) -> list[dict[str, str]] |
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, UTF-16 or else Windows' cp1252, its letters `composed`."""
     content = path.read_bytes()
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return composed(content.decode("utf-16", errors="replace"))
     try:
-        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        return composed(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        text = content.decode("utf-16" if utf16 else "cp1252", errors="replace")
-    return composed(text)
+        return composed(content.decode("cp1252", errors="replace"))
 
 
 def composed(name: str) -> str:
@@ -47,28 +48,35 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def first_with(files: Sequence[Path], key: str, digits: int = 0) -> dict[str, dict[str, str]] | None:
-    """{key, filled with zeros to `digits`: row} of the topmost CSV with a column `key`; None without one."""
+def topmost(
+    files: Sequence[Path], key: str, cines: Mapping[str, Path], dataset: str, digits: int = 0
+) -> tuple[Rows, list[Problem]]:
+    """The rows of the topmost CSV with a column `key`, whose cells are filled with zeros to `digits`, and how
+    its subjects differ from those of `cines`.
+    """
     for path in sorted((f for f in files if f.suffix == ".csv"), key=lambda f: (len(f.parts), f)):
         if (rows := read(path, key)) is not None:
-            return {row[key].zfill(digits): row for row in rows}
-    return None
+            by_subject = {row[key].zfill(digits): row for row in rows}
+            return by_subject, differences(path, by_subject, cines, dataset)
+    what = f"{dataset}: no CSV has a column '{key}', so vendors and pathologies are unknown"
+    return {}, [Problem("", "", what, USED)]
 
 
-def against_cines(rows: Iterable[str] | None, cines: Iterable[str], dataset: str, key: str) -> list[Problem]:
-    """How the ids in a data set's table (None: none has a column `key`) differ from those of its cines."""
-    if rows is None:
-        what = f"{dataset}: no CSV has a column '{key}', so vendors and pathologies are unknown"
-        return [Problem("", "", what, USED)]
-    missing = without_cine(rows, cines)
-    return [Problem("", "", f"{dataset}: {missing}", LEFT_OUT)] if missing else []
+def differences(path: Path, rows: Rows, cines: Mapping[str, Path], dataset: str) -> list[Problem]:
+    """Cines ({subject: file}) without a row, and rows without a cine."""
+    what = f"no row in {path.name}: vendor unknown"
+    odd = [Problem(f"{dataset}/{id}", cines[id].name, what, USED) for id in cines if id not in rows]
+    if lost := sorted(rows.keys() - cines.keys()):
+        what = f"the table names subjects that have no cine here: {listed(lost)}"
+        odd.append(Problem("", path.name, what, LEFT_OUT))
+    return odd
 
 
-def without_cine(rows: Iterable[str], cines: Iterable[str]) -> str:
-    """One line on the rows of a table that have no cine; "" if all have one."""
-    missing = sorted(set(rows) - set(cines))
-    return f"the table names subjects that have no cine here: {first(missing)}" if missing else ""
-
-
-def first(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+def about(row: Mapping[str, str], first_frame: int = 0) -> dict[str, Any]:
+    """What a row says of a subject, as fields of Subject; frames count from `first_frame`."""
+    return {
+        "vendor": vendor_name(row.get("vendorname") or row.get("vendor", "")),
+        "pathology": row.get("pathology") or row.get("disease") or row.get("group", ""),
+        "ed": frame_number(row.get("ed", ""), first_frame),
+        "es": frame_number(row.get("es", ""), first_frame),
+    }

@@ -1,58 +1,22 @@
 """What a cine needs of the header of a DICOM file, without the patient's name."""
 
-import math
 import os
 import re
-import struct
 import warnings
-from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pydicom
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
-from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
-from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-_SECONDARY_CAPTURE, _DIRECTORY = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.1.3.10"
-_MR_IMAGES = [f"1.2.840.10008.5.1.4.1.1.4{end}" for end in ("", ".1", ".4")]  # classic, enhanced, converted
 _NOT_MAGNITUDE = {"P", "R", "I", "PHASE", "PHASE MAP", "VELOCITY", "VELOCITY MAP", "REAL", "IMAGINARY"}
 _GE_COMPONENT, _PHILIPS_SLOPE, _PHILIPS_INTERCEPT = 0x0043102F, 0x2005100E, 0x2005100D
-_MODALITIES = {
-    "CR",
-    "CT",
-    "DX",
-    "ECG",
-    "KO",
-    "MR",
-    "NM",
-    "OT",
-    "PR",
-    "PT",
-    "RF",
-    "SC",
-    "SEG",
-    "SR",
-    "US",
-    "XA",
-}
 _RR_MS = (250.0, 2500.0)
 _ANYBODY = {"anon", "anonymous", "anonymized", "anonymised", "patient", "subject", "unknown", "none"}
-_TAGS = [Tag(tag) for tag in (
-    "SOPClassUID", "ImageType", "ComplexImageComponent", "Modality", "Manufacturer", "PatientName",
-    "PatientID", "PatientBirthDate", "AccessionNumber", "PatientIdentityRemoved", "PatientSize",
-    "PatientWeight", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "AcquisitionNumber",
-    "InstanceNumber", "AcquisitionTime", "AcquisitionDateTime", "SeriesTime", "TriggerTime",
-    "NominalCardiacTriggerDelayTime", "TemporalPositionIdentifier", "NominalInterval", "HeartRate",
-    "InversionTime", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
-    "SamplesPerPixel", "BitsAllocated", "NumberOfFrames", "RescaleSlope", "RescaleIntercept",
-    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", _GE_COMPONENT, _PHILIPS_SLOPE,
-    _PHILIPS_INTERCEPT,
-)]  # fmt: skip
 _PLAIN = {ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian}
 # a warning of pydicom may cite a header's value
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -96,176 +60,130 @@ class Image(NamedTuple):
         return np.cross(self.axes[:3], self.axes[3:])
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file begins, or is called, like DICOM."""
+def read(path: Path) -> tuple[list[Image], set[str]]:
+    """(the images of a DICOM file, words that name its patient); nothing of other files. Reads no pixels."""
     try:
         with open(path, "rb") as file:
             head = file.read(132)
-    except OSError:
-        return False
-    # without the preamble, a file begins with group 2 or 8
-    bare = head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0"
-    return head[128:] == b"DICM" or bare or path.suffix.lower() in (".dcm", ".ima")
-
-
-def read(path: Path) -> tuple[list[Image], set[str]]:
-    """(the images of a DICOM file, words that name its patient). Reads no pixels."""
-    unreadable = Image(path, "", reason="cannot be read as DICOM (truncated?)")
-    try:
-        with open(path, "rb") as file:
-            header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+            # without the preamble, a file begins with group 2 or 8
+            bare = head[:2] in (b"\x02\0", b"\x08\0") and head[3:4] == b"\0"
+            named = path.suffix.lower() in (".dcm", ".ima")
+            if path.name.upper() == "DICOMDIR" or not (head[128:] == b"DICM" or bare or named):
+                return [], set()
+            file.seek(0)
+            header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
             room = os.fstat(file.fileno()).st_size - file.tell()
-            said = _Elements(header)
-            return _images(path, header, said, room) or [unreadable], _identity(header, said)
+        return _images(path, header, room), _identity(header)
     except Exception:  # a broken file makes pydicom raise anything
-        return [unreadable], set()
+        return [Image(path, "", reason="cannot be read as a DICOM image (truncated?)")], set()
 
 
-class _Elements(dict):
-    """{tag: the values of an element as text or numbers}. Plain decoding of what pydicom has split; its own
-    conversion takes longer than to read the file.
-    """
-
-    def __init__(self, *datasets: pydicom.Dataset) -> None:
-        elements = (pair for dataset in datasets for pair in dataset.items())
-        super().__init__((int(tag), _decoded(element)) for tag, element in elements)
-
-    def numbers(self, *names: str | int, count: int = 1) -> tuple[float, ...]:
-        """The first `count` values of the first of these elements with so many finite numbers, else ()."""
-        for name in names:
-            values = self.get(name if isinstance(name, int) else tag_for_keyword(name), ())[:count]
-            try:
-                numbers = tuple(map(float, values))
-            except (TypeError, ValueError):
-                continue
-            if len(numbers) == count and all(map(math.isfinite, numbers)):
-                return numbers
-        return ()
-
-    def number(self, *names: str | int) -> float | None:
-        return next(iter(self.numbers(*names)), None)
-
-    def whole(self, name: str) -> int:
-        return int(next(iter(self.numbers(name)), -1))
-
-    def within(self, low: float, high: float, *names: str) -> float | None:
-        number = self.number(*names)
-        return number if number is not None and low <= number <= high else None
-
-    def texts(self, *names: str) -> list[str]:
-        """The values of the first of these elements that has one."""
-        found = ([str(value) for value in self.get(tag_for_keyword(name), ())] for name in names)
-        return next((values for values in found if any(values)), [""])
+def _numbers(header: pydicom.Dataset, *names: str | int, count: int = 1) -> tuple[float, ...]:
+    """The first `count` values of the first of these elements with so many finite numbers, else ()."""
+    for name in names:
+        with suppress(Exception):  # absent, or what pydicom raises for a damaged value
+            numbers = np.array(header[name].value, float).ravel()[:count]
+            if len(numbers) == count and np.isfinite(numbers).all():
+                return tuple(numbers.tolist())
+    return ()
 
 
-def _decoded(element: RawDataElement | pydicom.DataElement) -> Sequence:
-    if not isinstance(element, RawDataElement):
-        value = element.value
-        return value if isinstance(value, MultiValue | pydicom.Sequence) else [value]
-    kind, value = element.VR, element.value or b""
-    if kind in (None, "UN"):
-        kind = dictionary_VR(element.tag) if dictionary_has_tag(element.tag) else "FL"
-    if code := {"US": "H", "SS": "h", "UL": "I", "FL": "f", "FD": "d"}.get(kind):
-        order = "<" if element.is_little_endian else ">"
-        return struct.unpack(f"{order}{len(value) // struct.calcsize(code)}{code}", value)
-    return [] if kind == "SQ" else [v.strip(" \0") for v in value.decode("latin-1").split("\\")]
+def _number(
+    header: pydicom.Dataset, *names: str | int, low: float = -np.inf, high: float = np.inf
+) -> float | None:
+    return next((number for number in _numbers(header, *names) if low <= number <= high), None)
 
 
-def _images(path: Path, header: pydicom.Dataset, said: _Elements, room: int) -> list[Image]:
-    """One image a frame. `room`: bytes from the element of the pixels to the end of the file."""
-    kind = said.texts("SOPClassUID")[0] or str(header.file_meta.get("MediaStorageSOPClassUID", ""))
-    if kind == _DIRECTORY:
-        return [Image(path, "", reason="a DICOMDIR: not needed")]
-    rows, columns, count = (said.number(name) for name in ("Rows", "Columns", "NumberOfFrames"))
-    if not rows and kind in ("", *_MR_IMAGES):
-        return []
+def _texts(header: pydicom.Dataset, *names: str) -> list[str]:
+    """The values of the first of these elements that has one."""
+    value = next((header[name].value for name in names if header.get(name)), "")
+    return list(map(str, value)) if isinstance(value, MultiValue) else [str(value)]
+
+
+def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
+    """One image a frame, or one with the reason why none can be in a cine. `room`: bytes of the pixels."""
+    rows, columns, bits = (_number(header, name) or 0 for name in ("Rows", "Columns", "BitsAllocated"))
+    count, modality = int(_number(header, "NumberOfFrames") or 1), _texts(header, "Modality")[0] or "MR"
     syntax = str(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
-    study, patient = said.texts("StudyInstanceUID")[0], said.texts("PatientID", "PatientName")[0]
+    reason = ""
+    if modality != "MR":
+        reason = f"no MR image (modality {modality})"
+    elif not rows:
+        raise ValueError("expected an image")
+    elif _number(header, "SamplesPerPixel") not in (None, 1):
+        reason = "colour image"
+    elif syntax in _PLAIN and room < rows * columns * count * bits / 8:
+        reason = "truncated file"
+    study, patient = _texts(header, "StudyInstanceUID")[0], _texts(header, "PatientID", "PatientName")[0]
     image = Image(
         path,
         "",
-        reason=_not_mr(said, kind),
+        reason=reason,
         study=hashed(f"{study or path.parent} {patient}"),
-        series=hashed(said.texts("SeriesInstanceUID")[0]),
-        number=said.whole("SeriesNumber"),
-        instance=said.whole("InstanceNumber"),
+        series=hashed(_texts(header, "SeriesInstanceUID")[0]),
+        number=int(_number(header, "SeriesNumber") or -1),
+        instance=int(_number(header, "InstanceNumber") or -1),
         syntax=syntax,
-        vendor=said.texts("Manufacturer")[0],
-        height_m=said.within(0.3, 2.5, "PatientSize"),
-        weight_kg=said.within(1, 400, "PatientWeight"),
+        vendor=_texts(header, "Manufacturer")[0],
+        height_m=_number(header, "PatientSize", low=0.3, high=2.5),
+        weight_kg=_number(header, "PatientWeight", low=1, high=400),
     )
-    multiple = count is not None
-    groups = [
-        header.get(f"{name}FunctionalGroupsSequence", ()) for name in ("Shared", "PerFrame") if multiple
-    ]
-    count = int(count or 1)
-    needed = (rows or 0) * (columns or 0) * count * (said.number("BitsAllocated") or 16) / 8
-    needed += 8 if syntax == ImplicitVRLittleEndian else 12  # the element's own header
-    if not image.reason and syntax in _PLAIN and room < needed:
-        image = image._replace(reason="truncated file")
-    if image.reason:
+    if reason:
         return [image]
-    if not groups or len(groups[1]) != count:
-        return [_frame(image, k, said) for k in range(count)]
-    common = _items(groups[0])
-    return [
-        _frame(image, k, _Elements(header, *common, *_items([group]))) for k, group in enumerate(groups[1])
-    ]
+    groups = header.get("PerFrameFunctionalGroupsSequence", ())
+    if len(groups) != count:
+        return [_frame(image, k, header) for k in range(count)]
+    shared = header.get("SharedFunctionalGroupsSequence", ())
+    return [_frame(image, k, _flat(header, *shared, group)) for k, group in enumerate(groups)]
 
 
-def _items(groups: Sequence[pydicom.Dataset]) -> list[pydicom.Dataset]:
-    """What the functional groups of a frame hold."""
-    return [e.value[0] for group in groups[:1] for e in group if e.VR == "SQ" and e.value]
+def _flat(header: pydicom.Dataset, *groups: pydicom.Dataset) -> pydicom.Dataset:
+    """The elements of a header and of the functional groups of a frame."""
+    flat = pydicom.Dataset()
+    flat.update(header)
+    for element in (element for group in groups for element in group):
+        if element.VR == "SQ" and element.value:
+            flat.update(element.value[0])
+    return flat
 
 
-def _not_mr(said: _Elements, kind: str) -> str:
-    modality = said.texts("Modality")[0] or "MR"
-    if kind.startswith(_SECONDARY_CAPTURE):
-        return "secondary capture"
-    if modality != "MR" or not said.number("Rows"):
-        return f"no MR image (modality {modality if modality in _MODALITIES else 'unknown'})"
-    return "colour image" if said.number("SamplesPerPixel") not in (None, 1) else ""
-
-
-def _frame(image: Image, index: int, said: _Elements) -> Image:
+def _frame(image: Image, index: int, header: pydicom.Dataset) -> Image:
     """`image` with what is said of a frame."""
-    rate = said.within(60000 / _RR_MS[1], 60000 / _RR_MS[0], "HeartRate")
-    slope, intercept = said.number("RescaleSlope"), said.number("RescaleIntercept")
-    if slope is None and (private := said.number(_PHILIPS_SLOPE)):
+    rate = _number(header, "HeartRate", low=60000 / _RR_MS[1], high=60000 / _RR_MS[0])
+    rr = _number(header, "NominalInterval", "RRIntervalTimeNominal", low=_RR_MS[0], high=_RR_MS[1])
+    slope, intercept = _number(header, "RescaleSlope"), _number(header, "RescaleIntercept")
+    if slope is None and (private := _number(header, _PHILIPS_SLOPE)):
         # (stored - intercept) / slope: Chenevert et al., Transl Oncol 7(1), 2014
-        slope, intercept = 1 / private, -(said.number(_PHILIPS_INTERCEPT) or 0.0) / private
-    spacing, position = said.numbers("PixelSpacing", count=2), said.numbers("ImagePositionPatient", count=3)
-    axes = said.numbers("ImageOrientationPatient", count=6)
-    return image._replace(
+        slope, intercept = 1 / private, -(_number(header, _PHILIPS_INTERCEPT) or 0.0) / private
+    clock = _texts(header, "FrameAcquisitionDateTime", "AcquisitionDateTime", "AcquisitionTime", "SeriesTime")
+    grid = [n for name in ("Rows", "Columns") for n in _numbers(header, name)]
+    image = image._replace(
         index=index,
-        reason=_not_magnitude(said) or _not_placed(spacing, position, axes),
-        acquisition=said.whole("AcquisitionNumber"),
-        clock_ms=_clock_ms(said.texts("FrameAcquisitionDateTime", "AcquisitionDateTime", "AcquisitionTime",
-                                      "SeriesTime")[0]),
-        trigger_ms=said.number("TriggerTime", "NominalCardiacTriggerDelayTime"),
-        temporal=said.number("TemporalPositionIndex", "TemporalPositionIdentifier"),
-        rr_ms=said.within(*_RR_MS, "NominalInterval", "RRIntervalTimeNominal") or (rate and 60000 / rate),
-        inversion_ms=said.number("InversionTime", "InversionTimes"),
-        grid=(*said.numbers("Rows"), *said.numbers("Columns"), *spacing),
-        position=position,
-        axes=axes,
+        acquisition=int(_number(header, "AcquisitionNumber") or -1),
+        clock_ms=_clock_ms(clock[0]),
+        trigger_ms=_number(header, "TriggerTime", "NominalCardiacTriggerDelayTime"),
+        temporal=_number(header, "TemporalPositionIndex", "TemporalPositionIdentifier"),
+        rr_ms=rr or (rate and 60000 / rate),
+        inversion_ms=_number(header, "InversionTime", "InversionTimes"),
+        grid=(*grid, *_numbers(header, "PixelSpacing", count=2)),
+        position=_numbers(header, "ImagePositionPatient", count=3),
+        axes=_numbers(header, "ImageOrientationPatient", count=6),
         slope=slope or 1.0,
         intercept=intercept or 0.0,
-    )  # fmt: skip
+    )
+    return image._replace(reason=_why_no_cine(header, image))
 
 
-def _not_magnitude(said: _Elements) -> str:
-    kind = {word.upper() for word in said.texts("FrameType", "ImageType")}
+def _why_no_cine(header: pydicom.Dataset, image: Image) -> str:
+    kind = {word.upper() for word in _texts(header, "FrameType", "ImageType")}
     if "DERIVED" in kind:
         return "derived image"
-    kind |= {word.upper() for word in said.texts("ComplexImageComponent")}
-    return "phase, real or imaginary image" if kind & _NOT_MAGNITUDE or said.number(_GE_COMPONENT) else ""
-
-
-def _not_placed(spacing: Sequence[float], position: Sequence[float], axes: Sequence[float]) -> str:
-    if spacing and position and axes and min(spacing) > 0:
-        directions = np.reshape(axes, (2, 3))
-        if np.abs(directions @ directions.T - np.eye(2)).max() < 0.01:
+    kind |= {word.upper() for word in _texts(header, "ComplexImageComponent")}
+    if kind & _NOT_MAGNITUDE or _number(header, _GE_COMPONENT):
+        return "phase, real or imaginary image"
+    if len(image.grid) == 4 and min(image.grid) > 0 and image.position and image.axes:
+        directions = np.reshape(image.axes, (2, 3))
+        if np.allclose(directions @ directions.T, np.eye(2), atol=0.01):
             return ""
     return "no valid position, orientation or pixel spacing"
 
@@ -276,16 +194,16 @@ def _clock_ms(text: str) -> float:
     return 1000 * (3600 * int(found[2]) + 60 * int(found[3]) + float(found[4])) if found else 0.0
 
 
-def _identity(header: pydicom.Dataset, said: _Elements) -> set[str]:
+def _identity(header: pydicom.Dataset) -> set[str]:
     """Words that name the patient, small letters. The id of a file that says it is anonymous, or whose
     patient is named like the id and has no birth date, is a pseudonym.
     """
-    name = str(header.get("PatientName") or "").casefold()  # in any character set
-    id, born, order = (
-        said.texts(key)[0].casefold() for key in ("PatientID", "PatientBirthDate", "AccessionNumber")
+    name, id, born, order = (
+        _texts(header, key)[0].casefold()
+        for key in ("PatientName", "PatientID", "PatientBirthDate", "AccessionNumber")
     )
     born = born if born.strip("0") else ""
-    if said.texts("PatientIdentityRemoved")[0] == "YES" or (name == id and not born):
+    if _texts(header, "PatientIdentityRemoved")[0] == "YES" or (name == id and not born):
         return set()
     words = {*re.split(r"[\W_]+", name), id, born, order}
     return {word for word in words if len(word) > 1} - _ANYBODY

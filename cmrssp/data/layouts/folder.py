@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmrssp.data.layouts import csv_table
-from cmrssp.data.subject import LEFT_OUT, PLAIN, USED, LabelFile, Problem, Subject, frame_number, vendor_name
+from cmrssp.data.subject import LEFT_OUT, PLAIN, LabelFile, Problem, Subject, listed
 from cmrssp.errors import UserError
 
 TABLE = "subjects.csv"
-_WORDS = ("gt", "seg", "mask", "label", "labels", "contour")
-_LIKE_LABELS = [mark + word for mark in "_-" for word in _WORDS]
+_LIKE_LABELS = re.compile(r"(.+)([_-](?:gt|seg|mask|labels?|contour))", re.IGNORECASE | re.DOTALL)
 _PARTS = {"": "", "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
           "test": "test"}  # fmt: skip
 
@@ -27,68 +26,58 @@ def subjects_among(
 
     Raises UserError for files that look like labels with another suffix: pretraining must not see them.
     """
-    stems = {path: stem for path in files if (stem := stem_of(path.name)) is not None}
-    cines = {path: stem for path, stem in stems.items() if not stem.endswith(label_suffix)}
-    at = {(path.parent, stem): path for path, stem in stems.items()}
-    for path, stem in cines.items():
-        for end in _LIKE_LABELS:
-            if stem.lower().endswith(end) and (path.parent, stem[: -len(end)]) in at:
-                raise UserError(
-                    f"{path}: looks like labels of {stem[: -len(end)]}; expected their names to end in "
-                    f"{label_suffix}, else say --label-suffix {stem[-len(end) :]}"
-                )
-    same = Counter(cines.values())
-    rows = _rows(root, ignore_split)
-    missing = set(rows)
-    subjects, problems = [], []
-    for path, stem in cines.items():
-        place = csv_table.composed(path.relative_to(root).with_name(stem).as_posix())
-        id = stem if same[stem] == 1 else place
-        row = rows.get(id) or rows.get(stem, {})
-        label = at.get((path.parent, stem + label_suffix))
-        about = {"vendor": vendor_name(row.get("vendor", "")), "pathology": row.get("pathology", "")}
-        phases = {phase: frame_number(row.get(phase, "")) for phase in ("ed", "es")}
-        own = (LabelFile(label),) if label else ()
-        subjects.append(Subject(PLAIN, id, path, own, part=row.get("split", ""), **about, **phases))
-        missing -= {id, stem}
-        if rows and not row:
-            problems.append(Problem(f"{PLAIN}/{id}", path.name, f"no row in {TABLE}: vendor unknown", USED))
-    for path, stem in stems.items():
-        name = stem.removesuffix(label_suffix)
-        if path not in cines and (path.parent, name) not in at:
-            problems.append(
-                Problem(f"{PLAIN}/{name}", path.name, f"no cine {name}.nii.gz beside it", LEFT_OUT)
+    at = {(path.parent, stem): path for path in files if (stem := stem_of(path.name)) is not None}
+    cines = [place for place in at if not place[1].endswith(label_suffix)]
+    for folder, stem in cines:
+        if (alike := _LIKE_LABELS.fullmatch(stem)) and (folder, alike[1]) in at:
+            raise UserError(
+                f"{at[folder, stem]}: looks like labels of {alike[1]}; expected their names to end in "
+                f"{label_suffix}, else say --label-suffix {alike[2]}"
             )
-    lost = sorted(name for name in missing if rows[name]["split"])
-    if lost and any(s.id not in rows and stem_of(s.cine.name) not in rows for s in subjects):
+    same = Counter(stem for _, stem in cines)
+    rows = _rows(root / TABLE, ignore_split)
+    subjects, problems = [], []
+    for folder, stem in cines:
+        id = stem
+        if same[stem] > 1:
+            id = csv_table.composed((folder / stem).relative_to(root).as_posix())
+        row, label = rows.get(id, {}), at.get((folder, stem + label_suffix))
+        labels, known = (LabelFile(label),) if label else (), csv_table.about(row)
+        part = row.get("split", "")
+        subjects.append(Subject(PLAIN, id, at[folder, stem], labels, part=part, **known))
+    for folder, stem in at:
+        name = stem.removesuffix(label_suffix)
+        if name != stem and (folder, name) not in at:
+            what = f"no cine {name}.nii.gz beside it"
+            problems.append(Problem(f"{PLAIN}/{name}", at[folder, stem].name, what, LEFT_OUT))
+    if not rows:
+        return subjects, problems
+    found = {subject.id: subject.cine for subject in subjects}
+    lost = sorted(id for id, row in rows.items() if row["split"] and id not in found)
+    if lost and found.keys() - rows.keys():
         raise UserError(
-            f"{root / TABLE}: gives a split to subjects that have no cine ({csv_table.first(lost)}), and "
+            f"{root / TABLE}: gives a split to subjects that have no cine ({listed(lost)}), and "
             "there are cines without a row; expected the files' names without .nii.gz (mind leading zeros)"
         )
-    if missing:
-        problems.append(Problem("", TABLE, csv_table.without_cine(missing, ()), LEFT_OUT))
-    return subjects, problems
+    return subjects, problems + csv_table.differences(root / TABLE, rows, found, PLAIN)
 
 
-def _rows(root: Path, ignore_split: bool) -> dict[str, dict[str, str]]:
+def _rows(path: Path, ignore_split: bool) -> csv_table.Rows:
     """{subject: its row of the table}; {} without a table. Raises UserError for a wrong one."""
-    path = root / TABLE
-    if not path.is_file():
-        return {}
-    rows = csv_table.read(path, "subject", lower=True)
+    rows = csv_table.read(path, "subject") if path.is_file() else []
     if rows is None:
-        raise UserError(f"{path}: expected the columns subject, vendor, pathology, ed, es, split (all but "
-                        "the first may be missing), got no column 'subject'")  # fmt: skip
-    counts = Counter(row["subject"] for row in rows)
-    if twice := sorted(subject for subject, count in counts.items() if count > 1):
-        raise UserError(f"{path}: expected one row a subject, got {counts[twice[0]]} of {twice[0]}")
+        expected = "expected the columns subject, vendor, pathology, ed, es, split"
+        raise UserError(f"{path}: {expected} (all but the first may be missing), got no column 'subject'")
+    by_subject: csv_table.Rows = {}
     for row in rows:
-        part = "" if ignore_split else row.get("split", "").lower()
+        subject, part = row["subject"], "" if ignore_split else row.get("split", "").lower()
+        if subject in by_subject:
+            raise UserError(f"{path}: expected one row a subject, got several of {subject}")
         if part not in _PARTS:
-            raise UserError(f"{path}: expected train, validation, test or nothing as split of "
-                            f"{row['subject']}, got {row['split']}")  # fmt: skip
-        row["split"] = _PARTS[part]
-    return {row["subject"]: row for row in rows}
+            expected = "expected train, validation, test or nothing"
+            raise UserError(f"{path}: {expected} as split of {subject}, got {row['split']}")
+        by_subject[subject] = {**row, "split": _PARTS[part]}
+    return by_subject
 
 
 def stem_of(name: str) -> str | None:
