@@ -5,7 +5,8 @@
 nnU-Net's recipe: PlainConvUNet of dynamic-network-architectures (not among the requirements) with batch norm
 and deep supervision, NCHW, mixed precision, torch.compile, Dice over the batch + cross-entropy, gradients cut
 to 12, SGD with Nesterov momentum 0.99, on views that lie ready. Ours: `training.Step` of the supervised
-method on the same slices, augmentation on and off (the plain crop is made all the same), compiled or not.
+method on the same slices, augmentation on and off (the plain crop is made all the same), eager or compiled
+and replayed as CUDA graphs.
 """
 
 import argparse
@@ -118,7 +119,11 @@ def main() -> None:
             channels=network["channels"], image_size=network["image_size"], spacing_mm=network["spacing_mm"],
             augment=augment, norm="batch", freeze_encoder=0.0, encoder_lr_factor=1.0,
         )  # fmt: skip
-        return Step(method, FixedBatch(device), loop.settings(**settings, compile=compile))
+        return Step(
+            method,
+            FixedBatch(device),
+            loop.settings(**settings, compile=compile, graph=compile and device.type == "cuda"),
+        )
 
     plain = ours(False, False)
     views = plain.method.views(batch, None)
