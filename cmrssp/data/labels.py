@@ -9,9 +9,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from nibabel import orientations
-from skimage.measure import regionprops
 
-from cmrssp.data.geometry import Geometry
+from cmrssp.data.cine import CineFacts
 from cmrssp.data.nifti import cine_image, grid, load, voxels
 from cmrssp.data.subject import (
     CLASSES,
@@ -30,21 +29,15 @@ _STRIDE = 3  # of the pixels that are compared
 
 
 @dataclass(frozen=True)
-class Heart:
-    """Where the labels of a subject lie, over all its labelled frames and slices; in native pixels."""
-
-    centre: tuple[float, float]  # centroid, (row, column)
-    box: tuple[int, int, int, int]  # first and last row, first and last column
-
-
-@dataclass(frozen=True)
 class LabelFacts:
     """What is known of a subject's labels without the masks."""
 
     frames: tuple[int, ...]  # the cine frames with labels
     ed: int | None  # cine frames of end diastole and end systole, None where unlabelled
     es: int | None
-    heart: Heart | None
+    box: tuple[int, int, int, int] | None  # first and last row, first and last column with any label
+    distance_mm: float | None  # from the crop centre to the centroid of all labels
+    reach_mm: float | None  # how far the labels reach from the crop centre, along rows or columns
     digest: str  # of frames and masks
     problems: tuple[Problem, ...]
 
@@ -70,13 +63,13 @@ class Labels(LabelFacts):
 
 
 @np.errstate(all="ignore")
-def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Labels:
-    """Read the label files of a subject whose stored cine is (T, Z, H, W). Raises BrokenSubject.
+def read_labels(subject: Subject, cine: CineFacts, stored: np.ndarray) -> Labels:
+    """Read the label files of a subject whose `stored` cine is (T, Z, H, W). Raises BrokenSubject.
 
     A frame is labelled if any of its voxels is. ED is the labelled frame with the largest LV blood pool, ES
     the one with the smallest; if the data set says otherwise, that is a problem of the subject.
     """
-    reader = _Reader(subject, cine, geometry)
+    reader = _Reader(subject, cine, stored)
     for file in subject.labels:
         reader.add(file)
     return reader.labels()
@@ -85,29 +78,40 @@ def read_labels(subject: Subject, cine: np.ndarray, geometry: Geometry) -> Label
 class _Reader:
     """Collects the masks of a subject's label files, and what is odd about them."""
 
-    def __init__(self, subject: Subject, cine: np.ndarray, geometry: Geometry) -> None:
-        self.subject, self.cine, self.geometry, self.reference = subject, cine, geometry, cine_image(subject)
+    def __init__(self, subject: Subject, cine: CineFacts, stored: np.ndarray) -> None:
+        self.subject, self.cine, self.stored, self.reference = subject, cine, stored, cine_image(subject)
         self.masks: dict[int, np.ndarray] = {}
         self.told = {"ED": subject.ed, "ES": subject.es}  # by the data set's table, or by a file's name
         self.problems: list[Problem] = []
 
-    def note(self, file: Path, what: str, done: str = USED) -> None:
-        self.problems.append(Problem(self.subject.key, file.name, what, done))
+    def note(self, what: str, done: str = USED, file: Path | None = None) -> None:
+        name = (file or self.subject.labels[0].path).name
+        self.problems.append(Problem(self.subject.key, name, what, done))
 
     def add(self, file: LabelFile) -> None:
         """Read a label file of one frame, or of all."""
         array = self._with_our_ids(file.path)
+        table = [frame for frame in (self.subject.ed, self.subject.es) if frame is not None]
+        frame = table[0] if file.frame is None and len(table) == 1 else file.frame
         if not array.any():
-            self.note(file.path, "holds no label")
+            self.note("holds no label", USED, file.path)
             return
-        frames = range(len(array))
-        if file.image or file.frame is not None or len(array) != len(self.cine):
-            frame = self._frame_that_shows(file.image) if file.image else self._frame(file, array)
-            frames = [] if frame is None else [frame]
+        if file.image:
+            frames = self._frames_that_show(file.image)
+        elif file.frame is None and len(array) == len(self.stored):
+            frames = range(len(array))
+        elif frame is not None and frame < len(self.stored) and len(array) == 1:
+            frames = [frame]
+        else:
+            expected = f"labels of all {len(self.stored)} frames (zeros where there are none)"
+            more = "or of one that the data set's table gives as ED or ES, counted from 0"
+            got = f"{len(array)} volumes, frame {frame}"
+            raise BrokenSubject(f"{file.path}: expected {expected}, {more}; got {got}")
         for frame, mask in zip(frames, array, strict=False):
             if mask.any() and frame in self.masks:
-                what = f"belongs to frame {frame}, which has labels already: not used"
-                self.note(file.path, what, LEFT_OUT)
+                self.note(
+                    f"belongs to frame {frame}, which has labels already: not used", LEFT_OUT, file.path
+                )
             elif mask.any():
                 self.masks[frame] = mask
                 self.told |= {file.phase: frame} if file.phase else {}
@@ -136,62 +140,57 @@ class _Reader:
             rest = step @ orientations.inv_ornt_aff(turn, image.shape[:3])  # once it is turned
         except (np.linalg.LinAlgError, orientations.OrientationError):  # an affine that says nothing
             rest = np.zeros((4, 4))
-        if np.allclose(rest, np.eye(4), atol=0.02 + 0.48 * (np.arange(4) == 3)):
-            if (turn != [[0, 1], [1, 1], [2, 1]]).any():
+        if np.allclose(rest[:3, :3], np.eye(3), atol=0.02):
+            if not np.allclose(rest[:3, 3], 0, atol=0.5):
+                first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
+                what = f"is off its cine's grid by its affine (its first voxel is at {first} there)"
+                self.note(f"{path.name} {what}: the array was used as stored", USED, path)
+            elif (turn != [[0, 1], [1, 1], [2, 1]]).any():
                 array = nibabel.apply_orientation(array, turn)
                 what = f"{path.name} is stored in other axes than its cine: turned by its affine"
-                self.note(path, what, CORRECTED)
-        elif np.allclose(rest[:3, :3], np.eye(3), atol=0.02):
-            first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
-            what = f"by its affine {path.name} is off its cine's grid (its first voxel is at {first} there)"
-            self.note(path, what + ": the array was used as stored")
-        array = self.geometry.to_canonical(array)
-        if array.shape[1:] != self.cine.shape[1:] or len(array) not in (1, len(self.cine)):
-            expected = f"the cine's shape (frames, slices, rows, columns) = {self.cine.shape}"
+                self.note(what, CORRECTED, path)
+        array = self.cine.geometry.to_canonical(array)
+        if array.shape[1:] != self.stored.shape[1:] or len(array) not in (1, len(self.stored)):
+            expected = f"the cine's shape (frames, slices, rows, columns) = {self.stored.shape}"
             raise BrokenSubject(f"{path}: expected {expected}, got {array.shape}")
         return array
 
-    def _frame(self, file: LabelFile, array: np.ndarray) -> int:
-        """The cine frame of labels of one frame. Raises BrokenSubject if nothing says which it is."""
-        table = [frame for frame in (self.subject.ed, self.subject.es) if frame is not None]
-        frame = table[0] if file.frame is None and len(table) == 1 else file.frame
-        if frame is None or frame >= len(self.cine) or len(array) > 1:
-            expected = f"labels of all {len(self.cine)} frames (zeros where there are none)"
-            got = f"{len(array)} volumes, frame {frame}"
-            more = "or of one that the data set's table gives as ED or ES, counted from 0"
-            raise BrokenSubject(f"{file.path}: expected {expected}, {more}; got {got}")
-        return frame
-
-    def _frame_that_shows(self, path: Path) -> int | None:
-        """The cine frame that correlates best with a labelled image; None if none does."""
-        volumes = (self._on_grid(path)[0], *self.cine)
+    def _frames_that_show(self, path: Path) -> list[int]:
+        """The cine frame that correlates best with a labelled image; none if none does."""
+        volumes = (self._on_grid(path)[0], *self.stored)
         wanted, *frames = (volume[:, ::_STRIDE, ::_STRIDE].ravel() for volume in volumes)
         alike = np.nan_to_num([np.corrcoef(pixels, wanted)[0, 1] for pixels in frames])
         frame, best = int(alike.argmax()), alike.max()
         if best < _ALIKE:
-            what = f"no frame of the cine looks like it (best correlation {best:.2f}): not used"
-            self.note(path, what, LEFT_OUT)
-            return None
+            what = f"no frame of the cine looks like {path.name} (best correlation {best:.2f}): not used"
+            self.note(what, LEFT_OUT, path)
+            return []
         if best < _SAME:
-            what = f"it is not in the cine; frame {frame} is the most alike (correlation {best:.4f})"
-            self.note(path, what, CORRECTED)
-        return frame
+            what = f"frame {frame} is the most alike (correlation {best:.4f})"
+            self.note(f"{path.name} is not in the cine; {what}", CORRECTED, path)
+        return [frame]
 
     def labels(self) -> Labels:
         """What all files together say."""
-        masks, shape = self.masks, self.cine.shape[1:]
-        complete = [frame for frame, mask in masks.items() if {1, 2} <= set(np.unique(mask))]
-        used = complete if len(complete) > 1 else masks  # a frame with a few stray voxels is no end systole
-        for frame in sorted(masks.keys() - set(used)):
-            what = f"frame {frame} lacks LV or MYO, others have both: not used"
-            self.note(self.subject.labels[0].path, what, LEFT_OUT)
+        complete = [frame for frame, mask in self.masks.items() if {1, 2} <= set(np.unique(mask))]
+        used = complete if len(complete) > 1 else self.masks  # a frame with a few stray voxels is no ES
+        for frame in sorted(self.masks.keys() - set(used)):
+            self.note(f"frame {frame} lacks LV or MYO, others have both: not used", LEFT_OUT)
         frames = tuple(sorted(used))
-        stacked = np.stack([masks[f] for f in frames]) if frames else np.zeros((0, *shape), np.uint8)
-        ed, es = self._phases(stacked, frames) if frames else (None, None)
-        for what in _doubts(stacked, frames, {"ED": ed, "ES": es}) if frames else ():
-            self.note(self.subject.labels[0].path, what)
-        digest = sha256(json.dumps([frames, ed, es]).encode() + stacked.tobytes()).hexdigest()
-        return Labels(frames, ed, es, _heart(stacked), digest, tuple(self.problems), stacked)
+        masks = np.zeros((len(frames), *self.stored.shape[1:]), np.uint8)
+        ed = es = box = distance_mm = reach_mm = None
+        if frames:
+            masks[:] = [self.masks[frame] for frame in frames]
+            ed, es = self._phases(masks, frames)
+            for what in _doubts(masks, frames, {"ED": ed, "ES": es}):
+                self.note(what)
+            at = np.argwhere(masks)[:, 2:]
+            box = tuple(np.stack([at.min(axis=0), at.max(axis=0)], axis=1).ravel().tolist())
+            from_centre = (at - self.cine.centre) * self.cine.geometry.spacing_mm
+            distance_mm = float(np.hypot(*from_centre.mean(axis=0)))
+            reach_mm = float(np.abs(from_centre).max())
+        digest = sha256(json.dumps([frames, ed, es]).encode() + masks.tobytes()).hexdigest()
+        return Labels(frames, ed, es, box, distance_mm, reach_mm, digest, tuple(self.problems), masks)
 
     def _phases(self, masks: np.ndarray, frames: tuple[int, ...]) -> tuple[int | None, int | None]:
         """(ED frame, ES frame) by the LV blood pools of the labelled frames, else by what was `told`."""
@@ -202,14 +201,12 @@ class _Reader:
             found = {"ES" if far["ES"] < far["ED"] else "ED": frames[0]}
         elif pools.min() < pools.max():
             found = {"ED": frames[int(pools.argmax())], "ES": frames[int(pools.argmin())]}
-        elif {ed, es} <= set(frames) and ed != es:
-            found = {"ED": ed, "ES": es}
         else:
-            return frames[0], frames[-1]
+            return (ed, es) if {ed, es} <= set(frames) and ed != es else (frames[0], frames[-1])
         for phase, frame in found.items():
             if self.told[phase] not in (None, frame):
                 what = f"{phase} is frame {frame} by the labels, the data set says ED {ed} and ES {es}"
-                self.note(self.subject.labels[0].path, f"{what} (counted from 0)", CORRECTED)
+                self.note(f"{what} (counted from 0)", CORRECTED)
         return found.get("ED"), found.get("ES")
 
 
@@ -233,20 +230,9 @@ def _doubts(masks: np.ndarray, frames: tuple[int, ...], phases: dict[str, int | 
 
 def borders(masks: np.ndarray, id: int) -> tuple[int, int]:
     """How many in-plane neighbours of class `id` in masks (T, Z, H, W) are (MYO, any other class)."""
-    beside = border = 0
+    pairs = []
     for axis in (2, 3):
         low, high = np.moveaxis(masks, axis, 0)[:-1], np.moveaxis(masks, axis, 0)[1:]
-        for inner, outer in ((low, high), (high, low)):
-            neighbours = outer[(inner == id) & (outer != id)]
-            beside += int(np.count_nonzero(neighbours == 2))
-            border += neighbours.size
-    return beside, border
-
-
-def _heart(masks: np.ndarray) -> Heart | None:
-    counts = (masks > 0).sum(axis=(0, 1))
-    if not counts.any():
-        return None
-    (region,) = regionprops((counts > 0).astype(np.uint8), counts)
-    top, left, bottom, right = region.bbox
-    return Heart(tuple(map(float, region.centroid_weighted)), (top, bottom - 1, left, right - 1))
+        pairs += [(low, high), (high, low)]
+    beside = np.concatenate([outer[(inner == id) & (outer != id)] for inner, outer in pairs])
+    return int(np.count_nonzero(beside == 2)), beside.size

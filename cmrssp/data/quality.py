@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cmrssp.data import copies
-from cmrssp.data.labels import Heart
-from cmrssp.data.store import CineRecord, Store
-from cmrssp.data.subject import DONE, LEFT_OUT, NOT_MEASURED, USED, Problem, Subject
+from cmrssp.data.store import Store
+from cmrssp.data.subject import DONE, LEFT_OUT, NOT_MEASURED, USED, Problem
 
 SQUARES_MM = (160.0, 200.0)  # sides of the squares in which whole hearts are looked for
 CROP_MM = 320.0  # what the network sees at the paper's settings
@@ -18,42 +17,17 @@ def problems(store: Store, found: Sequence[Problem]) -> list[Problem]:
     """All problems, worst first: of the files (`found`), of the stored subjects, and between them."""
     records = [*store.cines, *(store.labels or ())]
     every = [*found, *store.left_out, *(p for record in records for p in record.problems)]
-    every += copies.problems(store) + _far_hearts(store)
-    return sorted(every, key=lambda p: (DONE.index(p.done), p.subject == "", p.subject, p.file, p.what))
-
-
-def heart_distances(store: Store) -> np.ndarray:
-    """(N, 2) in mm, one row per labelled subject: the distance from the crop centre to the labels' centroid,
-    and how far the labels reach from the crop centre along rows or columns.
-    """
-    found = []
-    for _, cine, heart in _hearts(store):
-        spacing, centre = np.array(cine.geometry.spacing_mm), np.array(cine.centre)
-        box = np.array(heart.box).reshape(2, 2)  # rows, columns
-        reach = np.abs(box - centre[:, None]).max(axis=1) * spacing
-        found.append((np.hypot(*(heart.centre - centre) * spacing), reach.max()))
-    return np.array(found).reshape(-1, 2)
-
-
-def _hearts(store: Store) -> list[tuple[Subject, CineRecord, Heart]]:
-    each = zip(store.subjects, store.cines, store.labels or (), strict=bool(store.labels))
-    return [(subject, cine, labels.heart) for subject, cine, labels in each if labels.heart]
-
-
-def _far_hearts(store: Store) -> list[Problem]:
-    odd = []
-    for (subject, *_), (_, reach) in zip(_hearts(store), heart_distances(store), strict=True):
-        if reach > SQUARES_MM[-1] / 2:
+    every += copies.problems(store)
+    for subject, record in zip(store.subjects, store.labels or (), strict=False):
+        if (reach := record.reach_mm) and reach > SQUARES_MM[-1] / 2:
             where = f"{'beyond' if reach > CROP_MM / 2 else 'near the edge of'} the {CROP_MM:.0f} mm crop"
             what = f"the labelled heart reaches {reach:.0f} mm from the crop centre, {where} of the paper"
-            odd.append(Problem(subject.key, subject.cine.name, what, USED))
-    return odd
+            every.append(Problem(subject.key, subject.cine.name, what, USED))
+    return sorted(every, key=lambda p: (DONE.index(p.done), p.subject == "", p.subject, p.file, p.what))
 
 
 def summary(store: Store, found: Sequence[Problem]) -> str:
     """What there is, its sizes, how much is odd; then files left out and cines that cannot be measured."""
-    if not store.subjects:
-        return "cines: none"
     every = problems(store, found)
     more = "; python -m cmrssp.data lists them" if every else ""
     lines = [*_overview(store), _counted(every) + more]
@@ -66,31 +40,28 @@ def summary(store: Store, found: Sequence[Problem]) -> str:
 
 def report(store: Store, found: Sequence[Problem]) -> str:
     """What there is, its sizes, labels and crop centres, and all problems, worst first."""
-    every = problems(store, found)
-    lines = ["cines: none"]
-    if store.subjects:
-        labelled = [record for record in store.labels if record.frames]
-        slices = sum(len(r.frames) * r.shape[1] for r in labelled)
-        ed, es = (sum(phase in record.phases for record in labelled) for phase in ("ED", "ES"))
-        lines = [
-            *_overview(store),
-            f"labels: {len(labelled)} subjects, {slices} slices; ED of {ed}, ES of {es}",
-        ]
-    if len(measured := heart_distances(store)):
-        within = [f"{np.count_nonzero(measured[:, 1] <= side / 2)} of {len(measured)} within {side:.0f} mm"
-                  for side in SQUARES_MM]  # fmt: skip
-        lines.append(f"crop centre (found without labels): {np.median(measured[:, 0]):.0f} mm (median), "
-                     f"{np.percentile(measured[:, 0], 95):.0f} mm (95th percentile) from the labelled "
-                     f"heart's; whole hearts in a square around it: {', '.join(within)}")  # fmt: skip
+    every, lines = problems(store, found), _overview(store)
+    labelled = [record for record in store.labels if record.frames]
+    slices = sum(len(record.frames) * record.shape[1] for record in labelled)
+    ed, es = (sum(phase in record.phases for record in labelled) for phase in ("ED", "ES"))
+    lines.append(f"labels: {len(labelled)} subjects, {slices} slices; ED of {ed}, ES of {es}")
+    if labelled:
+        middle, far = np.percentile([record.distance_mm for record in labelled], (50, 95))
+        whole = {side: sum(record.reach_mm <= side / 2 for record in labelled) for side in SQUARES_MM}
+        within = ", ".join(f"{n} of {len(labelled)} within {side:.0f} mm" for side, n in whole.items())
+        distance = f"{middle:.0f} mm (median), {far:.0f} mm (95th percentile) from the labelled heart's"
+        lines.append(f"crop centre (found without labels): {distance}; whole hearts around it: {within}")
     return "\n".join([*lines, _counted(every), *(f"  {problem}" for problem in every)])
 
 
 def _overview(store: Store) -> list[str]:
+    if not store.subjects:
+        return ["cines: none"]
     shapes, geometries = [r.shape for r in store.cines], [r.geometry for r in store.cines]
     sets = _counts(s.dataset for s in store.subjects)
     vendors = _counts(s.vendor or "unknown" for s in store.subjects)
     frames, slices = sum(t for t, *_ in shapes), sum(t * z for t, z, *_ in shapes)
-    sizes = [_span([s[i] for s in shapes]) for i in range(4)]
+    sizes = [_span(lengths) for lengths in zip(*shapes, strict=True)]
     pixels = _span([spacing for g in geometries for spacing in g.spacing_mm])
     pitches = _span([g.slice_pitch_mm for g in geometries])
     known = sum(g.order_known for g in geometries)
@@ -112,5 +83,5 @@ def _counts(names: Iterable[str]) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g}-{high:.4g}"
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return low if low == high else f"{low}-{high}"

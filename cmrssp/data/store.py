@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cmrssp.data.cine import Cine, CineFacts, read_cine
 from cmrssp.data.geometry import Geometry
-from cmrssp.data.labels import Heart, LabelFacts, Labels, read_labels
+from cmrssp.data.labels import LabelFacts, Labels, read_labels
 from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
 from cmrssp.files import atomic, check_writable, sweep
 from cmrssp.hardware import distributed
@@ -159,7 +159,7 @@ def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> La
     # The cine decides the labels' shape and axes, the layout their ids and frames.
     layout = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
     path = _path(folder, subject, [*_fingerprint(files), layout], ".labels")
-    return _record(LabelRecord, path, lambda: read_labels(subject, _map(cine, "<i2"), cine.geometry), write)
+    return _record(LabelRecord, path, lambda: read_labels(subject, cine, _map(cine, "<i2")), write)
 
 
 def _path(folder: Path, subject: Subject, sources: list, suffix: str) -> Path:
@@ -207,9 +207,8 @@ def _parsed(kind: type, path: Path, line: bytes) -> Any:
     header = json.loads(line, object_hook=_tuples)
     del header["bytes"]
     header["problems"] = tuple(Problem(**problem) for problem in header["problems"])
-    for name, part in {"geometry": Geometry, "heart": Heart}.items():
-        if header.get(name):
-            header[name] = part(**header[name])
+    if kind is CineRecord:
+        header["geometry"] = Geometry(**header["geometry"])
     return kind(path=path, offset=len(line), **header)
 
 

@@ -99,8 +99,8 @@ def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) ->
         sheet[top : top + _CELL_PX, left : left + _CELL_PX] = cell / max(np.percentile(image, 99.5), 1)
         middle, half = corner + _CELL_PX / 2, crop_mm / 2 / mm
         squares[ORANGE].append(_square(*(middle - half), *(middle + half)))
-        if labels and labels.heart:
-            box = np.array(labels.heart.box, float).reshape(2, 2).T  # first corner, last corner
+        if labels and labels.box:
+            box = np.array(labels.box, float).reshape(2, 2).T  # first corner, last corner
             squares[BLUE].append(_square(*((box - centre) * spacing / mm + middle).ravel()))
         axis.plot(middle[1], middle[0], "+", color=ORANGE, markersize=6)
         axis.text(left + 4, top + 4, subject.key, color="white", fontsize=5, va="top", parse_math=False)

@@ -99,7 +99,8 @@ def test_hearts_far_from_the_crop(tmp_path, write_mnms, beating):
     write_mnms("A", cine, labels)
     subjects, _ = dataset.find([tmp_path / "mnms"], tmp_path)
     cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
-    ((distance, reach),) = quality.heart_distances(cines)
+    (record,) = cines.labels
+    distance, reach = record.distance_mm, record.reach_mm
     assert distance == pytest.approx((220 - 25) * 1.5, abs=6) and reach == pytest.approx(
         (220 - 20) * 1.5, abs=6
     )

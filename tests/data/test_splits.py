@@ -93,9 +93,9 @@ def test_a_split_file_decides(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1]", "expected JSON with the lists"),
-        ("{", "expected JSON"),
-        ('{"train": ["a"], "validation": ["a"], "test": []}', "more than once"),
+        ("[1]", "expected the lists"),
+        ("{", "expected the lists"),
+        ('{"train": ["a"], "validation": ["a"], "test": []}', "more of a"),
         ('{"train": ["a"], "validation": ["b"], "test": []}', "names none of the 4 subjects"),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_split_file_that_is_wrong_is_refused(tmp_path, content, message):
 def test_split_files_as_windows_writes_them(tmp_path, encoding, name):
     text = '{"train": ["mnms/A"], "validation": [], "test": []}' if name == "split.json" else PUBLISHED
     (tmp_path / name).write_bytes(text.encode(encoding))
-    assert splits.read(tmp_path / name)["train"][0] in ("mnms/A", "mnms/B0")
+    assert splits.read(tmp_path / name)["train"][0] in ("mnms/A", "mnms/B0L3Y2")
 
 
 def inheriting(members, seed=0):
@@ -158,12 +158,15 @@ PUBLISHED = """"test":
   "mm2":
   - "281"
 train:
-  mm1: [B0, C1]
-  mm2: [7, "8"]
+  mm1:
+  - B0L3Y2
+  mm2:
+  - 7
+  - "8"
 valid:
   mm1:
-  - D2
-  mm2: []
+  - D2M5E2
+  mm2:
 """
 
 
@@ -171,8 +174,8 @@ def test_the_published_form_of_a_split(tmp_path):
     file = tmp_path / "split.yaml"
     file.write_text(PUBLISHED)
     assert splits.read(file) == {
-        "train": ["mnms/B0", "mnms/C1", "mnms2/007", "mnms2/008"],
-        "validation": ["mnms/D2"],
+        "train": ["mnms/B0L3Y2", "mnms2/007", "mnms2/008"],
+        "validation": ["mnms/D2M5E2"],
         "test": ["mnms/A1D9Z7", "mnms/A4R4T0", "mnms2/281"],
     }
 
@@ -181,20 +184,17 @@ def test_the_published_form_of_a_split(tmp_path):
     ("old", "new", "line"),
     [
         ("train:", "training:", 7),
-        ("  mm2: [7", "  acdc: [7", 9),
+        ("  mm2:\n  - 7", "  acdc:\n  - 7", 10),
         ('  - "281"', "  - {a: 1}", 6),
         ('"test":', "- A1", 1),
-        ("  mm2: []", "  mm2: !!python/object/apply:os.system [ls]", 13),
-        ("valid:", "valid: [A]", 10),
+        ("  - D2M5E2", "  - !!python/object/apply:os.system [ls]", 15),
     ],
 )
 def test_anything_else_in_a_yaml_is_refused(tmp_path, old, new, line):
     file = tmp_path / "split.yaml"
     assert old in PUBLISHED
     file.write_text(PUBLISHED.replace(old, new, 1))
-    with pytest.raises(
-        UserError, match=rf"split.yaml, line {line}: expected train, valid, test, below them mm1"
-    ):
+    with pytest.raises(UserError, match=rf"split.yaml: .*line {line}:"):
         splits.read(file)
 
 

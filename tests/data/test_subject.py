@@ -93,7 +93,7 @@ def test_read_mnms_subject(write_mnms, beating):
     assert read.minimum == cine.min() - 7 and read.scale == 1.0
     # RAS axes: columns are x reversed, rows y reversed
     assert (read.stored == (cine - cine.min())[::-1, ::-1].transpose(3, 2, 1, 0)).all()
-    found = read_labels(subject, read.stored, read.geometry)
+    found = read_labels(subject, read, read.stored)
     assert (found.frames, found.ed, found.es) == (
         (0, 2),
         2,
@@ -322,7 +322,7 @@ def test_labels_that_do_not_fit_are_named(write_mnms, beating, change, message):
     (subject,) = dataset.find([write_mnms("A", cine, labels)], CACHE)[0]
     read = read_cine(subject)
     with pytest.raises(BrokenSubject, match=message):
-        read_labels(subject, read.stored, read.geometry)
+        read_labels(subject, read, read.stored)
 
 
 def test_real_acdc_patient(acdc70):
@@ -330,7 +330,7 @@ def test_real_acdc_patient(acdc70):
     assert len(subjects) == 70
     subject = next(s for s in subjects if s.id == "patient003")
     read = read_cine(subject)
-    labels = read_labels(subject, read.stored, read.geometry)
+    labels = read_labels(subject, read, read.stored)
     raw = np.asanyarray(nibabel.load(acdc70 / "patient003" / "patient003_frame02_gt.nii.gz").dataobj)
     assert (labels.frames, labels.ed, labels.es) == ((0, 1), 0, 1)
     for theirs, ours in ((1, 3), (2, 2), (3, 1)):  # RV, MYO, LV
@@ -343,7 +343,7 @@ def test_real_oblique_cine_runs_from_apex_to_base(bivme):
     assert read.stored.shape == (25, 6, 208, 256)
     assert read.geometry.flip[0]
     assert read.geometry.slice_pitch_mm == pytest.approx(17.7, abs=1e-3)  # the README of the data
-    labels = read_labels(subject, read.stored, read.geometry)
+    labels = read_labels(subject, read, read.stored)
     areas = (labels.masks[labels.frames.index(labels.ed)] == 1).sum(axis=(1, 2))
     assert areas[:2].mean() > areas[-2:].mean()
 
@@ -353,7 +353,7 @@ def test_centre_without_labels_on_real_patients(acdc70):
     inside = 0
     for subject in dataset.find([acdc70], CACHE)[0]:
         read = read_cine(subject)
-        heart = read_labels(subject, read.stored, read.geometry).masks.any(axis=(0, 1))
+        heart = read_labels(subject, read, read.stored).masks.any(axis=(0, 1))
         rows, columns = np.nonzero(heart)
         reach = max(
             np.abs(rows - read.centre[0]).max() * read.geometry.spacing_mm[0],
