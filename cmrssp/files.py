@@ -40,8 +40,9 @@ def sweep(folder: Path, older_than_s: float = 0.0) -> None:
 def below(
     root: Path, suffixes: tuple[str, ...], skip: Path | None = None, *, any_name: bool = False
 ) -> list[Path]:
-    """All files below `root` whose names end in one of `suffixes`, small or capital letters, and do not start
-    with a dot, sorted; linked folders are entered, once each, and a folder `skip` in it is not. Raises
+    """All files below `root` whose names end in one of `suffixes`, in small or capital letters, sorted.
+
+    Leaves out names that start with a dot and the folder `skip`. Enters linked folders, each once. Raises
     UserError for a folder that may not be read and, unless `any_name`, for a name that is not UTF-8 (neither
     a report nor a table could say it).
     """
@@ -79,10 +80,8 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """Dicts with the same keys; floats with six decimals, what was not measured empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if rows:
-        writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow([_cell(value) for value in row.values()])
+    writer.writerows(list(row) for row in rows[:1])
+    writer.writerows([_cell(value) for value in row.values()] for row in rows)
     with atomic(path) as file:
         file.write(text.getvalue().encode())
 

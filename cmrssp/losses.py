@@ -4,31 +4,29 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 _SMOOTH = 1e-5
 
 
-def masked_mse(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over the masked pixels. All (B, 1, H, W); mask: 1 = masked. arXiv 2111.06377."""
     with torch.autocast(prediction.device.type, enabled=False):
         mask = mask.float()
         return ((prediction.float() - target.float()).square() * mask).sum() / mask.sum().clamp_min(1)
 
 
-def mse(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over all pixels. Both (B, 1, H, W)."""
     with torch.autocast(prediction.device.type, enabled=False):
         return F.mse_loss(prediction.float(), target.float())
 
 
-def dice_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None
-) -> torch.Tensor:
-    """0.5 cross-entropy + 0.5 (1 - soft Dice). logits (B, C, H, W); labels (B, 1, H, W) integer, 0 =
-    background; weight (B,): a factor of each slice's loss.
+def dice_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """0.5 cross-entropy + 0.5 (1 - soft Dice), the mean over slices.
 
-    The Dice coefficient per slice and foreground class, with 1e-5 added to numerator and denominator; then
-    the mean.
+    logits (B, C, H, W); labels (B, 1, H, W) integer, 0 = background; weight (B,): a factor of each slice's
+    loss. Dice is the mean over the foreground classes, with 1e-5 added to numerator and denominator.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_probabilities = logits.float().log_softmax(dim=1)
@@ -45,12 +43,7 @@ def dice_cross_entropy(
         return (weight * (0.5 * cross_entropy.mean((1, 2)) + 0.5 * (1 - dice.mean(1)))).mean()
 
 
-def deep_supervision(
-    loss: Callable[..., torch.Tensor],
-    outputs: Sequence[torch.Tensor],
-    target: torch.Tensor,
-    **options: torch.Tensor | None,
-) -> torch.Tensor:
+def deep_supervision(loss: Callable, outputs: Sequence[Tensor], target: Tensor, **options) -> Tensor:
     """The mean of `loss(output, target, **options)` over the scales i, weighted by 2^-i.
 
     outputs: (B, C, H / 2^i, W / 2^i) for each i; target (B, 1, H, W), for a coarser scale averaged if it is
@@ -68,7 +61,7 @@ def deep_supervision(
     return total
 
 
-def nt_xent(embeddings: torch.Tensor, positives: torch.Tensor, temperature: float) -> torch.Tensor:
+def nt_xent(embeddings: Tensor, positives: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross-entropy with one or more positives per row.
 
     embeddings (N, D), normalised here; positives (N, N) bool, 1 = attracts, diagonal 0. For row i the mean
@@ -85,18 +78,17 @@ def nt_xent(embeddings: torch.Tensor, positives: torch.Tensor, temperature: floa
 
 
 def dino_cross_entropy(
-    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], centre: torch.Tensor,
-    student_temperature: float, teacher_temperature: float,
-) -> torch.Tensor:  # fmt: skip
+    student: Sequence[Tensor], teacher: Sequence[Tensor], centre: Tensor, temperatures: tuple[float, float]
+) -> Tensor:
     """Cross-entropy between each teacher output and each student output of another crop; mean over pairs and
     slices. Eq. 1 and 2, arXiv 2104.14294.
 
     student, teacher: one (B, K) per crop, the teacher's crops first in both; centre (K,), subtracted from the
-    teacher's outputs.
+    teacher's outputs; temperatures: the student's, the teacher's.
     """
     with torch.autocast(centre.device.type, enabled=False):
-        targets = [((t.float() - centre) / teacher_temperature).softmax(dim=1) for t in teacher]
-        predictions = [(s.float() / student_temperature).log_softmax(dim=1) for s in student]
+        targets = [((t.float() - centre) / temperatures[1]).softmax(dim=1) for t in teacher]
+        predictions = [(s.float() / temperatures[0]).log_softmax(dim=1) for s in student]
         pairs = [
             -(target * prediction).sum(dim=1).mean()
             for i, target in enumerate(targets)

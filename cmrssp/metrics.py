@@ -20,8 +20,8 @@ def overlap(prediction: np.ndarray, reference: np.ndarray) -> dict[str, tuple[in
     counts = {}
     for id, name in enumerate(CLASSES, start=1):
         ours, theirs = prediction == id, reference == id
-        total = int(np.count_nonzero(ours)) + int(np.count_nonzero(theirs))
-        counts[name] = int(np.count_nonzero(ours & theirs)), total
+        total = np.count_nonzero(ours) + np.count_nonzero(theirs)
+        counts[name] = np.count_nonzero(ours & theirs), total
     return counts
 
 
@@ -42,29 +42,23 @@ def surface_distances(
 ) -> dict[str, float | bool]:
     """Distances between the surfaces of one structure, in mm: hausdorff_mm, hd95_mm, assd_mm.
 
-    prediction, reference (Z, H, W) bool; spacing_mm: slice pitch, row, column. A surface voxel has at least
-    one of its six neighbours (four in a stack of one slice) outside the structure or the array. Its distance
-    is that to the nearest surface voxel of the other map, centre to centre; this gives two directed sets.
-    hausdorff: the largest distance. hd95: the larger of the two directed 95th percentiles, interpolated
-    linearly, as in MONAI (DeepMind weights surface voxels by area, MedPy pools the sets). assd: the mean of
-    both sets pooled, as in MONAI and MedPy.
+    prediction, reference (Z, H, W) bool; spacing_mm: slice pitch, row, column. A surface voxel has one of its
+    six neighbours (four in a stack of one slice) outside the structure or the array. Its distance is that to
+    the nearest surface voxel of the other map, centre to centre; this gives two directed sets. hausdorff: the
+    largest distance. hd95: the larger of the two directed 95th percentiles, interpolated linearly, as in
+    MONAI (DeepMind weights surface voxels by area, MedPy pools the sets). assd: the mean of both sets pooled,
+    as in MONAI and MedPy.
 
     A structure in only one map is `missed`: its distances are NaN, and the columns `..._filled_mm` hold the
     diagonal of the image, which no distance exceeds. Otherwise these columns repeat the distances. A
     structure in neither map is `absent`: all six are NaN.
-    Raises ValueError unless both masks have one 3D shape and the spacing is three positive numbers.
     """
-    if prediction.ndim != 3 or prediction.shape != reference.shape:
-        shapes = f"{prediction.shape} and {reference.shape}"
-        raise ValueError(f"surface_distances: expected two masks of one shape (Z, H, W), got {shapes}")
-    spacing = _spacing(spacing_mm)
-    prediction, reference = prediction.astype(bool, copy=False), reference.astype(bool, copy=False)
     found = int(prediction.any()) + int(reference.any())
     filled = measured = dict.fromkeys(("hausdorff", "hd95", "assd"), math.nan)
     if found == 2:
-        filled = measured = _distances(prediction, reference, spacing)
+        filled = measured = _distances(prediction, reference, spacing_mm)
     elif found == 1:
-        filled = dict.fromkeys(measured, float(np.linalg.norm(np.array(prediction.shape) * spacing)))
+        filled = dict.fromkeys(measured, math.hypot(*np.multiply(prediction.shape, spacing_mm)))
     columns = {f"{name}_mm": value for name, value in measured.items()}
     columns |= {f"{name}_filled_mm": value for name, value in filled.items()}
     return {**columns, "missed": found == 1, "absent": found == 0}
@@ -72,7 +66,7 @@ def surface_distances(
 
 def volumes_ml(labels: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
     """Volume of each class as the sum of discs: voxels x pitch x row x column. labels (Z, H, W), ids 0..3."""
-    voxel_ml = float(np.prod(_spacing(spacing_mm))) / 1000
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {name: int((labels == id).sum()) * voxel_ml for id, name in enumerate(CLASSES, start=1)}
 
 
@@ -85,15 +79,13 @@ def score(
     """
     scores = dice(prediction, reference)
     ours, theirs = (volumes_ml(labels, spacing_mm) for labels in (prediction, reference))
-    return {
-        name: {
-            "dice": scores[name], "in_reference": bool((reference == id).any()),
-            **surface_distances(prediction == id, reference == id, spacing_mm),
-            "volume_ml": ours[name], "reference_ml": theirs[name],
-            "volume_error_ml": ours[name] - theirs[name],
-        }
-        for id, name in enumerate(CLASSES, start=1)
-    }  # fmt: skip
+    rows = {}
+    for id, name in enumerate(CLASSES, start=1):
+        row = {"dice": scores[name], "in_reference": bool((reference == id).any())}
+        row |= surface_distances(prediction == id, reference == id, spacing_mm)
+        row |= {"volume_ml": ours[name], "reference_ml": theirs[name]}
+        rows[name] = {**row, "volume_error_ml": ours[name] - theirs[name]}
+    return rows
 
 
 def clinical(volumes: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
@@ -105,8 +97,8 @@ def clinical(volumes: Mapping[str, Mapping[str, float]]) -> dict[str, float | No
     numbers: dict[str, float] = {}
     for ventricle in ("LV", "RV"):
         edv, esv = (float(volumes.get(phase, {}).get(ventricle, math.nan)) for phase in ("ED", "ES"))
-        found = {"edv_ml": edv, "esv_ml": esv, "sv_ml": edv - esv}
-        found["ef_percent"] = 100 * (edv - esv) / edv if edv else math.nan
+        ejected = 100 * (edv - esv) / edv if edv else math.nan
+        found = {"edv_ml": edv, "esv_ml": esv, "sv_ml": edv - esv, "ef_percent": ejected}
         numbers |= {f"{ventricle.lower()}_{name}": value for name, value in found.items()}
     numbers["lv_mass_g"] = MYOCARDIUM_G_PER_ML * volumes.get("ED", {}).get("MYO", math.nan)
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -126,25 +118,18 @@ def indexed(
     return found
 
 
-def _distances(prediction: np.ndarray, reference: np.ndarray, spacing: np.ndarray) -> dict[str, float]:
+def _distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]
+) -> dict[str, float]:
     (box,) = find_objects((prediction | reference).view(np.uint8))  # every surface voxel lies in it
     neighbours = generate_binary_structure(3, 1)
     if len(prediction) == 1:
         neighbours[::2] = False
     ours, theirs = (mask & ~binary_erosion(mask, neighbours) for mask in (prediction[box], reference[box]))
-    to_reference = distance_transform_edt(~theirs, sampling=spacing)[ours]
-    to_prediction = distance_transform_edt(~ours, sampling=spacing)[theirs]
+    to_reference = distance_transform_edt(~theirs, sampling=spacing_mm)[ours]
+    to_prediction = distance_transform_edt(~ours, sampling=spacing_mm)[theirs]
     return {
         "hausdorff": float(max(to_reference.max(), to_prediction.max())),
         "hd95": float(max(np.percentile(to_reference, 95), np.percentile(to_prediction, 95))),
         "assd": float((to_reference.sum() + to_prediction.sum()) / (to_reference.size + to_prediction.size)),
     }
-
-
-def _spacing(spacing_mm: Sequence[float]) -> np.ndarray:
-    spacing = np.asarray(spacing_mm, float)
-    if spacing.shape != (3,) or not (np.isfinite(spacing) & (spacing > 0)).all():
-        raise ValueError(
-            f"spacing_mm: expected three positive numbers (pitch, row, column), got {spacing_mm}"
-        )
-    return spacing

@@ -15,28 +15,17 @@ from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
 from cmrssp.losses import deep_supervision, dice_cross_entropy
 from cmrssp.ssp.flag_types import at_least_0, positive
-from cmrssp.ssp.method import Method, Views
-from cmrssp.unet import Encoder, UNet
+from cmrssp.ssp.method import NNUNETS_SGD, UNetMethod, Views
+from cmrssp.unet import UNet
 from cmrssp.weights.checkpoints import Checkpoint
 from cmrssp.weights.transfer import transfer
 
-NUM_OUTPUTS = len(CLASSES) + 1
 _SLICES_AT_ONCE = 32
 
 
-class Segmentation(Method):
+class Segmentation(UNetMethod):
     name = "segmentation"
-    purpose = "labelled slices, cross-entropy and Dice with deep supervision"
-    defaults = {
-        "epochs": 1000,
-        "batch_size": 32,
-        "lr": 0.01,
-        "schedule": "poly",
-        "momentum": 0.99,
-        "nesterov": True,
-        "weight_decay": 3e-5,
-        "amp": "off",
-    }
+    defaults = {"epochs": 1000, "batch_size": 32, "lr": 0.01, "schedule": "poly", **NNUNETS_SGD, "amp": "off"}
     quick = {"epochs": 100, "batch_size": 8}
     classes = list(CLASSES)
 
@@ -52,29 +41,16 @@ class Segmentation(Method):
         """`freeze_encoder`: epochs; `encoder_lr_factor`: multiplies the encoder's learning rate."""
         super().__init__(channels=channels, norm=norm, **options)
         self.freeze_encoder, self.encoder_lr_factor = freeze_encoder, encoder_lr_factor
-        self.loss = deep_supervision
-        self.unet = UNet(channels=channels, num_outputs=NUM_OUTPUTS, num_heads=len(channels) - 1, norm=norm)
-
-    @property
-    def encoder(self) -> Encoder:
-        return self.unet.encoder
+        self.loss, outputs = deep_supervision, len(CLASSES) + 1
+        self.unet = UNet(channels=channels, num_outputs=outputs, num_heads=len(channels) - 1, norm=norm)
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--freeze-encoder",
-            type=at_least_0(float),
-            default=0.0,
-            metavar="EPOCHS",
-            help="train decoder and heads alone first; the encoder's weights and batch statistics stay",
-        )
-        parser.add_argument(
-            "--encoder-lr-factor",
-            type=positive(float),
-            default=1.0,
-            metavar="FACTOR",
-            help="of the encoder's learning rate; below 1 a pretrained encoder changes more slowly",
-        )
+        add = parser.add_argument
+        frozen = "train decoder and heads alone first; the encoder's weights and batch statistics stay"
+        add("--freeze-encoder", type=at_least_0(float), default=0.0, metavar="EPOCHS", help=frozen)
+        slower = "of the encoder's learning rate; below 1 a pretrained encoder changes more slowly"
+        add("--encoder-lr-factor", type=positive(float), default=1.0, metavar="FACTOR", help=slower)
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         views = self.crop(batch, generator)
@@ -91,21 +67,20 @@ class Segmentation(Method):
         return self.loss(dice_cross_entropy, self.outputs(views), views["label"], weight=weight), {}
 
     def compile_networks(self, mode: str | None = None) -> None:
-        self.unet.compile(dynamic=False, mode=mode)
+        super().compile_networks(mode)
         self.loss = torch.compile(self.loss, dynamic=False, mode=mode)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         if self.encoder_lr_factor == 1:
             return super().param_groups(weight_decay)
-        rest = [p for part in (self.unet.decoder, self.unet.heads) for p in part.parameters()]
+        rest = [*self.unet.decoder.parameters(), *self.unet.heads.parameters()]
         encoder = {"params": list(self.encoder.parameters()), "lr_factor": self.encoder_lr_factor}
         return [{**group, "weight_decay": weight_decay} for group in (encoder, {"params": rest})]
 
     def on_backward_end(self, epoch: float) -> None:
         """Without a gradient SGD leaves a parameter alone, with no decay and no momentum."""
         if epoch < self.freeze_encoder:
-            for parameter in self.encoder.parameters():
-                parameter.grad = None
+            self.encoder.zero_grad(set_to_none=True)
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         return {"image": views["image"], "label": views["label"]}
@@ -132,21 +107,13 @@ class Segmentation(Method):
 
 def restore(checkpoint: Checkpoint) -> Segmentation:
     """The network of a fine-tuned checkpoint, ready to predict. Raises UserError for any other checkpoint."""
-    config = checkpoint.config
-    if config.get("classes") != list(CLASSES):
+    if checkpoint.config["classes"] != list(CLASSES):
         raise UserError(
             f"{checkpoint.path}: expected a fine-tuned segmentation network, got one pretrained by "
             f"{checkpoint.provenance.method}; run finetune.py --init {checkpoint.path} first"
         )
-    method = Segmentation(
-        channels=config["channels"],
-        image_size=config["image_size"],
-        spacing_mm=config["spacing_mm"],
-        augment=False,
-        norm=checkpoint.norm,
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    )
+    training = {"augment": False, "freeze_encoder": 0.0, "encoder_lr_factor": 1.0}
+    method = Segmentation(**checkpoint.network, **training)
     transfer(checkpoint, method.unet)
     return method.eval()
 
@@ -163,33 +130,27 @@ def predict_frames(
 ) -> Iterator[np.ndarray]:
     """The label map (Z, H, W) uint8 of each of the cine `frames`, on the subject's canonical native grid.
 
-    Averages the probabilities of several `methods`, and with `flips` those of mirror images. Voxels outside
-    every crop are background. `largest_component` keeps the largest 3D component of each class only.
+    Averages the probabilities of several `methods`, all in evaluation mode, and with `flips` those of mirror
+    images. Voxels outside every crop are background. `largest_component` keeps the largest 3D component of
+    each class only.
     """
     _, slices, height, width = store.cines[subject].shape
     places = [(subject, frame, z) for frame in frames for z in range(slices)]
-    training = [method.training for method in methods]
-    for method in methods:
-        method.eval()
-    try:
-        done: list[np.ndarray] = []
-        for start in range(0, len(places), _SLICES_AT_ONCE):
-            batch = to_device(collate(store, places[start : start + _SLICES_AT_ONCE], labelled=False), device)
-            mean = sum(method.probabilities(batch, flips=flips) for method in methods)
-            done.extend(mean.argmax(dim=1).to(torch.uint8)[:, :height, :width].cpu().numpy())
-            while len(done) >= slices:
-                labels = np.stack(done[:slices])
-                yield keep_largest(labels) if largest_component else labels
-                done = done[slices:]
-    finally:
-        for method, mode in zip(methods, training, strict=True):
-            method.train(mode)
+    done: list[np.ndarray] = []
+    for start in range(0, len(places), _SLICES_AT_ONCE):
+        batch = to_device(collate(store, places[start : start + _SLICES_AT_ONCE], labelled=False), device)
+        mean = sum(method.probabilities(batch, flips=flips) for method in methods)
+        done.extend(mean.argmax(dim=1).to(torch.uint8)[:, :height, :width].cpu().numpy())
+        while len(done) >= slices:
+            labels = np.stack(done[:slices])
+            yield keep_largest(labels) if largest_component else labels
+            done = done[slices:]
 
 
 def keep_largest(labels: np.ndarray) -> np.ndarray:
     """(Z, H, W) with only the largest component of each class, by 26-connectivity; the rest is background."""
     kept = np.zeros_like(labels)
-    for id in range(1, NUM_OUTPUTS):
+    for id in range(1, len(CLASSES) + 1):
         kept[main_component(labels == id)] = id
     return kept
 

@@ -136,15 +136,16 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 def add_optimisation(parser: argparse.ArgumentParser) -> None:
     """The method sets the defaults (supplement A of the paper)."""
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), metavar="N", help="passes over the training slices")
+    add("--epochs", type=positive(int), default=100, metavar="N", help="passes over the training slices")
     add("--batch-size", type=positive(int), metavar="N", help="slices per step")
     add("--lr", type=positive(float), help="highest learning rate")
-    add("--schedule", choices=("cosine", "poly"), help="cosine to --final-lr, or poly: power 0.9 to 0")
+    schedule = "cosine to --final-lr, or poly: power 0.9 to 0"
+    add("--schedule", choices=("cosine", "poly"), default="cosine", help=schedule)
     add("--final-lr", type=at_least_0(float), default=0.0, help="learning rate at the end of the cosine")
     add("--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0")
-    add("--momentum", type=fraction, help="of SGD")
-    add("--nesterov", action=argparse.BooleanOptionalAction, help="Nesterov momentum")
-    add("--weight-decay", type=at_least_0(float), help="L2 penalty of SGD")
+    add("--momentum", type=fraction, default=0.9, help="of SGD")
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov momentum")
+    add("--weight-decay", type=at_least_0(float), default=1e-4, help="L2 penalty of SGD")
     add("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
     every = "epochs between validations (default: 11 to 20 validations a run, at most one an epoch)"
     add("--validate-every", type=positive(int), metavar="N", help=every)

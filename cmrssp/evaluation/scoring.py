@@ -200,8 +200,7 @@ def arm(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def network_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """Network and length, which all runs of a study should share."""
-    kept = {name: checkpoint.config[name] for name in ("channels", "image_size", "spacing_mm")}
-    return {**kept, "norm": checkpoint.norm, "epochs": checkpoint.provenance.epochs}
+    return {**checkpoint.network, "epochs": checkpoint.provenance.epochs}
 
 
 def training_recipe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -19,12 +19,14 @@ def mean_dice(
     for each class that a reference has, and dice, their mean. Empty if there is none. The ranks share the
     subjects.
     """
+    method.eval()
     mine = []
     for subject in (cines.index[key] for key in distributed.own_items(keys)):
         frames = sorted(set(cines.labels[subject].phases.values()))
         references = [cines.label_volume(subject, frame) for frame in frames]
         pairs = zip(predict_frames([method], cines, subject, frames, device), references, strict=True)
         mine.append([(metrics.dice(*pair), np.unique(pair[1])) for pair in pairs])
+    method.train()
     found = [volume for subject in distributed.merge(mine) for volume in subject]
     means = {
         f"dice_{name}": float(np.mean([dice[name] for dice, _ in found]))

@@ -28,9 +28,7 @@ _LOCAL_OFFSET = 0.25  # of the plain crop's side: 80 mm of 320
 class DINO(Method):
     name = "dino"
     purpose = "a student predicts its own moving average from global and local crops (encoder)"
-    defaults = {"epochs": 100, "batch_size": 64, "lr": 0.0075, "schedule": "cosine", "warmup_epochs": 10.0,
-                "final_lr": 1e-6, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
-                "amp": "fp16"}  # fmt: skip
+    defaults = {"batch_size": 64, "lr": 0.0075, "warmup_epochs": 10.0, "final_lr": 1e-6, "amp": "fp16"}
     quick = {"epochs": 3, "batch_size": 32}
 
     def __init__(
@@ -115,7 +113,7 @@ class DINO(Method):
             self.batch_centre.copy_(torch.where(mean.isfinite(), mean, self.centre))
         temperatures = (self.student_temperature, self.teacher_temperature(epoch))
         crops = student.chunk(2 + self.local_crops)
-        return dino_cross_entropy(crops, teacher.chunk(2), self.centre, *temperatures), {}
+        return dino_cross_entropy(crops, teacher.chunk(2), self.centre, temperatures), {}
 
     def compile_networks(self, mode: str | None = None) -> None:
         super().compile_networks(mode)
@@ -132,10 +130,8 @@ class DINO(Method):
     def param_groups(self, weight_decay: float) -> list[dict]:
         """No weight decay on biases and norms."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-        ]
+        decayed, free = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
     def on_backward_end(self, epoch: float) -> None:
         if epoch < self.freeze_last_epochs:
@@ -166,11 +162,9 @@ class Head(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: int, bottleneck: int = 256) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
-            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
-            nn.Linear(hidden, bottleneck),
-        )  # fmt: skip
+        layers = [nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.GELU()]
+        layers += [nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
         self.last = nn.Parameter(torch.empty(outputs, bottleneck))
         for layer in self.layers:
             if isinstance(layer, nn.Linear):

@@ -1,7 +1,6 @@
 """Does a pretraining go well? Figures of the frozen features, without labels."""
 
 import math
-from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -22,8 +21,7 @@ def effective_rank(features: torch.Tensor) -> float:
     Roy and Vetterli 2007; used for pretraining as RankMe, arXiv 2210.02885.
     """
     values = torch.linalg.svdvals(features.double())
-    p = values / values.sum().clamp_min(1e-300)
-    return float(torch.exp(-(p * p.clamp_min(1e-300).log()).sum()))
+    return float(torch.special.entr(values / values.sum().clamp_min(1e-300)).sum().exp())
 
 
 def position_probe(
@@ -37,10 +35,9 @@ def position_probe(
     """
     known = ~position.isnan()
     x, y, subject = features[known].double(), position[known].double(), subject[known]
-    ids = subject.unique()
-    if len(ids) < 2:
-        return float("nan")
-    first = torch.isin(subject, ids[::2])
+    first = torch.isin(subject, subject.unique()[::2])
+    if first.all():
+        return math.nan
     residual = total = 0.0
     for fit, held in ((first, ~first), (~first, first)):
         mean = x[fit].mean(dim=0)
@@ -60,31 +57,26 @@ def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
     The slices are the same in each epoch. All ranks call it, and get the figures over the slices of all.
     """
     method.eval()
-    count, sums = 0, Counter()
-    features, positions, subjects = [], [], []
+    logged, features, positions, subjects = [], [], [], []
     for i, batch in enumerate(loader.in_order(NUM_SLICES, split_over_ranks=True)):
         views = method.views(batch, step_generator(0, 0, i, distributed.rank()))
         if i == 0 or len(batch["image"]) == loader.per_rank:  # contrast is easier in a smaller batch
             loss, logs = method(views, float(epoch))
-            sums.update({name: value.item() for name, value in {"loss": loss, **logs}.items()})
-            count += 1
-        plain = method.crop(batch, None)["image"]
-        features.append(method.encoder.pooled(plain).float().cpu())
+            logged.append({"loss": loss.item(), **{name: value.item() for name, value in logs.items()}})
+        features.append(method.encoder.pooled(method.crop(batch, None)["image"]).float().cpu())
         positions.append(batch["position"].cpu())
         subjects.append(batch["subject"].cpu())
     method.train()
     distributed.barrier()
     pooled, position, subject = (distributed.gather(torch.cat(x)) for x in (features, positions, subjects))
-    means = distributed.mean(torch.tensor(list(sums.values()), dtype=torch.float64) / count)
+    means = distributed.mean(torch.tensor([[*each.values()] for each in logged], dtype=torch.float64).mean(0))
     if not (pooled.isfinite().all() and means.isfinite().all()):
         what = "loss or features are NaN or infinite on the validation slices"
         raise UserError(f"epoch {epoch}: {what}; try a smaller --lr. The last saved state is kept")
-    figures = {f"validation_{name}": mean for name, mean in zip(sums, means.tolist(), strict=True)}
+    figures = {f"validation_{name}": mean for name, mean in zip(logged[0], means.tolist(), strict=True)}
     figures["effective_rank"] = rank = effective_rank(pooled)
     if rank < COLLAPSED:
         what = f"effective rank {rank:.2f} of {pooled.shape[1]} after epoch {epoch}"
         tqdm.write(f"warning: the features collapse: {what}; check views.png, or try a smaller --lr")
     r2 = position_probe(pooled, position, subject)
-    if not math.isnan(r2):  # fewer than two validation subjects
-        figures["position_r2"] = r2
-    return figures
+    return figures if math.isnan(r2) else {**figures, "position_r2": r2}

@@ -33,6 +33,7 @@ from cmrssp.data.store import Store
 from cmrssp.unet import Encoder, UNet, check_image_size
 
 Views = dict[str, torch.Tensor]
+NNUNETS_SGD = {"momentum": 0.99, "nesterov": True, "weight_decay": 3e-5}
 
 
 class Method(nn.Module):
@@ -40,7 +41,7 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     purpose: ClassVar[str]  # in one line
-    defaults: ClassVar[dict]  # of the shared flags, by destination (supplement A)
+    defaults: ClassVar[dict]  # of the shared flags, by destination, where their own do not fit (supplement A)
     quick: ClassVar[dict]  # what --quick changes in them
     finetuning: ClassVar[dict] = {"lr": 0.005, "transfer": "all"}  # flags of finetune.py (supplement A)
     fewest_slices: ClassVar[int] = 1  # in a batch

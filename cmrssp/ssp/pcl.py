@@ -15,8 +15,7 @@ _ROUNDING = 1e-6  # positions k / n and m / n' can differ by exactly the thresho
 class PCL(SimCLR):
     name = "pcl"
     purpose = "slices at nearly the same place between base and apex attract each other (encoder)"
-    defaults = {"epochs": 100, "batch_size": 64, "lr": 0.1, "schedule": "cosine", "momentum": 0.9,
-                "nesterov": False, "weight_decay": 1e-5, "amp": "off"}  # fmt: skip
+    defaults = {"batch_size": 64, "lr": 0.1, "weight_decay": 1e-5, "amp": "off"}
     quick = {"epochs": 3, "batch_size": 64}
 
     def __init__(self, *, threshold: float, **options) -> None:

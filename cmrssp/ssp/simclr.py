@@ -20,8 +20,7 @@ from cmrssp.unet import Encoder
 class SimCLR(Method):
     name = "simclr"
     purpose = "two views of a slice attract each other, all other slices repel (encoder)"
-    defaults = {"epochs": 100, "batch_size": 224, "lr": 0.1, "schedule": "cosine", "momentum": 0.9,
-                "nesterov": False, "weight_decay": 1e-4, "amp": "fp16"}  # fmt: skip
+    defaults = {"batch_size": 224, "lr": 0.1, "amp": "fp16"}
     quick = {"epochs": 3, "batch_size": 64}
     fewest_slices = 2  # the loss of a single slice is 0
 

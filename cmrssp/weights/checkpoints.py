@@ -31,6 +31,11 @@ class Checkpoint:
         return self.config.get("norm", "batch")  # files of the first version do not name it
 
     @property
+    def network(self) -> dict[str, Any]:
+        """The values of the flags of its network: channels, image_size, spacing_mm and norm."""
+        return {**{k: self.config[k] for k in ("channels", "image_size", "spacing_mm")}, "norm": self.norm}
+
+    @property
     def digests(self) -> dict[str, str]:
         return self.provenance.image_digests()
 

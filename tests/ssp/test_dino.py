@@ -68,7 +68,7 @@ def test_loss_equals_a_slow_loop():
     student = [torch.rand(3, 7, generator=generator) for _ in range(4)]
     teacher = [torch.rand(3, 7, generator=generator) for _ in range(2)]
     centre = torch.rand(7, generator=generator)
-    ours = dino_cross_entropy(student, teacher, centre, 0.1, 0.04).item()
+    ours = dino_cross_entropy(student, teacher, centre, (0.1, 0.04)).item()
     assert ours == pytest.approx(slow_loss(student, teacher, centre, 0.1, 0.04), abs=1e-5)
 
 
@@ -146,7 +146,8 @@ def test_schedules_by_hand():
             1.0,
         ]
     )
-    paper = settings(**{k: v for k, v in DINO.defaults.items() if k != "batch_size"})
+    schedule = {k: DINO.defaults[k] for k in ("lr", "warmup_epochs", "final_lr")}
+    paper = settings(epochs=100, schedule="cosine", **schedule)
     assert [learning_rate(paper, e) for e in (0, 1, 10, 55, 100)] == pytest.approx(
         [0, 0.00075, 0.0075, (0.0075 + 1e-6) / 2, 1e-6]
     )
