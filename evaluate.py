@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from cmrssp import segmentation
 from cmrssp.cli import entry, flags
-from cmrssp.cli.argument_types import vendor_names
+from cmrssp.cli.argument_types import VendorNames
 from cmrssp.data import dataset, splits
 from cmrssp.data.prepare import prepare
 from cmrssp.data.subject import CLASSES
@@ -62,7 +62,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("prediction and scores")
     group.add_argument("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
     group.add_argument(
-        "--vendors", type=vendor_names, nargs="+", metavar="NAME", help="score subjects of these vendors only"
+        "--vendors",
+        action=VendorNames,
+        nargs="+",
+        metavar="NAME",
+        help="score subjects of these vendors only",
     )
     group.add_argument(
         "--flips", action="store_true", help="average over the image and its three mirror images"
@@ -71,9 +75,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--largest-component", action="store_true", help="keep only the largest 3D component of each class"
     )
     group.add_argument("--save-predictions", action="store_true", help="also write the label maps of a split")
-    flags.add_run(parser, training=False)
+    flags.add_output(parser, "RUN/evaluation-<split>; predictions for --predict, RUNS/tables for --tables")
     args = parser.parse_args(argv)
-    args.vendors = flags.flat(args.vendors)
     chosen = next((name for name in _UNUSED if getattr(args, name)), None)
     for flag in _UNUSED.get(chosen, ()):
         if flags.typed(argv, flag):

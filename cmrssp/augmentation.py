@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,44 +49,42 @@ def paper_ranges(image_size: int, spacing_mm: float) -> Ranges:
     return Ranges(translation_mm=40 / 256 * image_size * spacing_mm)
 
 
+_NEVER = {field.name: 0.0 for field in fields(Ranges) if field.name.startswith("p_")}
+_UNCHANGED = Ranges(rotation_deg=0.0, fov_factor=(1.0, 1.0), translation_mm=0.0, **_NEVER)
+
+
 @dataclass(frozen=True)
 class Draws:
     """What was drawn for B images: CPU tensors (B,), or (B, 2) as (row, column)."""
 
-    rotation_deg: torch.Tensor
-    fov_factor: torch.Tensor
-    translation_mm: torch.Tensor  # (B, 2), before the field-of-view factor
-    flip: torch.Tensor  # (B, 2), -1 or 1
-    noise_std: torch.Tensor  # 0: none
-    noise_seed: torch.Tensor  # int64: one seed for all images that were drawn together
-    blur_sigma_px: torch.Tensor  # (B, 2), 0: none
-    brightness: torch.Tensor
-    shift: torch.Tensor
-    gamma: torch.Tensor
-    solarise: torch.Tensor  # bool: x above 0 becomes the subject's maximum - x
+    rotation_deg: Tensor
+    fov_factor: Tensor
+    translation_mm: Tensor  # (B, 2), before the field-of-view factor
+    flip: Tensor  # (B, 2), -1 or 1
+    noise_std: Tensor  # 0: none
+    noise_seed: Tensor  # int64: one seed for all images that were drawn together
+    blur_sigma_px: Tensor  # (B, 2), 0: none
+    brightness: Tensor
+    shift: Tensor
+    gamma: Tensor
+    solarise: Tensor  # bool: x above 0 becomes the subject's maximum - x
 
 
 def plain(count: int) -> Draws:
     """The centred crop, without augmentation."""
-    one, zero = torch.ones(count), torch.zeros(count)
-    pair = torch.zeros(count, 2)
-    return Draws(
-        rotation_deg=zero, fov_factor=one, translation_mm=pair, flip=torch.ones(count, 2),
-        noise_std=zero, noise_seed=zero.long(), blur_sigma_px=pair,
-        brightness=one, shift=zero, gamma=one, solarise=zero.bool(),
-    )  # fmt: skip
+    return draw(count, _UNCHANGED, torch.Generator())
 
 
 def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
     """Random parameters for `count` images, from a CPU generator."""
 
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    def chance(p: float, *shape: int) -> torch.Tensor:
+    def chance(p: float, *shape: int) -> Tensor:
         return torch.rand(count, *shape, generator=generator) < p
 
-    def maybe(p: float, between: tuple[float, float], otherwise: float) -> torch.Tensor:
+    def maybe(p: float, between: tuple[float, float], otherwise: float) -> Tensor:
         return torch.where(chance(p), uniform(*between), otherwise)
 
     rotation, fov_factor = uniform(-ranges.rotation_deg, ranges.rotation_deg), uniform(*ranges.fov_factor)
@@ -106,24 +105,23 @@ def draw(count: int, ranges: Ranges, generator: torch.Generator) -> Draws:
 
 
 def augment(
-    batch: Batch, ranges: Sequence[Ranges | None], generator: torch.Generator | None, *,
-    image_size: int, spacing_mm: float,
-) -> Batch:  # fmt: skip
+    batch: Batch, ranges: Sequence[Ranges | None], generator: torch.Generator | None, **grid: float
+) -> Batch:
     """For each of the ranges one augmented crop of each image, as `apply` gives it: (ranges x B, ...), those
-    of the first ranges first. Without ranges or a generator the plain centred crop.
+    of the first ranges first. Without ranges or a generator the plain centred crop. `grid`: as for `apply`.
     """
     count = len(batch["image"])
     each = [draw(count, one, generator) if one and generator else plain(count) for one in ranges]
     draws = Draws(*(torch.cat([getattr(d, field.name) for d in each]) for field in fields(Draws)))
     if len(ranges) > 1:
         batch = {key: torch.cat([value] * len(ranges)) for key, value in batch.items()}
-    return apply(batch, draws, image_size=image_size, spacing_mm=spacing_mm)
+    return apply(batch, draws, **grid)
 
 
 def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> Batch:
     """Native batch -> (B, 1, S, S) each: image float32, standardised; if given, label uint8, motion float32.
 
-    Image bicubic, label nearest, motion linear, all 0 outside the native image; intensity draws change the
+    Image bicubic, label nearest, motion linear, all 0 outside the native image. Intensity draws change the
     image alone. Without gradient.
     """
     with torch.no_grad(), torch.autocast(batch["image"].device.type, enabled=False):
@@ -140,7 +138,7 @@ def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> 
         return sampled
 
 
-def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> torch.Tensor:
+def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> Tensor:
     """(B, S, S, 2) for grid_sample: the native position of each target pixel.
 
     A target pixel, in mm from the middle of the target image, is translated, scaled by the field-of-view
@@ -148,10 +146,8 @@ def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: fl
     """
     device = batch["image"].device
     axis = (torch.arange(image_size, device=device) - (image_size - 1) / 2) * spacing_mm
-    angle = torch.deg2rad(draws.rotation_deg)
-    translation, fov_factor, flip, angle = _to(
-        device, draws.translation_mm, draws.fov_factor, draws.flip, angle
-    )
+    drawn = (draws.translation_mm, draws.fov_factor, draws.flip, torch.deg2rad(draws.rotation_deg))
+    translation, fov_factor, flip, angle = _to(device, *drawn)
     rows = (axis[None] + translation[:, :1]) * (fov_factor * flip[:, 0])[:, None]  # (B, S) mm
     columns = (axis[None] + translation[:, 1:]) * (fov_factor * flip[:, 1])[:, None]
     cos, sin = torch.cos(angle)[:, None], torch.sin(angle)[:, None]
@@ -161,7 +157,7 @@ def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: fl
     return _grid(batch["centre"], by_row, by_column, batch["image"].shape[2:])
 
 
-def native_grid(batch: Batch, *, image_size: int, spacing_mm: float) -> torch.Tensor:
+def native_grid(batch: Batch, *, image_size: int, spacing_mm: float) -> Tensor:
     """(B, H, W, 2) for grid_sample: the position of each native pixel in the plain centred crop."""
     rows, columns = (
         (torch.arange(n, device=batch["image"].device)[None] - batch["centre"][:, i : i + 1])
@@ -174,11 +170,8 @@ def native_grid(batch: Batch, *, image_size: int, spacing_mm: float) -> torch.Te
 
 
 def _grid(
-    origin: torch.Tensor,
-    by_row: Sequence[torch.Tensor],
-    by_column: Sequence[torch.Tensor],
-    size: Sequence[int],
-) -> torch.Tensor:
+    origin: Tensor, by_row: Sequence[Tensor], by_column: Sequence[Tensor], size: Sequence[int]
+) -> Tensor:
     """(B, R, C, 2): pixel positions in an image of `size` as grid_sample's (x, y) in [-1, 1], align_corners.
 
     A position is origin (B, 2) plus the offset of its grid row, two (B, R), plus that of its grid column, two
@@ -193,7 +186,7 @@ def _grid(
     return grid.permute(0, 2, 3, 1)
 
 
-def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> torch.Tensor:
+def intensity_(image: Tensor, draws: Draws, brightest: Tensor) -> Tensor:
     """Noise, blur, brightness, shift, gamma and solarisation of standardised images (B, 1, H, W), in place.
 
     brightest (B,): the standardised maximum of each image's subject. Gamma acts on the image rescaled to [0,
@@ -227,7 +220,7 @@ def intensity_(image: torch.Tensor, draws: Draws, brightest: torch.Tensor) -> to
     return image
 
 
-def gaussian_blur(image: torch.Tensor, sigma_px: torch.Tensor, radius: int) -> torch.Tensor:
+def gaussian_blur(image: Tensor, sigma_px: Tensor, radius: int) -> Tensor:
     """Separable Gaussian blur of images (B, 1, H, W), sigma (B, 2) px, cut at `radius` px; edges repeated."""
     count, _, height, width = image.shape
     taps = torch.arange(-radius, radius + 1, device=image.device, dtype=torch.float32)
@@ -239,9 +232,9 @@ def gaussian_blur(image: torch.Tensor, sigma_px: torch.Tensor, radius: int) -> t
     return image.view(count, 1, height, width)
 
 
-def _column(values: torch.Tensor) -> torch.Tensor:
+def _column(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _to(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+def _to(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     return [tensor.to(device, non_blocking=True) for tensor in tensors]

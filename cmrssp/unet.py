@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmrssp.errors import UserError
@@ -39,7 +39,7 @@ class Stage(nn.Sequential):
             inputs, stride = outputs, 1
         super().__init__(layers)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         for conv, norm, act in ((self.conv1, self.norm1, self.act1), (self.conv2, self.norm2, self.act2)):
             if self.recompute and torch.is_grad_enabled():
                 image = _recomputed(conv, norm, act, image)
@@ -48,7 +48,7 @@ class Stage(nn.Sequential):
         return image
 
 
-def _normalised(conv: nn.Conv2d, norm: nn.Module, image: torch.Tensor) -> torch.Tensor:
+def _normalised(conv: nn.Conv2d, norm: nn.Module, image: Tensor) -> Tensor:
     """norm(conv(image)), without the two passes over the features that add a bias and sum up its gradient.
 
     A norm that subtracts each channel's mean removes the bias again. So it enters only the running mean of
@@ -72,16 +72,16 @@ class _WithoutEffect(torch.autograd.Function):
     """(features, bias) -> the features; the bias gets a gradient of zeros, and DDP sees that it was used."""
 
     @staticmethod
-    def forward(ctx, features: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, features: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(bias)
         return features.view_as(features)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, torch.zeros_like(ctx.saved_tensors[0])
 
 
-def _recomputed(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, image: torch.Tensor) -> torch.Tensor:
+def _recomputed(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, image: Tensor) -> Tensor:
     """act(norm(conv(image))), computed again in the backward pass."""
     options = {"use_reentrant": False, "preserve_rng_state": False}
     options["context_fn"] = lambda: (nullcontext(), _seen_before(norm))
@@ -120,14 +120,14 @@ class Encoder(nn.Module):
             Stage(i, o, 2 if n else 1, norm) for n, (i, o) in enumerate(zip(inputs, channels, strict=True))
         )
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         features = []
         for layers in self.stages:
             image = layers(image)
             features.append(image)
         return features
 
-    def pooled(self, image: torch.Tensor) -> torch.Tensor:
+    def pooled(self, image: Tensor) -> Tensor:
         """(B, 1, H, W) -> (B, C): the global average of the bottleneck."""
         return self(image.contiguous(memory_format=torch.channels_last))[-1].mean(dim=(2, 3))
 
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
         self.ups = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
         self.stages = nn.ModuleList(Stage(2 * fine, fine, 1, norm) for _, fine in pairs)
 
-    def forward(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         image, decoded = features[-1], []
         for up, layers, skip in zip(self.ups, self.stages, features[-2::-1], strict=True):
             image = layers(torch.cat((up(image), skip), dim=1))
@@ -159,25 +159,24 @@ class UNet(nn.Module):
         self.encoder, self.decoder = Encoder(channels, norm), Decoder(channels, norm)
         self.heads = nn.ModuleList(nn.Conv2d(c, num_outputs, 1) for c in channels[:num_heads])
 
-    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 1, H, W) -> one (B, num_outputs, H / 2^i, W / 2^i) for each head i."""
         decoded = self.decoder(self.encoder(image))
         return [head(features) for head, features in zip(self.heads, decoded, strict=False)]
 
-    def full_resolution(self, image: torch.Tensor) -> torch.Tensor:
+    def full_resolution(self, image: Tensor) -> Tensor:
         """(B, 1, H, W) -> (B, num_outputs, H, W): the first head alone, for prediction."""
         return self.heads[0](self.decoder(self.encoder(image))[0])
 
 
 def check_image_size(image_size: int, channels: Sequence[int], norm: str, flag: str = "--image-size") -> None:
     """Raise UserError for a square that the stages cannot halve, or with one pixel left for instance norm."""
-    stages, got = len(channels), f"got {image_size}"
-    if stages < 2:
+    factor = 2 ** (len(channels) - 1)
+    least = 2 * factor if norm == "instance" else factor
+    if len(channels) < 2:
         raise UserError(f"--channels: expected at least two stages, got {' '.join(map(str, channels))}")
-    factor = 2 ** (stages - 1)
-    if image_size < factor or image_size % factor:
-        expected = f"expected a multiple of {factor} (2^(stages - 1), {stages} stages in --channels)"
-        raise UserError(f"{flag}: {expected}, {got}")
-    if norm == "instance" and image_size == factor:
-        why = f"more than one pixel at the bottleneck of {stages} stages"
-        raise UserError(f"{flag}: expected at least {2 * factor} with --norm instance ({why}), {got}")
+    if image_size < least or image_size % factor:
+        why = f"for {len(channels)} stages in --channels and --norm {norm}"
+        raise UserError(
+            f"{flag}: expected a multiple of {factor}, at least {least} ({why}), got {image_size}"
+        )

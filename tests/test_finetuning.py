@@ -140,7 +140,7 @@ def test_every_parameter_is_in_one_group():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"image_size": 4, "norm": "instance"}, "--image-size: expected at least 8 with --norm instance")],
+    [({"image_size": 4, "norm": "instance"}, "--image-size: .* at least 8 .*--norm instance")],
 )
 def test_impossible_settings(changes, message):
     with pytest.raises(UserError, match=message):
@@ -198,11 +198,10 @@ def test_the_transfer_is_in_the_log_and_in_args_json(pretrained, tmp_path, capsy
     }
     said = capsys.readouterr().out
     assert all(f"{part}: {what}\n" in said for part, what in report.items())
-    assert "encoder: frozen for the first 2 of 2 epochs\n" in said
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert args["transfer"] == report and args["freeze_encoder"] == 5 and args["encoder_lr_factor"] == 0.1
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert log[0] == {"epoch": 0, "transfer": report} and [r["epoch"] for r in log] == [0, 1, 2]
+    assert [r["epoch"] for r in log] == [1, 2]
     content = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
     theirs = torch.load(run / "unet.pt", weights_only=True)["state_dict"]
     assert len(theirs) == 24 and all(torch.equal(content["state_dict"][k], v) for k, v in theirs.items())

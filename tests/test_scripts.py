@@ -534,12 +534,10 @@ def test_fine_tuning_on_chosen_phases_and_vendors(way, phantom_folder, tmp_path,
     ):
         assert finetune.main([*map(str, (*common, "--out", tmp_path / out)), *words]) == 0
         said = capsys.readouterr().out
-        assert f"labelled slices: {expected} to train on; " in said
+        assert f"labelled slices: {expected} to train on\n" in said
         assert torch.load(tmp_path / out / "unet.pt", weights_only=True)["provenance"]["slices"] == expected
-        if out == "ed":
-            assert f"; {expected} in all {len(train)} subjects\n" in said
     line = refused("finetune.py", *common, "--vendors", "Hitachi")
-    assert "--vendors Hitachi: none of the" in line and name in line
+    assert "--vendors Hitachi" in line and name in line
 
 
 def test_broken_subjects_are_all_named_or_left_out(phantom_folder, tmp_path, monkeypatch, capsys):

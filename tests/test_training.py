@@ -10,7 +10,6 @@ from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.runs.folder import Run
-from cmrssp.runs.progress import duration
 from cmrssp.runs.settings import learning_rate
 from cmrssp.segmentation import Segmentation
 from cmrssp.ssp.mim import MIM
@@ -174,10 +173,3 @@ def test_run_folders_do_not_mix(tmp_path, monkeypatch):
     assert json.loads((first.folder / "args.json").read_text())["versions"]["torch"] == torch.__version__
     with pytest.raises(UserError, match="already holds a run"):
         Run.create(str(tmp_path / "typed"), "")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(12.4, "12 s"), (190, "3 min 10 s"), (7500, "2 h 05 min"), (273600, "3 d 4 h")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text

@@ -1,6 +1,8 @@
-"""What flags accept besides numbers and fixed choices, as argparse's `type`."""
+"""What flags accept besides numbers and fixed choices, for argparse's `type` and `action`."""
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cmrssp.data.subject import vendor_name
@@ -12,28 +14,21 @@ def on_off(text: str) -> bool:
     return text == "on"
 
 
-def folder(text: str) -> Path:
-    """An absolute path, so that a run resumed from another folder finds it."""
+def absolute_path(text: str) -> Path:
+    """So that a run resumed from another folder finds it."""
     return Path(text).expanduser().absolute()
 
 
 def save_interval(text: str) -> str:
     """Epochs (`5`) or minutes (`2min`)."""
-    number = text.removesuffix("min")
-    try:
-        if float(number) > 0 and (text.endswith("min") or float(number).is_integer()):
-            return text if text.endswith("min") else str(int(float(number)))
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected epochs such as 5, or minutes such as 2min, got {text}")
-
-
-def vendor_names(text: str) -> list[str]:
-    """One or more vendors: `A`, `Siemens`, `A+B` or `Siemens,Philips`."""
-    return [vendor_name(name) for name in text.replace("+", ",").split(",") if name.strip()]
-
-
-def not_empty(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("expected some characters, got none")
+    if not re.fullmatch(r"0*[1-9]\d*|\d*\.?\d+min", text):
+        raise argparse.ArgumentTypeError(f"expected epochs such as 5, or minutes such as 2min, got {text}")
     return text
+
+
+class VendorNames(argparse.Action):
+    """`A`, `Siemens`, `A+B` or `Siemens,Philips` -> their names, sorted, each once."""
+
+    def __call__(self, parser, namespace, values: Sequence[str], option_string: str | None = None) -> None:
+        names = {vendor_name(name) for name in re.split("[+,]", "+".join(values)) if name.strip()}
+        setattr(namespace, self.dest, sorted(names))

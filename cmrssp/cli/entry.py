@@ -13,9 +13,8 @@ from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
 from cmrssp.runs.signals import Stopped, interrupting
 
-# the last one is cuDNN's, if its work space does not fit
-_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
-              "CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine")  # fmt: skip
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY += ("CUDNN_STATUS_ALLOC_FAILED", "unable to find an engine")  # cuDNN's work space does not fit
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -36,15 +35,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Output:
-    """A stream that never raises: it replaces what it cannot encode, and drops everything once its reader
-    has gone, as after `| head`. So a run saves all its results, whoever reads what it prints.
+    """A stream that replaces what it cannot encode, and drops everything once its reader has gone, as after
+    `| head`: a run saves all its results, whoever reads what it prints.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  None: closed before the start
-        self.reader_gone = False
-        if hasattr(self.stream, "reconfigure"):
-            self.stream.reconfigure(errors="replace")
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.reader_gone = stream, False
+        stream.reconfigure(errors="replace")
 
     def _attempt(self, action: Callable[..., object], *arguments: object) -> None:
         try:
@@ -66,7 +63,7 @@ class _Output:
 
 def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) -> NoReturn:
     """Run a script's main and exit with its status. An error that a user can fix is one line and status 2."""
-    prog, status = prog or Path(sys.argv[0]).name, 1
+    prog, status, message = prog or Path(sys.argv[0]).name, 1, ""
     sys.stdout, sys.stderr = out, errors = _Output(sys.stdout), _Output(sys.stderr)
     try:
         # torchrun must be able to end its processes itself
@@ -76,25 +73,23 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
             out.flush()
             status = status or (128 + signal.SIGPIPE if out.reader_gone else 0)
     except (UserError, OSError) as error:
-        distributed.print_error(f"{prog}: error: {error}")
-        status = 2
+        status, message = 2, f"error: {error}"
     except Stopped as stop:
-        distributed.print_error(f"{prog}: {stop}")
-        status = 128 + stop.number
+        status, message = 128 + stop.number, str(stop)
     except KeyboardInterrupt as error:
         number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        distributed.print_error(f"{prog}: ended by {number.name}")
-        status = 128 + number
+        status, message = 128 + number, f"ended by {number.name}"
     except RuntimeError as error:
         if any(text in str(error) for text in _NO_MEMORY):
             how = f"a smaller --batch-size, fewer --channels or --amp fp16 ({str(error).splitlines()[0]})"
-            distributed.print_error(f"{prog}: error: out of memory; try {how}")
-            status = 2
+            status, message = 2, f"error: out of memory; try {how}"
         elif distributed.is_process_lost(error):
-            distributed.print_error(f"{prog}: error: stopped, because another process has ended")
+            message = "error: stopped, because another process has ended"
         else:
             raise
     finally:
+        if message:
+            distributed.print_error(f"{prog}: {message}")
         distributed.finish(failed=status != 0)
         out.flush()
         errors.flush()

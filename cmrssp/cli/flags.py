@@ -1,39 +1,181 @@
 """The flags that the scripts share, each with its default.
 
-Precedence: typed > checkpoint > --quick > the method's defaults. The scripts call `set_defaults` in the
-reverse order.
+Precedence: typed > the run that goes on > checkpoint > --quick > the method's defaults > the flag's default.
 """
 
 import argparse
 import inspect
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cmrssp.cli.argument_types import folder, not_empty, on_off, save_interval
+from cmrssp.cli.argument_types import absolute_path, on_off, save_interval
 from cmrssp.cli.entry import Parser
+from cmrssp.data import dataset
 from cmrssp.data.batches import Batches
-from cmrssp.data.dataset import LABEL_SUFFIX, PHANTOM, default_cache
 from cmrssp.errors import UserError
 from cmrssp.hardware.device import resolve_amp, resolve_compile, resolve_graph
+from cmrssp.runs import resume
+from cmrssp.runs.folder import Run
 from cmrssp.runs.settings import Settings
 from cmrssp.ssp.flag_types import at_least_0, fraction, positive
 from cmrssp.ssp.method import Method
 from cmrssp.unet import NORMS, recompute_activations
-from cmrssp.weights.checkpoints import Checkpoint
 
 PAPER_NETWORK = {"channels": [32, 64, 128, 256, 512, 512, 512], "image_size": 256, "spacing_mm": 1.25}
 QUICK_NETWORK = {"channels": [16, 32, 64, 128], "image_size": 64, "spacing_mm": 3.375}
-_OPTIMISATION = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs", "momentum", "nesterov",
-                 "weight_decay")  # fmt: skip
+_SCHEDULE = ("epochs", "lr", "schedule", "final_lr", "warmup_epochs")
+OPTIMISATION = (*_SCHEDULE, "momentum", "nesterov", "weight_decay")
+# of a run that goes on: about the machine, about saving, or without effect on the training
+_MAY_CHANGE = {"device", "out", "resume", "cache", "data", "save_every", "max_skipped", "help"}
+_MAY_CHANGE |= {"device_cache", "grad_checkpoint", "benchmark"}
+
+
+def add_data(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    data = f"folders of M&Ms, M&Ms-2, ACDC, DICOM or NIfTI files, or '{dataset.PHANTOM}': synthetic"
+    data += f" (default: {default})"
+    add("--data", nargs="+", metavar="PATH", default=argparse.SUPPRESS, help=data)
+    add_reading(group)
+    add("--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects")
+    instead = "do not draw: take a run's split.json, or a YAML file of the paper's authors"
+    add("--split-file", type=Path, metavar="FILE", help=instead)
+    overlap = "with M&Ms and M&Ms-2: keep the M&Ms-2 subjects with NOR, HCM or LV, who may also be in M&Ms"
+    add("--keep-overlap", action="store_true", help=overlap)
+    add("--skip-broken", action="store_true", help="leave out unreadable subjects, and name them")
+
+
+def add_reading(parser: argparse._ActionsContainer) -> None:
+    add, default = parser.add_argument, f"(default: {dataset.LABEL_SUFFIX}, or the checkpoint's)"
+    suffix = f"plain folders: a label file is its cine's name with END before .nii or .nii.gz {default}"
+    add("--label-suffix", default=argparse.SUPPRESS, metavar="END", help=suffix)
+    store = "folder of the slice store and of the phantom"
+    add("--cache", type=absolute_path, default=dataset.default_cache(), metavar="DIR", help=store)
+
+
+def add_output(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("run")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--out", metavar="DIR", help=f"folder to write to (default: {default})")
+    return group
+
+
+def add_training(parser: argparse.ArgumentParser, data: str) -> None:
+    """Every flag that trainings share. `data`: the default of --data, in words."""
+    add_data(parser, data)
+    add = parser.add_argument_group("network and images").add_argument
+    add("--channels", type=positive(int), nargs="+", metavar="N", help="of each stage, two stages or more")
+    add("--image-size", type=positive(int), metavar="PX", help="of the input, a multiple of 2^(stages - 1)")
+    add("--spacing", type=positive(float), dest="spacing_mm", metavar="MM", help="pixel size of the input")
+    parser.set_defaults(**PAPER_NETWORK)
+    add("--norm", choices=tuple(NORMS), default="batch", help="batch as in the paper, instance as in nnU-Net")
+    off = "off: the plain centred crop (paper, section 2.6)"
+    add("--augmentation", type=on_off, dest="augment", metavar="on|off", default="on", help=off)
+
+    add = parser.add_argument_group("optimisation", "defaults: supplement A of the paper").add_argument
+    add("--epochs", type=positive(int), default=100, metavar="N", help="passes over the training slices")
+    add("--batch-size", type=positive(int), metavar="N", help="slices per step")
+    add("--lr", type=positive(float), help="highest learning rate")
+    schedule = "cosine to --final-lr, or poly: power 0.9 to 0"
+    add("--schedule", choices=("cosine", "poly"), default="cosine", help=schedule)
+    add("--final-lr", type=at_least_0(float), default=0.0, help="learning rate at the end of the cosine")
+    add("--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0")
+    add("--momentum", type=fraction, default=0.9, help="of SGD")
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov momentum")
+    add("--weight-decay", type=at_least_0(float), default=1e-4, help="L2 penalty of SGD")
+    add("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
+    every = "epochs between validations (default: 11 to 20 validations a run, at most one an epoch)"
+    add("--validate-every", type=positive(int), metavar="N", help=every)
+
+    add = add_output(parser, "runs/<method and data>").add_argument
+    add("--quick", action="store_true", help="small network, small images, few epochs: minutes on a CPU")
+    again = "continue the stopped run in this folder exactly; auto: continue the run in --out, or start it"
+    add("--resume", metavar="auto|RUN", help=again)
+    save = "save last.pt every N epochs, or at an epoch's end after N minutes (within an epoch: after 10 N)"
+    add("--save-every", type=save_interval, default="1min", metavar="N|Nmin", help=save)
+    skipped = "steps in a row that fp16 may leave out because a gradient overflows"
+    add("--max-skipped", type=at_least_0(int), default=25, metavar="N", help=skipped)
+    drawn = "draws initial weights, the order of slices, augmentation, and the subjects of --n-subjects"
+    add("--seed", type=at_least_0(int), default=0, help=drawn)
+    add("--deterministic", action="store_true", help="torch's deterministic algorithms: slower on a GPU")
+
+    add = parser.add_argument_group("speed and memory").add_argument
+    choices = {"choices": ("auto", "on", "off"), "default": "auto"}
+    compile = "torch.compile the networks, which takes about a minute; auto: for long trainings on a GPU"
+    add("--compile", nargs="?", const="on", **choices, help=compile)
+    graph = "replay the compiled networks as CUDA graphs; auto: on a GPU"
+    add("--graph", choices=("auto", "off"), default="auto", help=graph)
+    kept = "keep all slices in the device's memory; auto: on a GPU, if they fit besides the training"
+    add("--device-cache", **choices, help=kept)
+    half = "compute activations again in the backward pass: half the memory, a third more work, same losses"
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False, help=half)
+    measure = "measure at least N steps, their parts and the device's limits, then exit without a run folder"
+    add("--benchmark", type=positive(int), metavar="N", help=measure)
+
+
+def typed(argv: Sequence[str] | None, flag: str) -> bool:
+    words = sys.argv[1:] if argv is None else argv
+    return any(word == flag or word.startswith(flag + "=") for word in words)
+
+
+def peek(argv: Sequence[str] | None, flag: str) -> str | None:
+    """The value of one flag, read before the defaults of the others are known."""
+    parser = Parser(add_help=False)
+    parser.add_argument(flag, dest="value")
+    value = parser.parse_known_args(argv)[0].value
+    if value == "":  # of a shell variable that is not set
+        raise UserError(f"{flag}: expected a path, got nothing")
+    return value
+
+
+def resumed(argv: Sequence[str] | None, kind: str) -> Run | None:
+    """The run that --resume and --out name. Raises UserError if it is no `kind`."""
+    return resume.find(peek(argv, "--resume"), peek(argv, "--out"), kind)
+
+
+def set_defaults(
+    parser: Parser,
+    argv: Sequence[str] | None,
+    method: type[Method],
+    run: Run | None = None,
+    **checkpoint: Any,
+) -> None:
+    """Give the flags their defaults in order of precedence; `checkpoint`: those that a checkpoint decides."""
+    parser.set_defaults(**method.defaults)
+    if typed(argv, "--quick"):
+        parser.set_defaults(**QUICK_NETWORK, **method.quick)
+    parser.set_defaults(**checkpoint)
+    if run:
+        known = {action.dest for action in parser._actions} - {"device", "resume", "out"}
+        parser.set_defaults(**{name: value for name, value in run.args.items() if name in known})
+
+
+def refuse_changes(
+    parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None, run: Run | None
+) -> None:
+    """Raise UserError for a typed flag that differs from what the run that goes on was started with."""
+    for action in parser._actions if run else ():
+        flag, before = action.option_strings[0], run.args.get(action.dest)
+        now = json.loads(json.dumps(getattr(args, action.dest, None), default=str))
+        same = action.dest in _MAY_CHANGE or now == before
+        if run.finished and action.dest == "data":
+            same = dataset.name(args.data) == dataset.name(before)
+        if not same and any(typed(argv, name) for name in action.option_strings):
+            what = f"the run in {run.folder} was started with {before}, got {now}"
+            raise UserError(f"{flag}: {what}; leave the flag out, or start again in another --out")
 
 
 def build(method: type[Method], args: argparse.Namespace) -> Method:
-    """The method, each argument of its constructor taken from the flag of that name."""
+    """The method, each argument of its constructor taken from the flag of that name. Raises UserError."""
+    if args.nesterov and not args.momentum:
+        raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
+    if args.schedule == "cosine" and args.final_lr > args.lr:
+        raise UserError(f"--final-lr {args.final_lr:g}: expected at most --lr, {args.lr:g}")
+    if args.compile == "on" and args.grad_checkpoint:
+        raise UserError("--grad-checkpoint: not together with --compile; leave one of them out")
     built = method(**{name: getattr(args, name) for name in parameters(method)})
     if args.grad_checkpoint:
         recompute_activations(built)
@@ -52,159 +194,15 @@ def parameters(method: type[Method]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def set_defaults(parser: Parser, argv: Sequence[str] | None, method: type[Method]) -> None:
-    """The method's defaults, and then what --quick changes in them."""
-    parser.set_defaults(**method.defaults)
-    if typed(argv, "--quick"):
-        parser.set_defaults(**QUICK_NETWORK, **method.quick)
-
-
-def from_checkpoint(checkpoint: Checkpoint) -> dict:
-    """The flags that a checkpoint's configuration decides."""
-    names = ("channels", "image_size", "spacing_mm")
-    return {**{name: checkpoint.config[name] for name in names}, "norm": checkpoint.norm}
-
-
-def hyperparameters(
-    args: argparse.Namespace, method: type[Method], settings: Settings, batch_size: int
-) -> dict[str, Any]:
-    """How a network was trained, for its checkpoint: optimisation, augmentation, the method's own flags.
-    Mixed precision and batch size are those in use, which can be less than was asked for.
-    """
-    predicted = ("predicted_weight", "predicted_share") if vars(args).get("predicted") else ()
-    names = dict.fromkeys((*_OPTIMISATION, *parameters(method), *predicted))
-    return {**{name: getattr(args, name) for name in names}, "amp": settings.amp, "batch_size": batch_size}
-
-
-def flat(vendors: list | None) -> list[str] | None:
-    """The vendors that --vendors names, each once; those of a resumed run are flat already."""
-    if vendors is None:
-        return None
-    return sorted({name for names in vendors for name in ([names] if isinstance(names, str) else names)})
-
-
-def typed(argv: Sequence[str] | None, flag: str) -> bool:
-    words = sys.argv[1:] if argv is None else argv
-    return any(word == flag or word.startswith(flag + "=") for word in words)
-
-
-def peek(argv: Sequence[str] | None, flag: str) -> str | None:
-    """The value of one flag, read before the defaults of the others are known."""
-    parser = Parser(add_help=False)
-    parser.add_argument(flag)
-    value = vars(parser.parse_known_args(argv)[0])[flag.lstrip("-").replace("-", "_")]
-    if value == "":
-        raise UserError(f"{flag}: expected a path, got nothing")
-    return value
-
-
-def add_data(parser: argparse.ArgumentParser, default: str) -> None:
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    data = (
-        f"folders of M&Ms, M&Ms-2, ACDC, DICOM or NIfTI files, or '{PHANTOM}': synthetic (default: {default})"
-    )
-    add("--data", nargs="+", metavar="PATH", default=argparse.SUPPRESS, help=data)
-    add_reading(group)
-    add("--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects")
-    instead = "do not draw: take a run's split.json, or a YAML file of the paper's authors"
-    add("--split-file", type=Path, metavar="FILE", help=instead)
-    overlap = "with M&Ms and M&Ms-2: keep the M&Ms-2 subjects with NOR, HCM or LV, who may also be in M&Ms"
-    add("--keep-overlap", action="store_true", help=overlap)
-    add("--skip-broken", action="store_true", help="leave out unreadable subjects, and name them")
-
-
-def add_reading(parser: argparse._ActionsContainer) -> None:
-    add, default = parser.add_argument, f"(default: {LABEL_SUFFIX}, or the checkpoint's)"
-    suffix = f"plain folders: a label file is its cine's name with END before .nii or .nii.gz {default}"
-    add("--label-suffix", type=not_empty, default=argparse.SUPPRESS, metavar="END", help=suffix)
-    store = "folder of the slice store and of the phantom"
-    add("--cache", type=folder, default=default_cache(), metavar="DIR", help=store)
-
-
-def add_network(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("network and images").add_argument
-    add("--channels", type=positive(int), nargs="+", metavar="N", help="of each stage, two stages or more")
-    add("--image-size", type=positive(int), metavar="PX", help="of the input, a multiple of 2^(stages - 1)")
-    add("--spacing", type=positive(float), dest="spacing_mm", metavar="MM", help="pixel size of the input")
-    parser.set_defaults(**PAPER_NETWORK)
-    add("--norm", choices=tuple(NORMS), default="batch", help="batch as in the paper, instance as in nnU-Net")
-    off = "off: the plain centred crop (paper, section 2.6)"
-    add("--augmentation", type=on_off, dest="augment", metavar="on|off", default="on", help=off)
-
-
-def add_optimisation(parser: argparse.ArgumentParser) -> None:
-    """The method sets the defaults (supplement A of the paper)."""
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), default=100, metavar="N", help="passes over the training slices")
-    add("--batch-size", type=positive(int), metavar="N", help="slices per step")
-    add("--lr", type=positive(float), help="highest learning rate")
-    schedule = "cosine to --final-lr, or poly: power 0.9 to 0"
-    add("--schedule", choices=("cosine", "poly"), default="cosine", help=schedule)
-    add("--final-lr", type=at_least_0(float), default=0.0, help="learning rate at the end of the cosine")
-    add("--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0")
-    add("--momentum", type=fraction, default=0.9, help="of SGD")
-    add("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov momentum")
-    add("--weight-decay", type=at_least_0(float), default=1e-4, help="L2 penalty of SGD")
-    add("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
-    every = "epochs between validations (default: 11 to 20 validations a run, at most one an epoch)"
-    add("--validate-every", type=positive(int), metavar="N", help=every)
-
-
-def add_run(parser: argparse.ArgumentParser, *, training: bool) -> None:
-    add = parser.add_argument_group("run").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    evaluated = "RUN/evaluation-<split>; predictions for --predict, RUNS/tables for --tables"
-    folders = "runs/<method and data>" if training else evaluated
-    add("--out", type=not_empty, metavar="DIR", help=f"folder to write to (default: {folders})")
-    if not training:
-        return
-    add("--quick", action="store_true", help="small network, small images, few epochs: minutes on a CPU")
-    resume = "continue the stopped run in this folder exactly; auto: continue the run in --out, or start it"
-    add("--resume", metavar="auto|RUN", help=resume)
-    save = "save last.pt every N epochs, or at an epoch's end after N minutes (within an epoch: after 10 N)"
-    add("--save-every", type=save_interval, default="1min", metavar="N|Nmin", help=save)
-    skipped = "steps in a row that fp16 may leave out because a gradient overflows"
-    add("--max-skipped", type=at_least_0(int), default=25, metavar="N", help=skipped)
-    drawn = "draws initial weights, the order of slices, augmentation, and the subjects of --n-subjects"
-    add("--seed", type=at_least_0(int), default=0, help=drawn)
-    add("--deterministic", action="store_true", help="torch's deterministic algorithms: slower on a GPU")
-
-
-def add_speed(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("speed and memory").add_argument
-    choices = {"choices": ("auto", "on", "off"), "default": "auto"}
-    compile = "torch.compile the networks, which takes about a minute; auto: for long trainings on a GPU"
-    add("--compile", nargs="?", const="on", **choices, help=compile)
-    graph = "replay the compiled networks as CUDA graphs; auto: on a GPU"
-    add("--graph", choices=("auto", "off"), default="auto", help=graph)
-    kept = "keep all slices in the device's memory; auto: on a GPU, if they fit besides the training"
-    add("--device-cache", **choices, help=kept)
-    again = "compute activations again in the backward pass: half the memory, a third more work, same losses"
-    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False, help=again)
-    measure = "measure at least N steps, their parts and the device's limits, then exit without a run folder"
-    add("--benchmark", type=positive(int), metavar="N", help=measure)
-
-
-def settings(args: argparse.Namespace, device: torch.device) -> Settings:
-    if args.nesterov and not args.momentum:
-        raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
-    if args.schedule == "cosine" and args.final_lr > args.lr:
-        raise UserError(f"--final-lr {args.final_lr:g}: expected at most --lr, {args.lr:g}")
-    if args.compile == "on" and args.grad_checkpoint:
-        raise UserError("--grad-checkpoint: not together with --compile; leave one of them out")
-    return Settings(
-        **{name: getattr(args, name) for name in (*_OPTIMISATION, "seed", "save_every", "max_skipped")},
-        amp=resolve_amp(args.amp, device),
-        validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
-        hint="" if args.quick or device.type != "cpu" else "add --quick to finish in minutes on this CPU",
-    )
-
-
-def compiled(settings: Settings, args: argparse.Namespace, batches: Batches) -> Settings:
-    """The settings, with what --compile and --graph mean for this training."""
-    device, slices = batches.device, settings.epochs * len(batches) * batches.batch_size
+def settings(args: argparse.Namespace, batches: Batches) -> Settings:
+    """How to train on these batches; prints what `auto` and fp16 mean on their device."""
+    device, slices = batches.device, args.epochs * len(batches) * batches.batch_size
     choice = "off" if args.grad_checkpoint else args.compile
     compile = resolve_compile(choice, device, norm=args.norm, num_slices=slices, cache=args.cache)
-    graph = resolve_graph(args.graph, device, compiled=compile)
-    return replace(settings, compile=compile, graph=graph)
+    return Settings(
+        **{name: getattr(args, name) for name in (*OPTIMISATION, "seed", "save_every", "max_skipped")},
+        amp=resolve_amp(args.amp, device),
+        validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
+        compile=compile,
+        graph=resolve_graph(args.graph, device, compiled=compile),
+    )

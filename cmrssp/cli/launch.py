@@ -1,37 +1,67 @@
-"""What the two training scripts do alike once method and batches are ready."""
+"""What the two training scripts do alike: prepare device, method and data, then train in a run folder."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from cmrssp.cli import flags
 from cmrssp.data import dataset
 from cmrssp.data.batches import Batches
-from cmrssp.data.prepare import Prepared
+from cmrssp.data.prepare import Prepared, prepare
 from cmrssp.hardware import benchmark, distributed, memory
-from cmrssp.runs import figures
+from cmrssp.hardware.device import prepare_torch, resolve_device
+from cmrssp.runs import figures, resume
 from cmrssp.runs.folder import Run
-from cmrssp.runs.resume import Interrupted, open_run
-from cmrssp.runs.settings import Settings
 from cmrssp.ssp.method import Method
 from cmrssp.training import Validation, train
 from cmrssp.weights.provenance import Provenance
 
 
+def set_up(
+    args: argparse.Namespace, objective: type[Method], known: Mapping[str, Any]
+) -> tuple[Method, torch.device]:
+    """The method and its device; afterwards `args` has data and label_suffix, from `known` unless typed."""
+    args.data, args.label_suffix = dataset.source({**known, **vars(args)})
+    dataset.announce(args.data)
+    device = resolve_device(args.device)
+    prepare_torch(args.seed, args.deterministic)
+    return flags.build(objective, args), device
+
+
+def find_data(args: argparse.Namespace, run: Run | None, **options: Any) -> Prepared:
+    """As `prepare` with these options; a run that goes on keeps its split."""
+    if run:
+        options |= {"inherited": run.split, "split_file": None}
+    names = ("label_suffix", "split_file", "split_seed", "keep_overlap", "skip_broken")
+    typed = {name: getattr(args, name) for name in names}
+    return prepare(args.data, args.cache, needed="train", **{**typed, **options})
+
+
 def launch(
-    args: argparse.Namespace, method: Method, batches: Batches, settings: Settings, prepared: Prepared,
-    validate: Validation, *, kind: str, name: str, interrupted: Interrupted | None,
-    provenance: dict[str, Any], transferred: dict[str, str] | None = None,
-) -> Run | None:  # fmt: skip
+    args: argparse.Namespace,
+    run: Run | None,
+    method: Method,
+    batches: Batches,
+    prepared: Prepared,
+    validate: Validation,
+    name: str,
+    **provenance: Any,
+) -> Run | None:
     """Check the memory, then measure the speed (--benchmark; returns None) or train in a run folder.
 
-    `args` must hold data, label_suffix and split_seed as they are used. `name` is the default name of the run
-    folder. `provenance` are the fields of `Provenance` that `args` and `prepared` do not give.
+    `run`: the one that goes on, if any; `name`: the default name of a new one's folder. `provenance` are the
+    fields of `Provenance` that `args` and `prepared` do not give.
     """
-    settings = flags.compiled(settings, args, batches)
+    settings = flags.settings(args, batches)
     memory.check(method, batches, amp=settings.amp, device=batches.device, device_cache=args.device_cache)
     if args.benchmark:
         benchmark.run(method, batches, settings, args.benchmark)
         return None
+    names = [*flags.OPTIMISATION, *flags.parameters(type(method))]
+    names += ["predicted_weight", "predicted_share"] if vars(args).get("predicted") else []
+    used = {"amp": settings.amp, "batch_size": batches.batch_size}  # can be less than was asked for
     origin = Provenance(
         method=method.name,
         data=dataset.absolute(args.data),
@@ -41,19 +71,15 @@ def launch(
         seed=args.seed,
         digests=prepared.digests,
         slices=len(batches.slices),
-        hyperparameters=flags.hyperparameters(args, type(method), settings, batches.batch_size),
+        hyperparameters={name: getattr(args, name) for name in names} | used,
         augmentation="on" if args.augment else "off",
         **provenance,
     )
-    again = args.resume == "auto"
-    run, state = open_run(interrupted, args.out, name, origin.digests, origin.labels, again=again)
-    if not state:
-        started = {"kind": kind, **vars(args), "data": origin.data, "device": str(batches.device)}
-        if transferred is not None:  # fine-tuning
-            started |= {"transfer": transferred, "subjects": origin.subjects}
-        run.start(started, prepared.split)
-        if transferred:
-            run.log({"epoch": 0, "transfer": transferred})
+    state = resume.go_on(run, origin.digests, origin.labels) if run else None
+    if not run:
+        run = resume.begin(args.out, name, again=args.resume == "auto")
+        kind, device = "fine-tuning" if batches.labelled else "pretraining", str(batches.device)
+        run.start({"kind": kind, **vars(args), "data": origin.data, "device": device}, prepared.split)
         if distributed.is_main():
             figures.views(method.to(batches.device), batches, run.folder / "views.png")
     content = train(method, batches, settings, run, origin, validate, state)

@@ -31,11 +31,7 @@ def rows(device: torch.device) -> list[tuple[type[Method], str]]:
 
 def parse(argv: Sequence[str] | None, method: type[Method], amp: str):
     parser = entry.Parser(prog=PROG, description=__doc__)
-    flags.add_data(parser, default=dataset.PHANTOM)
-    flags.add_network(parser)
-    flags.add_optimisation(parser)
-    flags.add_run(parser, training=True)
-    flags.add_speed(parser)
+    flags.add_training(parser, data=dataset.PHANTOM)
     method.add_flags(parser.add_argument_group(method.name))
     flags.set_defaults(parser, argv, method)
     parser.set_defaults(amp=amp, compile="off")
@@ -54,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method_class, amp in rows(device):
         args = parse(argv, method_class, amp)
         prepare_torch(args.seed, args.deterministic)
-        method, settings = flags.build(method_class, args), flags.settings(args, device)
+        method = flags.build(method_class, args)
         labelled = method_class is Segmentation
         keys = method.usable(cines, list(cines.index))
         if labelled:
@@ -62,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         slices = Slices(cines, keys, phases="both" if labelled else None)
         options = {"batch_size": args.batch_size, "seed": args.seed, "device": device}
         batches = Batches(cines, slices, labelled=labelled, motion=method.needs_motion, **options)
-        settings = flags.compiled(settings, args, batches)
+        settings = flags.settings(args, batches)
         memory.check(method, batches, amp=settings.amp, device=device, device_cache=args.device_cache)
         found = benchmark.measure(method, batches, settings, num_steps=_STEPS, fewest_rounds=3)
         speeds = (found.real_path, found.step, found.network, found.views)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.collections import LineCollection
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.ndimage import map_coordinates
+from matplotlib.patches import Rectangle
 
 from cmrssp.data.batches import Batches
 from cmrssp.data.store import Store
@@ -17,7 +17,6 @@ from cmrssp.ssp.method import Method
 from cmrssp.training import step_generator
 
 BLUE, ORANGE = "#56B4E9", "#E69F00"  # Okabe and Ito: readers with colour blindness tell them apart
-_CELL_PX = 160  # side of one subject's cell in the sheet of crop centres
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
@@ -42,8 +41,9 @@ def panel_sheet(panels: dict[str, torch.Tensor], path: Path) -> None:
     axes = figure.subplots(len(images), len(first), squeeze=False)
     for row, (title, stack) in zip(axes, images.items(), strict=True):
         for axis, image, reference in zip(row, stack, first, strict=True):
-            low, high = np.percentile(reference, (0.5, 99.5))
-            cmap, low, high = ("viridis", 0, len(CLASSES)) if title == "label" else ("gray", low, high)
+            cmap, (low, high) = "gray", np.percentile(reference, (0.5, 99.5))
+            if title == "label":
+                cmap, low, high = "viridis", 0, len(CLASSES)
             axis.imshow(image, cmap=cmap, vmin=low, vmax=high)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(title)
@@ -75,43 +75,41 @@ def curves(records: Sequence[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def centre_sheet(store: Store, path: Path, crop_mm: float, columns: int = 10) -> None:
+def centre_sheet(store: Store, path: Path, crop_mm: float) -> None:
     """A middle slice of every subject on one scale, with the crop centre found without labels, the crop's
     square, and the box around the labels of subjects that have them.
     """
-    if not store.subjects:
+    count = len(store.subjects)
+    if not count:
         return
-    columns = min(columns, len(store.subjects))
-    rows = -(-len(store.subjects) // columns)
-    mm = crop_mm * 1.2 / _CELL_PX  # of a pixel of the sheet: a cell shows a little more than the crop
-    sheet = np.zeros((rows * _CELL_PX, columns * _CELL_PX), np.float32)
-    squares: dict[str, list[np.ndarray]] = {BLUE: [], ORANGE: []}
+    columns = min(10, count)
+    rows, side = -(-count // columns), 1.2 * crop_mm  # of a subject's cell: a little more than the crop
     figure = Figure(figsize=(max(1.3 * columns, 5), 1.3 * rows + 0.4), layout="constrained")
     axis = figure.subplots()
     for i, (subject, cine) in enumerate(zip(store.subjects, store.cines, strict=True)):
         labels = store.labels[i] if store.labels else None
-        frame = labels.ed or 0 if labels else 0
-        image = store.slice(i, frame, cine.shape[1] // 2).astype(np.float32)
-        centre, spacing = np.array(cine.centre), np.array(cine.geometry.spacing_mm)
-        top, left = corner = np.array(divmod(i, columns)) * _CELL_PX
-        offset_mm = (np.indices((_CELL_PX, _CELL_PX)) - _CELL_PX / 2) * mm
-        cell = map_coordinates(image, offset_mm / spacing[:, None, None] + centre[:, None, None], order=1)
-        sheet[top : top + _CELL_PX, left : left + _CELL_PX] = cell / max(np.percentile(image, 99.5), 1)
-        middle, half = corner + _CELL_PX / 2, crop_mm / 2 / mm
-        squares[ORANGE].append(_square(*(middle - half), *(middle + half)))
+        image = store.slice(i, labels.ed or 0 if labels else 0, cine.shape[1] // 2)
+        corner, spacing = side * np.array(divmod(i, columns)), np.array(cine.geometry.spacing_mm)
+        middle = corner + side / 2
+        origin = middle - spacing * cine.centre  # of the image: the middle of its first pixel, on the sheet
+        (top, left), (bottom, right) = origin - spacing / 2, origin + spacing * (np.array(image.shape) - 0.5)
+        brightest = max(np.percentile(image, 99.5), 1)
+        shown = axis.imshow(image, cmap="gray", vmin=0, vmax=brightest, extent=(left, right, bottom, top))
+        shown.set_clip_path(Rectangle(corner[::-1], side, side, transform=axis.transData))
+        _draw_box(axis, middle - crop_mm / 2, middle + crop_mm / 2, ORANGE)
         if labels and labels.box:
-            box = np.array(labels.box, float).reshape(2, 2).T  # first corner, last corner
-            squares[BLUE].append(_square(*((box - centre) * spacing / mm + middle).ravel()))
+            first, last = np.array(labels.box, float).reshape(2, 2).T
+            _draw_box(axis, origin + spacing * first, origin + spacing * last, BLUE)
         axis.plot(middle[1], middle[0], "+", color=ORANGE, markersize=6)
-        axis.text(left + 4, top + 4, subject.key, color="white", fontsize=5, va="top", parse_math=False)
-    axis.imshow(sheet, cmap="gray", vmin=0, vmax=1)
-    for colour, lines in squares.items():
-        axis.add_collection(LineCollection(lines, colors=colour, linewidths=0.8))
-    axis.set(xticks=[], yticks=[])
+        place = corner[::-1] + 0.03 * side
+        axis.text(*place, subject.key, color="white", fontsize=5, va="top", parse_math=False)
+    axis.set(xticks=[], yticks=[], xlim=(0, columns * side), ylim=(rows * side, 0), facecolor="black")
     orange = f"orange: crop centre found without labels, and the {crop_mm:.0f} mm crop"
     axis.set_title(f"{orange}; blue: box of the labels", fontsize=8, loc="left")
     save_figure(figure, path)
 
 
-def _square(top: float, left: float, bottom: float, right: float) -> np.ndarray:
-    return np.array([(left, top), (right, top), (right, bottom), (left, bottom), (left, top)])
+def _draw_box(axis: Axes, first: np.ndarray, last: np.ndarray, colour: str) -> None:
+    """Corners as (row, column)."""
+    height, width = last - first
+    axis.add_patch(Rectangle(first[::-1], width, height, fill=False, color=colour, linewidth=0.8))

@@ -4,6 +4,7 @@ import fcntl
 import json
 import subprocess
 from contextlib import suppress
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from cmrssp.hardware import distributed
 from cmrssp.weights import checkpoints
 
 RUNS = Path("runs")
-_STATE = {"optimizer", "progress", "epochs_done", "steps_done"}  # what last.pt has beside unet.pt's content
 
 
 class Run:
@@ -35,7 +35,7 @@ class Run:
         if out is not None:
             folder = Path(out).expanduser()
             check_writable("--out", folder)
-            if any((folder / name).exists() for name in ("args.json", "unet.pt", "last.pt")) and not again:
+            if not again and any((folder / name).exists() for name in ("args.json", "unet.pt", "last.pt")):
                 how = "give another folder, or add --resume auto to go on with it"
                 raise UserError(f"--out {out}: already holds a run; {how}")
             folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,15 @@ class Run:
         versions = {"cmrssp": cmrssp.__version__, "torch": torch.__version__}
         code = {"versions": versions, "git": _git_commit()}
         self.write_json("args.json", {**args, **code, "processes": distributed.world_size()})
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        """What the run was started with: every flag, by destination."""
+        return json.loads((self.folder / "args.json").read_text())
+
+    @cached_property
+    def split(self) -> dict[str, list[str]]:
+        return json.loads((self.folder / "split.json").read_text())
 
     def lock(self) -> None:
         """Hold the folder until this process ends. Raises UserError if another process trains in it."""
@@ -86,45 +95,22 @@ class Run:
     def saved(self) -> bool:
         return self.finished or (self.folder / "last.pt").is_file()
 
-    def state(self) -> dict[str, Any]:
-        """The content of last.pt. Raises UserError if it is absent or damaged."""
-        try:
-            state = checkpoints.read(self.folder / "last.pt")
-            missing = _STATE - state.keys()
-            if not missing:
-                return state
-            why = f"last.pt has no {', '.join(sorted(missing))}"
-        except FileNotFoundError:
-            why = "it was never saved"
-        except UserError:
-            why = "last.pt is damaged"
-        raise UserError(f"{self.folder}: nothing to go on from, {why}; start it again in another --out")
-
     def write_json(self, name: str, content: Any) -> None:
         if distributed.is_main():
             with atomic(self.folder / name) as file:
                 file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
-    def read_json(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text())
-
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON line in one write."""
-        if not distributed.is_main():
-            return
-        path = self.folder / "log.jsonl"
-        try:
-            with open(path, "a") as file:
+        if distributed.is_main():
+            with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
     def records(self) -> list[dict[str, Any]]:
         path = self.folder / "log.jsonl"
-        lines = path.read_bytes().splitlines() if path.is_file() else []
         records = []
-        for line in lines:
-            with suppress(ValueError):  # the last line may be half-written
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with suppress(ValueError):  # a full disk leaves half a line
                 records.append(json.loads(line))
         return records
 
@@ -138,15 +124,12 @@ class Run:
 
 def newest_finetuned() -> Path:
     """The newest folder below runs/ whose fine-tuning has finished. Raises UserError if there is none."""
-    finished = []
-    for arguments in RUNS.glob("*/args.json"):
-        run = Run(arguments.parent)
-        if run.finished and run.read_json("args.json").get("kind") == "fine-tuning":
-            finished.append(((run.folder / "unet.pt").stat().st_mtime_ns, run.folder))
+    runs = [Run(path.parent) for path in RUNS.glob("*/args.json")]
+    finished = [run.folder for run in runs if run.finished and run.args.get("kind") == "fine-tuning"]
     if not finished:
         how = "run finetune.py first, or name one with --checkpoint"
         raise UserError(f"no finished fine-tuned run in {RUNS.resolve()}; {how}")
-    return max(finished)[1]
+    return max(finished, key=lambda folder: (folder / "unet.pt").stat().st_mtime_ns)
 
 
 def _git_commit() -> str | None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,23 +14,22 @@ from cmrssp.hardware import distributed
 from cmrssp.runs.settings import Settings
 
 _READ_EVERY_S = 1.0  # the host waits for the device's numbers this often, not in every step
-_LONG_RUN_S = 3600.0
 
 
 class Progress:
     """Collects what the steps return, and reads it from the device about once a second."""
 
     def __init__(self, batches: Batches, settings: Settings) -> None:
-        self.settings, self.keys = settings, list(batches.store.index)
+        self.settings, self.keys, self.device = settings, list(batches.store.index), batches.device
         self.steps, self.batch_size = len(batches), batches.batch_size
-        self.total_steps = self.steps * settings.epochs
-        self.estimated, self.began, self.count = False, time.monotonic(), 0
+        self.steps_left = self.steps * settings.epochs  # when this process starts
+        self.estimated, self.count = False, 0
         self.figures: dict[str, str] = {}
+        self.pending: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
         self.in_a_row = 0
-        self.resumed: dict[str, Any] | None = None
         each = f"{self.steps} steps of {self.batch_size} slices"
-        print(f"{settings.epochs} epochs x {each} = {self.total_steps} steps", flush=True)
-        slices, hidden = self.total_steps * self.batch_size, distributed.hide_bar()
+        print(f"{settings.epochs} epochs x {each} = {self.steps_left} steps", flush=True)
+        slices, hidden = self.steps_left * self.batch_size, distributed.hide_bar()
         self.bar = tqdm(total=slices, unit="slice", disable=hidden, smoothing=0.05)
 
     def state_dict(self) -> dict[str, Any]:
@@ -38,21 +38,17 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any], steps_done: int) -> None:
         """Go on with the sums of `state` after `steps_done` steps of the training."""
-        self.resumed = state
-        self.total_steps -= steps_done
+        self.sums, self.in_a_row = dict(state["sums"]), state["in_a_row"]
+        self.done, self.skipped = state["done"], state["skipped"]
+        self.steps_left -= steps_done
         self.bar.update(steps_done * self.batch_size)
 
     def start_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """With a `first_step` above 0 the sums are those of the loaded state."""
         self.epoch, self.first_step = epoch, first_step
-        self.sums: dict[str, float] = {}
-        self.pending: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
-        self.done = self.skipped = 0
-        if self.resumed:
-            self.in_a_row = self.resumed["in_a_row"]
-            if first_step:
-                self.sums = dict(self.resumed["sums"])
-                self.done, self.skipped = self.resumed["done"], self.resumed["skipped"]
-            self.resumed = None
+        if not first_step:
+            self.sums: dict[str, float] = {}
+            self.done = self.skipped = 0
         self.epoch_began = self.last_read = time.monotonic()
 
     def update(self, values: dict[str, torch.Tensor], subjects: torch.Tensor) -> None:
@@ -103,8 +99,7 @@ class Progress:
             self.done += 1
             if all(map(math.isfinite, row)):
                 self.in_a_row = 0
-                for name, value in zip(names, row, strict=True):
-                    self.sums[name] = self.sums.get(name, 0.0) + value
+                self.sums = {n: self.sums.get(n, 0.0) + value for n, value in zip(names, row, strict=True)}
                 continue
             self.skipped += 1  # under fp16 the scaler lowers its scale and leaves the step out
             self.in_a_row += 1
@@ -123,28 +118,20 @@ class Progress:
         raise UserError(f"{where}: not finite: {odd}{times}; {how}")
 
     def _estimate(self) -> None:
-        """Print the estimated time once it can be told. The first step is slower and does not count, unless
-        it takes half a minute without compiling.
-        """
-        steps, now = self.count, time.monotonic()
-        if steps == 1:
-            self.first = now
-        slow_first = steps == 1 and now - self.began > 30 and not self.settings.compile
-        if not (slow_first or (steps > 1 and now - self.first > 1) or steps == min(20, self.total_steps)):
+        """Print the estimated time a second after the first step, which is slower and does not count."""
+        if self.count == 1:
+            self.first = time.monotonic()
             return
-        self.estimated = True
-        each = now - self.began if steps == 1 else (now - self.first) / (steps - 1)
-        left = each * (self.total_steps - steps)
-        hint = f"; {self.settings.hint}" if self.settings.hint and left > _LONG_RUN_S else ""
-        how = f"{each:.3g} s a step, validation not counted"
-        self.bar.write(f"estimated time: {duration(left)} ({how}){hint}")
+        seconds = time.monotonic() - self.first
+        if seconds > 1 or self.count == min(20, self.steps_left):
+            self.estimated, each = True, seconds / (self.count - 1)
+            left = each * (self.steps_left - self.count)
+            long = left > 3600 and self.device.type == "cpu"
+            hint = "; add --quick to finish in minutes on this CPU" if long else ""
+            how = f"{each:.3g} s a step, validation not counted"
+            self.bar.write(f"estimated time: {duration(left)} ({how}){hint}")
 
 
 def duration(seconds: float) -> str:
-    """3 d 4 h, 2 h 05 min, 3 min 10 s, 12 s."""
-    seconds = round(seconds)
-    if seconds >= 86400:
-        return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+    """Such as 2:05:00, hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))

@@ -3,8 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from cmrssp.hardware import distributed
 
@@ -56,11 +56,8 @@ def holding() -> Iterator[Inbox]:
 
 
 @contextmanager
-def _handling(handler) -> Iterator[None]:
-    before = {}
-    with suppress(ValueError):  # outside the main thread Python delivers no signals
-        for number in WATCHED:
-            before[number] = signal.signal(number, handler)
+def _handling(handler: Callable) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in WATCHED}
     try:
         yield
     finally:

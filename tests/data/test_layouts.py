@@ -2,6 +2,7 @@
 odd.
 """
 
+import argparse
 import csv
 import gzip
 import os
@@ -407,10 +408,13 @@ def test_a_long_name_in_other_letters(tmp_path, beating):
 
 
 def test_vendors_as_they_are_typed():
-    from cmrssp.cli.argument_types import vendor_names
+    from cmrssp.cli.argument_types import VendorNames
     from cmrssp.data.subject import vendor_name
 
-    assert vendor_names("A+B") == ["Siemens", "Philips"] == vendor_names("siemens,PHILIPS")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--vendors", action=VendorNames, nargs="+")
+    for words in (["A+B"], ["siemens,PHILIPS"], ["B", "A"]):
+        assert parser.parse_args(["--vendors", *words]).vendors == ["Philips", "Siemens"]
     assert [vendor_name(n) for n in ("GE MEDICAL SYSTEMS", "TOSHIBA_MEC", "d", "B. Braun", "Gerät")] == [
         "GE", "Canon", "Canon", "B. Braun", "Gerät",
     ]  # fmt: skip

@@ -267,10 +267,10 @@ def test_a_step_meant_for_a_graph_falls_back_where_there_is_none(hearts, monkeyp
 
 def test_the_flags_decide_what_is_compiled(hearts):
     """On a CPU nothing is by itself; a network with --grad-checkpoint never is."""
-    loader, settings = batches(hearts), loop.settings(**two_processes.SETTINGS)
+    loader = batches(hearts)
     for words in ([], ["--grad-checkpoint"], ["--compile", "off"]):
         args = train_ssp.parse(["--method", "mim", *words])[0]
-        decided = flags.compiled(settings, args, loader)
+        decided = flags.settings(args, loader)
         assert (decided.compile, decided.graph) == (False, False)
     assert train_ssp.parse(["--method", "mim", "--compile"])[0].compile == "on"
 

@@ -240,19 +240,13 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     cwd, words, out = stopped
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     unsaved = shutil.copytree(out, tmp_path / "unsaved", ignore=shutil.ignore_patterns("*.pt"))
-    torn = shutil.copytree(out, tmp_path / "torn")
-    (torn / "args.json").write_text((out / "args.json").read_text()[:-40])
     for typed, message in (
         (["--resume", out, "--lr", "0.5"], "--lr: the run in .* was started with 0.01, got 0.5"),
-        (
-            ["--resume", out, "--epochs", "40"],
-            "--epochs: .* with 30, got 40; .* must keep it; the schedule depends",
-        ),
+        (["--resume", out, "--epochs", "40"], "--epochs: .* with 30, got 40"),
         (["--resume", out, "--method", "pcl", "--threshold", "0.1"], "--method: .* with mim, got pcl"),
         (["--resume", tmp_path / "nowhere"], "expected the folder of a run, with args.json"),
-        (["--resume", torn], "torn: its args.json or split.json is damaged"),
         (["--resume", out, "--out", tmp_path / "other"], "a resumed run stays in its folder"),
-        (["--resume", unsaved], "unsaved: nothing to go on from, it was never saved; start it again"),
+        (["--resume", unsaved], "unsaved: nothing was saved to go on from"),
         (["--method", "mim", "--resume", "auto"], "--resume auto: needs --out"),
         ([*words, "--out", out], "already holds a run; .* or add --resume auto"),
     ):
@@ -287,7 +281,7 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     assert_same(cwd / "whole", out)
     assert train_ssp.main([*words, "--out", str(out), "--resume", "auto"]) == 0
     assert f"already finished: {out / 'unet.pt'}" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"has finished, with .*hearts; start with other data"):
+    with pytest.raises(UserError, match=r"--data: .*hearts"):
         train_ssp.main([*words, "--out", str(out), "--resume", "auto", "--data", str(tmp_path / "others")])
     # unet.pt comes last of all: a run that ended just before it gets all that is missing
     views, curves, weights_file = (out / name for name in ("views.png", "curves.png", "unet.pt"))
@@ -304,7 +298,7 @@ def test_a_damaged_checkpoint_is_named(stopped):
     _, _, out = stopped
     last = out / "last.pt"
     last.write_bytes(last.read_bytes()[:-500])
-    with pytest.raises(UserError, match=r"nothing to go on from, last\.pt is damaged"):
+    with pytest.raises(UserError, match=r"last\.pt: .* a damaged file"):
         train_ssp.main(["--resume", str(out)])
 
 
@@ -321,7 +315,7 @@ def test_a_run_that_another_process_has_made_meanwhile_is_left_alone(stopped):
     _, _, out = stopped
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match="another process has trained in it meanwhile"):
-        resume.open_run(None, str(out), "name", {}, {}, again=True)
+        resume.begin(str(out), "name", again=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -417,7 +411,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch, phantom_
 class FewSteps:
     """What Progress asks of its batches."""
 
-    batch_size = 2
+    batch_size, device = 2, torch.device("cpu")
 
     def __init__(self) -> None:
         self.store = type("Names", (), {"index": {"mnms/A": 0, "mnms/B": 1}})()
