@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from cmrssp import segmentation
 from cmrssp.cli import entry, flags
-from cmrssp.cli.argument_types import VendorNames
 from cmrssp.data import dataset, splits
 from cmrssp.data.prepare import prepare
 from cmrssp.data.subject import CLASSES
@@ -63,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
     group.add_argument(
         "--vendors",
-        action=VendorNames,
+        action=flags.VendorNames,
         nargs="+",
         metavar="NAME",
         help="score subjects of these vendors only",

@@ -4,7 +4,6 @@ python finetune.py --init runs/mim-phantom --n-subjects 15"""
 from collections.abc import Collection, Sequence
 
 from cmrssp.cli import entry, flags
-from cmrssp.cli.argument_types import VendorNames, absolute_path
 from cmrssp.cli.launch import find_data, launch, set_up
 from cmrssp.data import dataset, splits, store
 from cmrssp.data.batches import Batches, Slices
@@ -26,27 +25,18 @@ def add_flags(parser: entry.Parser) -> None:
     group = parser.add_argument_group("fine-tuning")
     add = group.add_argument
     defaults = ", ".join(f"{n} {m.finetuning['lr']} {m.finetuning['transfer']}" for n, m in METHODS.items())
-    init = (
-        "unet.pt, last.pt or a run folder; without it from scratch with the baseline's --lr. With it, --lr "
-    )
-    init += f"and --transfer have the defaults of its method: {defaults}"
+    init = f"unet.pt, last.pt or a run folder (default: from scratch); sets --lr and --transfer: {defaults}"
     add("--init", metavar="PATH", help=init)
-    parts = "which parts of the --init checkpoint to take: all that it has, or the encoder alone"
-    add("--transfer", choices=("all", "encoder"), default="all", help=parts)
-    nested = "labelled training subjects, drawn by --seed, nested (default: all)"
-    add("--n-subjects", type=int, metavar="N", help=nested)
+    add("--transfer", choices=("all", "encoder"), default="all", help="parts of --init to take over")
+    add("--n-subjects", type=int, metavar="N", help="labelled ones, drawn by --seed, nested (default: all)")
     listed = "use true labels of the training subjects that this split file names alone"
-    add("--labelled", type=absolute_path, metavar="FILE", help=listed)
+    add("--labelled", type=flags.absolute_path, metavar="FILE", help=listed)
     phases = "labelled frames to train on: end diastole, end systole, or every one (paper, table 2)"
     add("--phases", choices=("ed", "es", "both"), default="both", help=phases)
-    vendors = (
-        "train on the subjects of these vendors alone: Siemens, Philips, GE, Canon, or the letters A to "
-    )
-    vendors += "D that M&Ms gives them, also as A+B (paper, table 3; default: all)"
-    add("--vendors", action=VendorNames, nargs="+", metavar="NAME", help=vendors)
-    maps = "self-training: also train on label maps that evaluate.py --predict wrote to DIR, of training "
-    maps += "subjects without labels in use; frames that its flags doubt are left out"
-    add("--predicted", type=absolute_path, metavar="DIR", help=maps)
+    vendors = "train on these vendors alone: Siemens, Philips, GE, Canon, or M&Ms's A to D (paper, table 3)"
+    add("--vendors", action=flags.VendorNames, nargs="+", metavar="NAME", help=vendors)
+    maps = "self-training: train also on training subjects' label maps that evaluate.py --predict wrote here"
+    add("--predicted", type=flags.absolute_path, metavar="DIR", help=maps)
     weight = "of a slice with predicted labels in the loss; one with true labels counts 1"
     add("--predicted-weight", type=positive(float), default=1.0, metavar="WEIGHT", help=weight)
     share = "of each batch that are slices with predicted labels (default: every slice once an epoch)"
@@ -55,9 +45,7 @@ def add_flags(parser: entry.Parser) -> None:
 
 
 def parse(argv: Sequence[str] | None):
-    """(args, checkpoint or None, run that goes on or None). Data, split and network come from --init unless
-    typed; of a run that goes on, everything comes from it.
-    """
+    """(args, checkpoint or None, run that goes on or None). Which value wins: see `flags`."""
     parser = entry.Parser(prog="finetune.py", description=__doc__)
     add_flags(parser)
     flags.add_training(parser, data=f"what --init was pretrained on, else {dataset.PHANTOM}")
@@ -93,28 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if inherited.method == "mim" and args.transfer == "all":
             print("note: MIM's decoder can hinder; try --transfer encoder --lr 0.01 (see README)")
 
-    options = {
-        "labelled": ("train", "validation"),
-        "checkpoints": sources,
-        "held_out": ("validation", "test"),
-    }
+    own_split = {}
     if inherited and not run and not flags.typed(argv, "--split-seed"):
-        args.split_seed, options["inherited"] = inherited.split_seed, inherited.split
-    prepared = find_data(args, run, **options)
+        args.split_seed, own_split = inherited.split_seed, {"inherited": inherited.split}
+    used, held_out = ("train", "validation"), ("validation", "test")
+    prepared = find_data(args, run, labelled=used, checkpoints=sources, held_out=held_out, **own_split)
     cines, split = prepared.cines, prepared.split
     labelled = candidates(cines, split["train"], args)
     chosen = splits.subset(labelled, len(labelled) if args.n_subjects is None else args.n_subjects, args.seed)
-    slices = Slices(cines, chosen, phases=args.phases)
-    print(f"{splits.describe(split)}; {len(chosen)} labelled subjects to train on")
-    print(f"labelled slices: {len(slices)} to train on")
     predicted: dict[str, list[int]] = {}
     if maps:
         others = of_vendors(cines, [key for key in split["train"] if key not in chosen], args.vendors)
         with distributed.main_first():
             cines, predicted = maps.attach(cines, others, args.cache, skip_broken=args.skip_broken)
-        slices = Slices(cines, chosen, phases=args.phases, predicted=predicted)
-        count = len(slices) - slices.first_predicted
-        print(f"predicted labels: {len(predicted)} of {len(others)} other subjects, {count} slices")
+        print(f"predicted labels: of {len(predicted)} of {len(others)} other subjects")
+    slices = Slices(cines, chosen, phases=args.phases, predicted=predicted)
+    print(f"{splits.describe(split)}; {len(chosen)} labelled subjects to train on")
+    count = slices.first_predicted
+    print(f"slices to train on: {count} labelled" + f", {len(slices) - count} predicted" * bool(maps))
     mixing = {"predicted_weight": args.predicted_weight, "predicted_share": args.predicted_share}
     common = {"batch_size": args.batch_size, "seed": args.seed, "labelled": True, "device": device}
     batches = Batches(cines, slices, **common, **mixing)
@@ -122,27 +106,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick and not run and not flags.typed(argv, "--epochs"):
         args.epochs = max(args.epochs, enough)
 
-    held_out = [key for key in split["validation"] if cines.labels[cines.index[key]].frames]
-    if len(held_out) < len(split["validation"]) or not held_out:
-        print(f"validation Dice: of {len(held_out)} of {len(split['validation'])} subjects, who have labels")
+    validated = [key for key in split["validation"] if cines.labels[cines.index[key]].frames]
+    if not validated or len(validated) < len(split["validation"]):
+        print(f"validation Dice: of {len(validated)} of {len(split['validation'])} subjects, who have labels")
     figures: dict[str, float] = {}
 
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:
-        if held_out:
-            figures.update(mean_dice(method, cines, held_out, device))
+        if validated:
+            figures.update(mean_dice(method, cines, validated, device))
         return figures
 
     start = checkpoint.provenance.method if checkpoint else "scratch"
     subjects = f"n{len(chosen)}" + "-self-trained" * bool(maps)
     name = f"finetune-{start}-{dataset.name(args.data)}-{subjects}-seed{args.seed}"
-    every_one = len(chosen) == len(labelled) and not args.labelled and not splits.published_subset(split)
-    provenance = {
-        "subjects": chosen,
-        "phases": args.phases,
-        "vendors": args.vendors,
-        "all_subjects": every_one,
-    }
-    provenance["labels"] = cines.digests([*chosen, *predicted, *held_out], labels=True)
+    provenance = {"subjects": chosen, "phases": args.phases, "vendors": args.vendors}
+    own_list = args.labelled or splits.published_subset(split)
+    provenance["all_subjects"] = len(chosen) == len(labelled) and not own_list
+    provenance["labels"] = cines.digests([*chosen, *predicted, *validated], labels=True)
     provenance["predicted"] = list(predicted)
     provenance["teachers"] = [teacher.provenance for teacher in maps.teachers] if maps else []
     provenance["init"] = checkpoint.provenance if checkpoint else None
@@ -166,12 +146,10 @@ def candidates(cines: store.Store, keys: Sequence[str], args) -> list[str]:
     labelled = [key for key in kept if cines.labels[cines.index[key]].frames_of(args.phases)]
     if not labelled:
         vendors = sorted({cines.subjects[cines.index[key]].vendor or "unknown" for key in keys})
-        wanted = f"--phases {args.phases}" + f", --vendors {' '.join(args.vendors or ())}" * bool(
-            args.vendors
-        )
+        wanted = ["--phases", args.phases, *(["--vendors", *args.vendors] if args.vendors else [])]
         raise UserError(
-            f"none of the {len(keys)} training subjects can be used ({wanted}): expected label files beside "
-            f"their cines; their vendors are {', '.join(vendors)}"
+            f"none of the {len(keys)} training subjects can be used ({' '.join(wanted)}): expected label "
+            f"files beside their cines; their vendors are {', '.join(vendors)}"
         )
     return labelled
 

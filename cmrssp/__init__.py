@@ -10,7 +10,7 @@ The way of a batch:
     training             the one loop: forward, backward, step, log, save
 
 The way of a checkpoint:
-    runs/folder          last.pt while training, unet.pt at the end; runs/resume goes on from last.pt
+    runs/folder          last.pt while training, from which a stopped run goes on; unet.pt at the end
     weights/provenance   who was trained on, how, from what; weights/checkpoints reads and writes it
     weights/transfer     what of it enters a network (finetune.py --init); weights/nnunet for nnU-Net
     evaluation           predicts on the grid of each file, scores (metrics), compares and draws

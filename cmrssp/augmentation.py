@@ -1,13 +1,11 @@
-"""Augmentation of a whole batch on its own device, with one interpolation from the native grid to the
-network's.
+"""Augmentation of a batch on its device, with one interpolation from the native grid to the network's.
 
 `draw` takes all random numbers from a CPU generator, so that every device gets the same; `apply` is
 deterministic. Order: affine sampling of raw intensities, z-score with the subject's mean and std, noise,
 blur, brightness, shift, gamma, solarisation.
 
-A batch is a dict of tensors. Read here: image (B, 1, H, W), native and padded; spacing_mm (B, 2) and centre
-(B, 2) in native pixels, both (row, column); mean, std and max (B,) of the subject's intensities; optionally
-label and motion (B, 1, H, W).
+Read from a batch: image (B, 1, H, W), native and padded; spacing_mm and centre (B, 2), in native pixels, as
+(row, column); mean, std and max (B,) of the subject's intensities; optionally label and motion (B, 1, H, W).
 """
 
 from collections.abc import Sequence
@@ -22,9 +20,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Ranges:
-    """What to draw from: (low, high) of uniform draws, and probabilities p_*. Defaults: the paper's, for 256
-    px of 1.25 mm.
-    """
+    """(low, high) of uniform draws, and probabilities p_*. Defaults: the paper's, for 256 px of 1.25 mm."""
 
     rotation_deg: float = 180.0  # +-
     fov_factor: tuple[float, float] = (0.7, 1.4)  # of the field of view: above 1 shows more of the body
@@ -120,7 +116,6 @@ def augment(
 
 def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> Batch:
     """Native batch -> (B, 1, S, S) each: image float32, standardised; if given, label uint8, motion float32.
-
     Image bicubic, label nearest, motion linear, all 0 outside the native image. Intensity draws change the
     image alone. Without gradient.
     """
@@ -139,10 +134,8 @@ def apply(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> 
 
 
 def sampling_grid(batch: Batch, draws: Draws, *, image_size: int, spacing_mm: float) -> Tensor:
-    """(B, S, S, 2) for grid_sample: the native position of each target pixel.
-
-    A target pixel, in mm from the middle of the target image, is translated, scaled by the field-of-view
-    factor, flipped and rotated; the result is in mm from the subject's crop centre.
+    """(B, S, S, 2) for grid_sample: the native position of each target pixel. Its place in mm from the middle
+    is translated, scaled by the field-of-view factor, flipped and rotated, and counts from the crop centre.
     """
     device = batch["image"].device
     axis = (torch.arange(image_size, device=device) - (image_size - 1) / 2) * spacing_mm
@@ -173,9 +166,7 @@ def _grid(
     origin: Tensor, by_row: Sequence[Tensor], by_column: Sequence[Tensor], size: Sequence[int]
 ) -> Tensor:
     """(B, R, C, 2): pixel positions in an image of `size` as grid_sample's (x, y) in [-1, 1], align_corners.
-
-    A position is origin (B, 2) plus the offset of its grid row, two (B, R), plus that of its grid column, two
-    (B, C): one pass over the large tensor for each coordinate.
+    Each is origin (B, 2) plus the offsets of its grid row, two (B, R), and of its grid column, two (B, C).
     """
     rows, columns = by_row[0].shape[1], by_column[1].shape[1]
     grid = origin.new_empty(len(origin), 2, rows, columns)
@@ -188,9 +179,8 @@ def _grid(
 
 def intensity_(image: Tensor, draws: Draws, brightest: Tensor) -> Tensor:
     """Noise, blur, brightness, shift, gamma and solarisation of standardised images (B, 1, H, W), in place.
-
-    brightest (B,): the standardised maximum of each image's subject. Gamma acts on the image rescaled to [0,
-    1]; scaling back with a changed minimum and range applies brightness and shift in the same pass.
+    brightest (B,): the standardised maximum of each subject. Gamma acts on the image rescaled to [0, 1];
+    scaling back applies brightness and shift in the same pass.
     """
     device = image.device
     brightness, shift, gamma = _to(device, draws.brightness, draws.shift, draws.gamma)

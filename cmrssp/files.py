@@ -40,11 +40,9 @@ def sweep(folder: Path, older_than_s: float = 0.0) -> None:
 def below(
     root: Path, suffixes: tuple[str, ...], skip: Path | None = None, *, any_name: bool = False
 ) -> list[Path]:
-    """All files below `root` whose names end in one of `suffixes`, in small or capital letters, sorted.
-
-    Leaves out names that start with a dot and the folder `skip`. Enters linked folders, each once. Raises
-    UserError for a folder that may not be read and, unless `any_name`, for a name that is not UTF-8 (neither
-    a report nor a table could say it).
+    """All files below `root` whose names end in one of `suffixes`, in small or capital letters, sorted; none
+    whose name starts with a dot, or in the folder `skip`. Enters linked folders, each once. Raises UserError
+    for a folder that may not be read and, unless `any_name`, for a name that is not UTF-8.
     """
     entered = {os.path.realpath(skip)} - {os.path.realpath(root)} if skip else set()
     found: list[Path] = []

@@ -23,10 +23,9 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def dice_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    """0.5 cross-entropy + 0.5 (1 - soft Dice), the mean over slices.
-
-    logits (B, C, H, W); labels (B, 1, H, W) integer, 0 = background; weight (B,): a factor of each slice's
-    loss. Dice is the mean over the foreground classes, with 1e-5 added to numerator and denominator.
+    """0.5 cross-entropy + 0.5 (1 - soft Dice), the mean over slices. logits (B, C, H, W); labels (B, 1, H, W)
+    integer, 0 = background; weight (B,): a factor of each slice's loss. Dice is the mean over the foreground
+    classes, with 1e-5 added to numerator and denominator.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_probabilities = logits.float().log_softmax(dim=1)
@@ -44,10 +43,9 @@ def dice_cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor | None = N
 
 
 def deep_supervision(loss: Callable, outputs: Sequence[Tensor], target: Tensor, **options) -> Tensor:
-    """The mean of `loss(output, target, **options)` over the scales i, weighted by 2^-i.
-
-    outputs: (B, C, H / 2^i, W / 2^i) for each i; target (B, 1, H, W), for a coarser scale averaged if it is
-    float, else resized by nearest-exact, as labels must be.
+    """The mean of `loss(output, target, **options)` over the scales i, weighted by 2^-i. outputs: (B, C, H /
+    2^i, W / 2^i) for each i; target (B, 1, H, W), for a coarser scale averaged if it is float, else resized
+    by nearest-exact, as labels must be.
     """
     weights = [2.0**-i for i in range(len(outputs))]
     total = torch.zeros((), device=target.device)
@@ -62,12 +60,10 @@ def deep_supervision(loss: Callable, outputs: Sequence[Tensor], target: Tensor, 
 
 
 def nt_xent(embeddings: Tensor, positives: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy with one or more positives per row.
-
-    embeddings (N, D), normalised here; positives (N, N) bool, 1 = attracts, diagonal 0. For row i the mean
-    over its positives j of -log(exp(s_ij) / sum over k != i of exp(s_ik)), where s is the cosine divided by
-    the temperature; then the mean over the rows. Eq. 1, arXiv 2002.05709 (one positive); Eq. 2, arXiv
-    2106.09157 (several).
+    """Normalised temperature-scaled cross-entropy with one or more positives per row. embeddings (N, D),
+    normalised here; positives (N, N) bool, 1 = attracts, diagonal 0. For row i the mean over its positives j
+    of -log(exp(s_ij) / sum over k != i of exp(s_ik)), where s is the cosine divided by the temperature; then
+    the mean over the rows. Eq. 1, arXiv 2002.05709 (one positive); Eq. 2, arXiv 2106.09157 (several).
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         unit = F.normalize(embeddings.float(), dim=1)
@@ -81,10 +77,8 @@ def dino_cross_entropy(
     student: Sequence[Tensor], teacher: Sequence[Tensor], centre: Tensor, temperatures: tuple[float, float]
 ) -> Tensor:
     """Cross-entropy between each teacher output and each student output of another crop; mean over pairs and
-    slices. Eq. 1 and 2, arXiv 2104.14294.
-
-    student, teacher: one (B, K) per crop, the teacher's crops first in both; centre (K,), subtracted from the
-    teacher's outputs; temperatures: the student's, the teacher's.
+    slices. Eq. 1 and 2, arXiv 2104.14294. student, teacher: one (B, K) per crop, the teacher's crops first in
+    both; centre (K,), subtracted from the teacher's outputs; temperatures: the student's, the teacher's.
     """
     with torch.autocast(centre.device.type, enabled=False):
         targets = [((t.float() - centre) / temperatures[1]).softmax(dim=1) for t in teacher]

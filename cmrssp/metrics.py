@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy import ndarray
 from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects, generate_binary_structure
 
 from cmrssp.data.subject import CLASSES
@@ -11,9 +12,9 @@ from cmrssp.data.subject import CLASSES
 MYOCARDIUM_G_PER_ML = 1.05  # density, as in the SCMR recommendations, doi 10.1186/s12968-020-00610-6
 
 
-def overlap(prediction: np.ndarray, reference: np.ndarray) -> dict[str, tuple[int, int]]:
-    """{class: (voxels in both, voxels of one plus voxels of the other)} of two label maps of one shape, with
-    any number of axes. Raises ValueError for different shapes.
+def overlap(prediction: ndarray, reference: ndarray) -> dict[str, tuple[int, int]]:
+    """{class: (voxels in both, voxels of one plus those of the other)}. Raises ValueError for different
+    shapes.
     """
     if prediction.shape != reference.shape:
         raise ValueError(f"expected label maps of one shape, got {prediction.shape} and {reference.shape}")
@@ -30,28 +31,24 @@ def dice_of(both: int, total: int, neither: float = 1.0) -> float:
     return 2 * both / total if total else neither
 
 
-def dice(prediction: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """Dice of each class of two label maps of one shape, with any number of axes. A class scores 1 if neither
-    map has it, and 0 if only one has it. Raises ValueError for different shapes.
-    """
+def dice(prediction: ndarray, reference: ndarray) -> dict[str, float]:
+    """{class: Dice} of two label maps of one shape: 1 if neither has the class, 0 if only one has it."""
     return {name: dice_of(*counts) for name, counts in overlap(prediction, reference).items()}
 
 
 def surface_distances(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]
-) -> dict[str, float | bool]:
-    """Distances between the surfaces of one structure, in mm: hausdorff_mm, hd95_mm, assd_mm.
+    prediction: ndarray, reference: ndarray, spacing_mm: Sequence[float]
+) -> dict[str, float]:
+    """Distances between the surfaces of one structure, in mm: hausdorff_mm, hd95_mm, assd_mm. prediction,
+    reference (Z, H, W) bool; spacing_mm: slice pitch, row, column.
 
-    prediction, reference (Z, H, W) bool; spacing_mm: slice pitch, row, column. A surface voxel has one of its
-    six neighbours (four in a stack of one slice) outside the structure or the array. Its distance is that to
-    the nearest surface voxel of the other map, centre to centre; this gives two directed sets. hausdorff: the
-    largest distance. hd95: the larger of the two directed 95th percentiles, interpolated linearly, as in
-    MONAI (DeepMind weights surface voxels by area, MedPy pools the sets). assd: the mean of both sets pooled,
-    as in MONAI and MedPy.
-
-    A structure in only one map is `missed`: its distances are NaN, and the columns `..._filled_mm` hold the
-    diagonal of the image, which no distance exceeds. Otherwise these columns repeat the distances. A
-    structure in neither map is `absent`: all six are NaN.
+    A surface voxel has one of its six neighbours (four in a stack of one slice) outside the structure or the
+    array. Its distance is that to the nearest surface voxel of the other map, centre to centre, which gives
+    two directed sets. hausdorff: the largest distance. hd95: the larger of the two directed 95th percentiles,
+    interpolated linearly, as in MONAI (DeepMind weights voxels by area, MedPy pools the sets). assd: the mean
+    of both sets pooled, as in MONAI and MedPy. A structure in only one map is `missed`: its distances are
+    NaN, and the columns `..._filled_mm`, which else repeat them, hold the diagonal of the image. A structure
+    in neither map is `absent`: all six are NaN.
     """
     found = int(prediction.any()) + int(reference.any())
     filled = measured = dict.fromkeys(("hausdorff", "hd95", "assd"), math.nan)
@@ -64,18 +61,18 @@ def surface_distances(
     return {**columns, "missed": found == 1, "absent": found == 0}
 
 
-def volumes_ml(labels: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
+def volumes_ml(labels: ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
     """Volume of each class as the sum of discs: voxels x pitch x row x column. labels (Z, H, W), ids 0..3."""
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {name: int((labels == id).sum()) * voxel_ml for id, name in enumerate(CLASSES, start=1)}
 
 
 def score(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]
-) -> dict[str, dict[str, float | bool]]:
+    prediction: ndarray, reference: ndarray, spacing_mm: Sequence[float]
+) -> dict[str, dict[str, float]]:
     """{class: dice, in_reference (whether the reference has it), the columns of `surface_distances`,
-    volume_ml, reference_ml, and volume_error_ml = volume_ml - reference_ml} of two label maps (Z, H, W) with
-    ids 0..3. spacing_mm: slice pitch, row, column. Raises ValueError for different shapes.
+    volume_ml, reference_ml, volume_error_ml} of two label maps (Z, H, W) with ids 0..3. spacing_mm: slice
+    pitch, row, column. Raises ValueError for different shapes.
     """
     scores = dice(prediction, reference)
     ours, theirs = (volumes_ml(labels, spacing_mm) for labels in (prediction, reference))
@@ -89,10 +86,9 @@ def score(
 
 
 def clinical(volumes: Mapping[str, Mapping[str, float]]) -> dict[str, float | None]:
-    """Clinical numbers of one subject from {phase: volume in ml of each class}; phases ED and ES.
-
-    lv_edv_ml, lv_esv_ml, lv_sv_ml = EDV - ESV, lv_ef_percent = 100 SV / EDV, the same for rv, and lv_mass_g,
-    the myocardium at ED. None for a volume that is missing or not finite, and for an EF with an EDV of 0.
+    """Clinical numbers of one subject from {phase: volume in ml of each class}; phases ED and ES. lv_edv_ml,
+    lv_esv_ml, lv_sv_ml = EDV - ESV, lv_ef_percent = 100 SV / EDV, the same for rv, and lv_mass_g, the
+    myocardium at ED. None for a volume that is missing or not finite, and for an EF with an EDV of 0.
     """
     numbers: dict[str, float] = {}
     for ventricle in ("LV", "RV"):
@@ -104,9 +100,7 @@ def clinical(volumes: Mapping[str, Mapping[str, float]]) -> dict[str, float | No
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
-def indexed(
-    numbers: Mapping[str, float | None], height_m: float | None, weight_kg: float | None
-) -> dict[str, float | None]:
+def indexed(numbers: Mapping, height_m: float | None, weight_kg: float | None) -> dict[str, float | None]:
     """Body surface area (Du Bois and Du Bois, Arch Intern Med 17(6), 1916) in square metres, and the volumes
     and the mass in `numbers` (those of `clinical`) per square metre. None for what is not known.
     """
@@ -118,9 +112,7 @@ def indexed(
     return found
 
 
-def _distances(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: Sequence[float]
-) -> dict[str, float]:
+def _distances(prediction: ndarray, reference: ndarray, spacing_mm: Sequence[float]) -> dict[str, float]:
     (box,) = find_objects((prediction | reference).view(np.uint8))  # every surface voxel lies in it
     neighbours = generate_binary_structure(3, 1)
     if len(prediction) == 1:

@@ -90,10 +90,8 @@ class Segmentation(UNetMethod):
 
     @torch.inference_mode()
     def probabilities(self, batch: Batch, *, flips: bool = False) -> torch.Tensor:
-        """(B, 4, H, W) float32 on the batch's native grid, 0 outside the crop.
-
-        The network sees the plain centred crop, with `flips` also its three mirror images; the mean of their
-        probabilities is sampled back linearly.
+        """(B, 4, H, W) float32 on the batch's native grid, 0 outside the crop. The network sees the plain
+        centred crop, with `flips` also its three mirror images; their mean is sampled back linearly.
         """
         image = self.views(batch, None)["image"]
         total = 0.0
@@ -101,7 +99,7 @@ class Segmentation(UNetMethod):
         for axes in mirrored:
             flipped = image.flip(axes).contiguous(memory_format=torch.channels_last)
             total = total + self.unet.full_resolution(flipped).float().softmax(dim=1).flip(axes)
-        grid = augmentation.native_grid(batch, image_size=self.image_size, spacing_mm=self.spacing_mm)
+        grid = augmentation.native_grid(batch, **self.grid)
         return F.grid_sample(total / len(mirrored), grid, mode="bilinear", align_corners=True)
 
 
@@ -129,10 +127,8 @@ def predict_frames(
     largest_component: bool = False,
 ) -> Iterator[np.ndarray]:
     """The label map (Z, H, W) uint8 of each of the cine `frames`, on the subject's canonical native grid.
-
     Averages the probabilities of several `methods`, all in evaluation mode, and with `flips` those of mirror
-    images. Voxels outside every crop are background. `largest_component` keeps the largest 3D component of
-    each class only.
+    images. Voxels outside every crop are background. `largest_component`: keep that of each class alone.
     """
     _, slices, height, width = store.cines[subject].shape
     places = [(subject, frame, z) for frame in frames for z in range(slices)]

@@ -24,9 +24,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Stage(nn.Sequential):
-    """Two 3x3 convolutions, each with norm and activation; the first one has the stride. `_normalised` says
-    why nothing adds the biases of the convolutions to the features.
-    """
+    """Two 3x3 convolutions, each with norm and activation; the first one has the stride."""
 
     recompute = False  # True: keep only the convolutions' inputs, compute the rest again in the backward pass
 
@@ -50,11 +48,9 @@ class Stage(nn.Sequential):
 
 def _normalised(conv: nn.Conv2d, norm: nn.Module, image: Tensor) -> Tensor:
     """norm(conv(image)), without the two passes over the features that add a bias and sum up its gradient.
-
-    A norm that subtracts each channel's mean removes the bias again. So it enters only the running mean of
-    batch norm, and with fixed statistics (evaluation, a frozen encoder) the norm's own bias. Its gradient is
-    exactly 0 (with the bias added it is what rounding leaves of 0), and it is not None: SGD's momentum and
-    weight decay move the bias towards 0 as before, which changes no output.
+    The norm subtracts each channel's mean, and so the bias. It enters only the running mean of batch norm,
+    and with fixed statistics (evaluation, a frozen encoder) the norm's own bias. Its gradient is exactly 0,
+    not None: SGD's momentum and weight decay move it towards 0 as before, which changes no output.
     """
     features = F.conv2d(image, conv.weight, None, conv.stride, conv.padding)
     if isinstance(norm, nn.InstanceNorm2d):
@@ -116,9 +112,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.channels, self.norm = tuple(channels), norm
         inputs = (1, *channels[:-1])
-        self.stages = nn.ModuleList(
-            Stage(i, o, 2 if n else 1, norm) for n, (i, o) in enumerate(zip(inputs, channels, strict=True))
-        )
+        strides = [1] + [2] * (len(channels) - 1)
+        self.stages = nn.ModuleList(map(Stage, inputs, channels, strides, [norm] * len(channels)))
 
     def forward(self, image: Tensor) -> list[Tensor]:
         features = []
@@ -137,8 +132,7 @@ class Decoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], norm: str) -> None:
         super().__init__()
-        # (coarser, finer), from the bottleneck up
-        pairs = list(zip(channels[:0:-1], channels[-2::-1], strict=True))
+        pairs = list(zip(channels[:0:-1], channels[-2::-1], strict=True))  # (coarser, finer), from below
         self.ups = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
         self.stages = nn.ModuleList(Stage(2 * fine, fine, 1, norm) for _, fine in pairs)
 

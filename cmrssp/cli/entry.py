@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
 from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
@@ -34,44 +34,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-class _Output:
-    """A stream that replaces what it cannot encode, and drops everything once its reader has gone, as after
-    `| head`: a run saves all its results, whoever reads what it prints.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.reader_gone = stream, False
-        stream.reconfigure(errors="replace")
-
-    def _attempt(self, action: Callable[..., object], *arguments: object) -> None:
-        try:
-            action(*arguments)
-        except OSError as error:
-            self.reader_gone = isinstance(error, BrokenPipeError)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def write(self, text: str) -> int:
-        self._attempt(self.stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self.stream.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
 def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) -> NoReturn:
     """Run a script's main and exit with its status. An error that a user can fix is one line and status 2."""
     prog, status, message = prog or Path(sys.argv[0]).name, 1, ""
-    sys.stdout, sys.stderr = out, errors = _Output(sys.stdout), _Output(sys.stderr)
+    sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show
     try:
         # torchrun must be able to end its processes itself
         with interrupting() if distributed.world_size() == 1 else nullcontext():
             distributed.start()
             status = main(None)
-            out.flush()
-            status = status or (128 + signal.SIGPIPE if out.reader_gone else 0)
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except (UserError, OSError) as error:
         status, message = 2, f"error: {error}"
     except Stopped as stop:
@@ -91,7 +66,4 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
         if message:
             distributed.print_error(f"{prog}: {message}")
         distributed.finish(failed=status != 0)
-        out.flush()
-        errors.flush()
-        sys.stdout, sys.stderr = out.stream, errors.stream
     sys.exit(status)

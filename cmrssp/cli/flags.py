@@ -3,22 +3,22 @@
 Precedence: typed > the run that goes on > checkpoint > --quick > the method's defaults > the flag's default.
 """
 
-import argparse
 import inspect
 import json
+import re
 import sys
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmrssp.cli.argument_types import absolute_path, on_off, save_interval
 from cmrssp.cli.entry import Parser
 from cmrssp.data import dataset
 from cmrssp.data.batches import Batches
+from cmrssp.data.subject import vendor_name
 from cmrssp.errors import UserError
 from cmrssp.hardware.device import resolve_amp, resolve_compile, resolve_graph
-from cmrssp.runs import resume
-from cmrssp.runs.folder import Run
+from cmrssp.runs.folder import Run, find
 from cmrssp.runs.settings import Settings
 from cmrssp.ssp.flag_types import at_least_0, fraction, positive
 from cmrssp.ssp.method import Method
@@ -33,67 +33,91 @@ _MAY_CHANGE = {"device", "out", "resume", "cache", "data", "save_every", "max_sk
 _MAY_CHANGE |= {"device_cache", "grad_checkpoint", "benchmark"}
 
 
-def add_data(parser: argparse.ArgumentParser, default: str) -> None:
+def on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ArgumentTypeError(f"expected on or off, got {text}")
+    return text == "on"
+
+
+def absolute_path(text: str) -> Path:
+    """So that a run resumed from another folder finds it."""
+    return Path(text).expanduser().absolute()
+
+
+def save_interval(text: str) -> str:
+    """Epochs (`5`) or minutes (`2min`)."""
+    if not re.fullmatch(r"0*[1-9]\d*|\d*\.?\d+min", text):
+        raise ArgumentTypeError(f"expected epochs such as 5, or minutes such as 2min, got {text}")
+    return text
+
+
+class VendorNames(Action):
+    """`A`, `Siemens`, `A+B` or `Siemens,Philips` -> their names, sorted, each once."""
+
+    def __call__(self, parser, namespace, values: Sequence[str], option_string: str | None = None) -> None:
+        names = {vendor_name(name) for name in re.split("[+,]", "+".join(values)) if name.strip()}
+        setattr(namespace, self.dest, sorted(names))
+
+
+def add_data(parser: Parser, default: str) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
     data = f"folders of M&Ms, M&Ms-2, ACDC, DICOM or NIfTI files, or '{dataset.PHANTOM}': synthetic"
-    data += f" (default: {default})"
-    add("--data", nargs="+", metavar="PATH", default=argparse.SUPPRESS, help=data)
+    add("--data", nargs="+", metavar="PATH", default=SUPPRESS, help=f"{data} (default: {default})")
     add_reading(group)
     add("--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects")
-    instead = "do not draw: take a run's split.json, or a YAML file of the paper's authors"
-    add("--split-file", type=Path, metavar="FILE", help=instead)
+    add(
+        "--split-file", type=Path, metavar="FILE", help="a run's split.json, or a YAML of the paper's authors"
+    )
     overlap = "with M&Ms and M&Ms-2: keep the M&Ms-2 subjects with NOR, HCM or LV, who may also be in M&Ms"
     add("--keep-overlap", action="store_true", help=overlap)
     add("--skip-broken", action="store_true", help="leave out unreadable subjects, and name them")
 
 
-def add_reading(parser: argparse._ActionsContainer) -> None:
+def add_reading(parser: Parser) -> None:
     add, default = parser.add_argument, f"(default: {dataset.LABEL_SUFFIX}, or the checkpoint's)"
     suffix = f"plain folders: a label file is its cine's name with END before .nii or .nii.gz {default}"
-    add("--label-suffix", default=argparse.SUPPRESS, metavar="END", help=suffix)
+    add("--label-suffix", default=SUPPRESS, metavar="END", help=suffix)
     store = "folder of the slice store and of the phantom"
     add("--cache", type=absolute_path, default=dataset.default_cache(), metavar="DIR", help=store)
 
 
-def add_output(parser: argparse.ArgumentParser, default: str) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("run")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--out", metavar="DIR", help=f"folder to write to (default: {default})")
-    return group
+def add_output(parser: Parser, default: str) -> Callable[..., Action]:
+    """Returns `add_argument` of the group, for further flags."""
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--out", metavar="DIR", help=f"folder to write to (default: {default})")
+    return add
 
 
-def add_training(parser: argparse.ArgumentParser, data: str) -> None:
+def add_training(parser: Parser, data: str) -> None:
     """Every flag that trainings share. `data`: the default of --data, in words."""
     add_data(parser, data)
     add = parser.add_argument_group("network and images").add_argument
     add("--channels", type=positive(int), nargs="+", metavar="N", help="of each stage, two stages or more")
     add("--image-size", type=positive(int), metavar="PX", help="of the input, a multiple of 2^(stages - 1)")
     add("--spacing", type=positive(float), dest="spacing_mm", metavar="MM", help="pixel size of the input")
-    parser.set_defaults(**PAPER_NETWORK)
     add("--norm", choices=tuple(NORMS), default="batch", help="batch as in the paper, instance as in nnU-Net")
     off = "off: the plain centred crop (paper, section 2.6)"
     add("--augmentation", type=on_off, dest="augment", metavar="on|off", default="on", help=off)
+    parser.set_defaults(**PAPER_NETWORK)
 
     add = parser.add_argument_group("optimisation", "defaults: supplement A of the paper").add_argument
     add("--epochs", type=positive(int), default=100, metavar="N", help="passes over the training slices")
     add("--batch-size", type=positive(int), metavar="N", help="slices per step")
     add("--lr", type=positive(float), help="highest learning rate")
-    schedule = "cosine to --final-lr, or poly: power 0.9 to 0"
-    add("--schedule", choices=("cosine", "poly"), default="cosine", help=schedule)
+    add("--schedule", choices=("cosine", "poly"), default="cosine", help="to --final-lr; power 0.9 to 0")
     add("--final-lr", type=at_least_0(float), default=0.0, help="learning rate at the end of the cosine")
     add("--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0")
     add("--momentum", type=fraction, default=0.9, help="of SGD")
-    add("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov momentum")
+    add("--nesterov", action=BooleanOptionalAction, default=False, help="Nesterov momentum")
     add("--weight-decay", type=at_least_0(float), default=1e-4, help="L2 penalty of SGD")
     add("--amp", choices=("fp16", "bf16", "off"), help="mixed precision; fp16 needs a GPU")
-    every = "epochs between validations (default: 11 to 20 validations a run, at most one an epoch)"
-    add("--validate-every", type=positive(int), metavar="N", help=every)
+    add("--validate-every", type=positive(int), metavar="N", help="epochs (default: 11 to 20 times a run)")
 
-    add = add_output(parser, "runs/<method and data>").add_argument
+    add = add_output(parser, "runs/<method and data>")
     add("--quick", action="store_true", help="small network, small images, few epochs: minutes on a CPU")
-    again = "continue the stopped run in this folder exactly; auto: continue the run in --out, or start it"
-    add("--resume", metavar="auto|RUN", help=again)
+    add("--resume", metavar="auto|RUN", help="continue this run exactly; auto: that in --out, or start it")
     save = "save last.pt every N epochs, or at an epoch's end after N minutes (within an epoch: after 10 N)"
     add("--save-every", type=save_interval, default="1min", metavar="N|Nmin", help=save)
     skipped = "steps in a row that fp16 may leave out because a gradient overflows"
@@ -104,14 +128,11 @@ def add_training(parser: argparse.ArgumentParser, data: str) -> None:
 
     add = parser.add_argument_group("speed and memory").add_argument
     choices = {"choices": ("auto", "on", "off"), "default": "auto"}
-    compile = "torch.compile the networks, which takes about a minute; auto: for long trainings on a GPU"
-    add("--compile", nargs="?", const="on", **choices, help=compile)
-    graph = "replay the compiled networks as CUDA graphs; auto: on a GPU"
-    add("--graph", choices=("auto", "off"), default="auto", help=graph)
-    kept = "keep all slices in the device's memory; auto: on a GPU, if they fit besides the training"
-    add("--device-cache", **choices, help=kept)
+    add("--compile", nargs="?", const="on", **choices, help="torch.compile; auto: long trainings on a GPU")
+    add("--graph", choices=("auto", "off"), default="auto", help="replay compiled networks as CUDA graphs")
+    add("--device-cache", **choices, help="keep all slices in device memory; auto: on a GPU, if they fit")
     half = "compute activations again in the backward pass: half the memory, a third more work, same losses"
-    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=False, help=half)
+    add("--grad-checkpoint", action=BooleanOptionalAction, default=False, help=half)
     measure = "measure at least N steps, their parts and the device's limits, then exit without a run folder"
     add("--benchmark", type=positive(int), metavar="N", help=measure)
 
@@ -133,29 +154,23 @@ def peek(argv: Sequence[str] | None, flag: str) -> str | None:
 
 def resumed(argv: Sequence[str] | None, kind: str) -> Run | None:
     """The run that --resume and --out name. Raises UserError if it is no `kind`."""
-    return resume.find(peek(argv, "--resume"), peek(argv, "--out"), kind)
+    return find(peek(argv, "--resume"), peek(argv, "--out"), kind)
 
 
 def set_defaults(
-    parser: Parser,
-    argv: Sequence[str] | None,
-    method: type[Method],
-    run: Run | None = None,
-    **checkpoint: Any,
+    parser: Parser, argv: Sequence[str] | None, method: type[Method], run: Run | None = None, **others: Any
 ) -> None:
-    """Give the flags their defaults in order of precedence; `checkpoint`: those that a checkpoint decides."""
+    """Give the flags their defaults in order of precedence; `others`: those that a checkpoint decides."""
     parser.set_defaults(**method.defaults)
     if typed(argv, "--quick"):
         parser.set_defaults(**QUICK_NETWORK, **method.quick)
-    parser.set_defaults(**checkpoint)
+    parser.set_defaults(**others)
     if run:
         known = {action.dest for action in parser._actions} - {"device", "resume", "out"}
         parser.set_defaults(**{name: value for name, value in run.args.items() if name in known})
 
 
-def refuse_changes(
-    parser: Parser, args: argparse.Namespace, argv: Sequence[str] | None, run: Run | None
-) -> None:
+def refuse_changes(parser: Parser, args: Namespace, argv: Sequence[str] | None, run: Run | None) -> None:
     """Raise UserError for a typed flag that differs from what the run that goes on was started with."""
     for action in parser._actions if run else ():
         flag, before = action.option_strings[0], run.args.get(action.dest)
@@ -168,14 +183,8 @@ def refuse_changes(
             raise UserError(f"{flag}: {what}; leave the flag out, or start again in another --out")
 
 
-def build(method: type[Method], args: argparse.Namespace) -> Method:
-    """The method, each argument of its constructor taken from the flag of that name. Raises UserError."""
-    if args.nesterov and not args.momentum:
-        raise UserError("--momentum 0: Nesterov momentum needs one above 0; add --no-nesterov")
-    if args.schedule == "cosine" and args.final_lr > args.lr:
-        raise UserError(f"--final-lr {args.final_lr:g}: expected at most --lr, {args.lr:g}")
-    if args.compile == "on" and args.grad_checkpoint:
-        raise UserError("--grad-checkpoint: not together with --compile; leave one of them out")
+def build(method: type[Method], args: Namespace) -> Method:
+    """The method, each argument of its constructor taken from the flag of that name."""
     built = method(**{name: getattr(args, name) for name in parameters(method)})
     if args.grad_checkpoint:
         recompute_activations(built)
@@ -183,22 +192,18 @@ def build(method: type[Method], args: argparse.Namespace) -> Method:
 
 
 def parameters(method: type[Method]) -> list[str]:
-    """The arguments of the constructor, and of those above it that its `**options` go to."""
-    names: list[str] = []
-    for above in method.__mro__:
-        if "__init__" in vars(above):
-            found = inspect.signature(above.__init__).parameters.values()
-            names += [p.name for p in found if p.kind is p.KEYWORD_ONLY]
-            if not any(p.kind is p.VAR_KEYWORD for p in found):
-                break
-    return list(dict.fromkeys(names))
+    """The arguments of its constructor, and of those above it."""
+    constructors = [each.__init__ for each in method.__mro__ if issubclass(each, Method)]
+    found = [p for each in constructors for p in inspect.signature(each).parameters.values()]
+    return list(dict.fromkeys(p.name for p in found if p.kind is p.KEYWORD_ONLY))
 
 
-def settings(args: argparse.Namespace, batches: Batches) -> Settings:
+def settings(args: Namespace, batches: Batches) -> Settings:
     """How to train on these batches; prints what `auto` and fp16 mean on their device."""
     device, slices = batches.device, args.epochs * len(batches) * batches.batch_size
     choice = "off" if args.grad_checkpoint else args.compile
     compile = resolve_compile(choice, device, norm=args.norm, num_slices=slices, cache=args.cache)
+    args.nesterov = args.nesterov and args.momentum > 0  # torch refuses one without the other
     return Settings(
         **{name: getattr(args, name) for name in (*OPTIMISATION, "seed", "save_every", "max_skipped")},
         amp=resolve_amp(args.amp, device),

@@ -1,7 +1,8 @@
 """What the two training scripts do alike: prepare device, method and data, then train in a run folder."""
 
-import argparse
+from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +13,14 @@ from cmrssp.data.batches import Batches
 from cmrssp.data.prepare import Prepared, prepare
 from cmrssp.hardware import benchmark, distributed, memory
 from cmrssp.hardware.device import prepare_torch, resolve_device
-from cmrssp.runs import figures, resume
+from cmrssp.runs import figures
 from cmrssp.runs.folder import Run
 from cmrssp.ssp.method import Method
 from cmrssp.training import Validation, train
 from cmrssp.weights.provenance import Provenance
 
 
-def set_up(
-    args: argparse.Namespace, objective: type[Method], known: Mapping[str, Any]
-) -> tuple[Method, torch.device]:
+def set_up(args: Namespace, objective: type[Method], known: Mapping) -> tuple[Method, torch.device]:
     """The method and its device; afterwards `args` has data and label_suffix, from `known` unless typed."""
     args.data, args.label_suffix = dataset.source({**known, **vars(args)})
     dataset.announce(args.data)
@@ -30,17 +29,17 @@ def set_up(
     return flags.build(objective, args), device
 
 
-def find_data(args: argparse.Namespace, run: Run | None, **options: Any) -> Prepared:
+def find_data(args: Namespace, run: Run | None, **options: Any) -> Prepared:
     """As `prepare` with these options; a run that goes on keeps its split."""
+    names = ("label_suffix", "split_file", "split_seed", "keep_overlap", "skip_broken")
+    options = {name: getattr(args, name) for name in names} | options
     if run:
         options |= {"inherited": run.split, "split_file": None}
-    names = ("label_suffix", "split_file", "split_seed", "keep_overlap", "skip_broken")
-    typed = {name: getattr(args, name) for name in names}
-    return prepare(args.data, args.cache, needed="train", **{**typed, **options})
+    return prepare(args.data, args.cache, needed="train", **options)
 
 
 def launch(
-    args: argparse.Namespace,
+    args: Namespace,
     run: Run | None,
     method: Method,
     batches: Batches,
@@ -49,35 +48,36 @@ def launch(
     name: str,
     **provenance: Any,
 ) -> Run | None:
-    """Check the memory, then measure the speed (--benchmark; returns None) or train in a run folder.
-
-    `run`: the one that goes on, if any; `name`: the default name of a new one's folder. `provenance` are the
-    fields of `Provenance` that `args` and `prepared` do not give.
+    """Check the memory, then measure the speed (--benchmark; returns None) or train in a run folder. `run`:
+    the one that goes on; `name`: of a new one's folder, unless --out is given; `provenance`: the fields of
+    `Provenance` that `args` and `prepared` do not give.
     """
     settings = flags.settings(args, batches)
     memory.check(method, batches, amp=settings.amp, device=batches.device, device_cache=args.device_cache)
     if args.benchmark:
         benchmark.run(method, batches, settings, args.benchmark)
         return None
-    names = [*flags.OPTIMISATION, *flags.parameters(type(method))]
-    names += ["predicted_weight", "predicted_share"] if vars(args).get("predicted") else []
-    used = {"amp": settings.amp, "batch_size": batches.batch_size}  # can be less than was asked for
+    used = [*flags.OPTIMISATION, *flags.parameters(type(method))]
+    used += ["predicted_weight", "predicted_share"] if vars(args).get("predicted") else []
+    hyperparameters = {flag: getattr(args, flag) for flag in used}
+    hyperparameters |= {"amp": settings.amp, "batch_size": batches.batch_size}  # can be less than asked for
+    provenance |= {flag: getattr(args, flag) for flag in ("label_suffix", "split_seed", "seed")}
     origin = Provenance(
         method=method.name,
         data=dataset.absolute(args.data),
-        label_suffix=args.label_suffix,
         split=prepared.split,
-        split_seed=args.split_seed,
-        seed=args.seed,
         digests=prepared.digests,
         slices=len(batches.slices),
-        hyperparameters={name: getattr(args, name) for name in names} | used,
+        hyperparameters=hyperparameters,
         augmentation="on" if args.augment else "off",
         **provenance,
     )
-    state = resume.go_on(run, origin.digests, origin.labels) if run else None
+    state = run.go_on(origin.digests, origin.labels) if run else None
     if not run:
-        run = resume.begin(args.out, name, again=args.resume == "auto")
+        again = args.resume == "auto"
+        run = Run(Path(distributed.from_main(lambda: str(Run.create(args.out, name, again=again).folder))))
+        run.lock()
+        print(f"run folder: {run.folder}")
         kind, device = "fine-tuning" if batches.labelled else "pretraining", str(batches.device)
         run.start({"kind": kind, **vars(args), "data": origin.data, "device": device}, prepared.split)
         if distributed.is_main():

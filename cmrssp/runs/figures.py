@@ -52,22 +52,21 @@ def panel_sheet(panels: dict[str, torch.Tensor], path: Path) -> None:
 
 def curves(records: Sequence[dict], path: Path) -> None:
     """Losses, 3D Dice of a fine-tuning and health of a pretraining, each against the epoch."""
-    dice = {"dice": "mean", **{f"dice_{name}": name for name in CLASSES}}
     explained = {"explained_variance": "training", "validation_explained_variance": "validation"}
     sheets = [
         ("loss", {"loss": "training", "validation_loss": "validation"}, None),
-        ("3D Dice on the validation subjects", dice, (0, 1)),
+        ("3D Dice, validation", {"dice": "mean", **{f"dice_{name}": name for name in CLASSES}}, (0, 1)),
         ("effective rank of the features", {"effective_rank": "plain validation slices"}, (1, None)),
         ("explained variance of the motion map", explained, (None, 1)),
         ("held-out R² of the slice's position", {"position_r2": "linear probe"}, (-0.2, 1)),
     ]
     sheets = [sheet for sheet in sheets if any(name in record for record in records for name in sheet[1])]
     figure = Figure(figsize=(4.6 * len(sheets), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(sheets), squeeze=False)[0]
-    for axis, (title, names, limits) in zip(axes, sheets, strict=True):
+    for axis, (title, names, limits) in zip(
+        figure.subplots(1, len(sheets), squeeze=False)[0], sheets, strict=True
+    ):
         for name, label in names.items():
-            points = [(r["epoch"], r[name]) for r in records if r.get(name) is not None]
-            if points:
+            if points := [(r["epoch"], r[name]) for r in records if r.get(name) is not None]:
                 axis.plot(*zip(*points, strict=True), marker=".", label=label)
         axis.set(xlabel="epoch", ylabel=title, ylim=limits)
         axis.legend()

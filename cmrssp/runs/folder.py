@@ -1,4 +1,4 @@
-"""The run folder: args.json, split.json, log.jsonl, last.pt, unet.pt and the figures."""
+"""The run folder: args.json, split.json, log.jsonl, last.pt, unet.pt and the figures; how a run goes on."""
 
 import fcntl
 import json
@@ -28,9 +28,8 @@ class Run:
 
     @classmethod
     def create(cls, out: str | None, default_name: str, *, again: bool = False) -> "Run":
-        """Make the folder `out`, or runs/<default_name> with -2, -3, ... if that is taken.
-
-        Raises UserError if `out` holds a run already, unless it is started `again`.
+        """Make `out`, or else runs/<default_name>, -2, ... Raises UserError if `out` holds a run, unless
+        `again`.
         """
         if out is not None:
             folder = Path(out).expanduser()
@@ -76,6 +75,30 @@ class Run:
             raise UserError(f"{self.folder}: another process is training in this run folder") from None
         sweep(self.folder)
 
+    def go_on(self, images: dict[str, str], labels: dict[str, str]) -> dict[str, Any]:
+        """Lock the run, and return its state, the content of last.pt. Raises UserError if there is none, or
+        if the digests of the `images` or `labels` (`Store.digests`) are not those that it began with.
+        """
+        self.lock()
+        if not (self.folder / "last.pt").is_file():
+            raise UserError(
+                f"{self.folder}: nothing was saved to go on from; start it again in another --out"
+            )
+        state = checkpoints.read(self.folder / "last.pt")
+        recorded = state["provenance"]
+        keys = (*recorded["split"]["train"], *recorded["split"]["validation"])
+        same_images = all(images.get(key) == recorded["digests"][key] for key in keys)
+        if not same_images or recorded["labels"] != labels:
+            what = "training or validation cines" if recorded["labels"] == labels else "labels"
+            how = "restore them, or start again in another --out"
+            raise UserError(f"--resume {self.folder}: its {what} have changed since, or some are gone; {how}")
+        steps = f", step {state['steps_done']}" if state["steps_done"] else ""
+        print(f"run folder: {self.folder}, going on after epoch {state['epochs_done']}{steps}")
+        before, now = self.args["processes"], distributed.world_size()
+        if before != now:
+            print(f"started with {before} processes, going on with {now}: the augmentation draws will differ")
+        return state
+
     def save(self, content: dict[str, Any]) -> None:
         """Write last.pt. Rank 0 writes, the others wait for it."""
         with distributed.main_first():
@@ -120,6 +143,26 @@ class Run:
             kept = [record for record in self.records() if record["epoch"] <= epochs]
             with atomic(self.folder / "log.jsonl") as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def find(resume: str | None, out: str | None, kind: str) -> Run | None:
+    """The run that `--resume auto|RUN` and `--out` name, None for a new start. Raises UserError."""
+    if resume is None:
+        return None
+    auto = resume == "auto"
+    if auto and out is None:
+        raise UserError("--resume auto: needs --out, the folder of the run")
+    run = Run(Path(out if auto else resume).expanduser())
+    started = all((run.folder / name).is_file() for name in ("args.json", "split.json"))
+    if auto and not (started and run.saved):
+        return None
+    if not started:
+        raise UserError(f"--resume {run.folder}: expected the folder of a run, with args.json and split.json")
+    if run.args["kind"] != kind:
+        raise UserError(f"--resume {run.folder}: expected a {kind}, got a {run.args['kind']}")
+    if out is not None and Path(out).expanduser().resolve() != run.folder.resolve():
+        raise UserError(f"--out {out}: a resumed run stays in its folder, {run.folder}; leave --out out")
+    return run
 
 
 def newest_finetuned() -> Path:

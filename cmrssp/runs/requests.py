@@ -1,5 +1,6 @@
 """What a training is asked to do after a step: save, stop, or read the device's numbers."""
 
+import math
 import shlex
 import signal
 import sys
@@ -18,9 +19,9 @@ _WITHIN_EPOCH = 10  # within an epoch, saving waits for this many times the minu
 class Request:
     """The same on all ranks: what one of them is asked to do, all do."""
 
-    stop: int | None = None  # the signal that ends the run
-    save: bool = False
-    read: bool = False  # the numbers that the steps have left on the device
+    stop: int  # the signal that ends the run, or 0
+    save: bool
+    read: bool  # the numbers that the steps have left on the device
 
 
 class Requests:
@@ -29,18 +30,17 @@ class Requests:
     def __init__(self, inbox: Inbox, progress: Progress, save_every: str) -> None:
         self.inbox, self.progress = inbox, progress
         self.last_save, self.never_saved = time.monotonic(), True
-        self.minutes = float(save_every.removesuffix("min")) if save_every.endswith("min") else None
-        self.epochs = int(save_every) if self.minutes is None else None
+        number, by_time = save_every.removesuffix("min"), save_every.endswith("min")
+        self.seconds, self.epochs = (60 * float(number), math.inf) if by_time else (math.inf, int(number))
 
     def after_step(self) -> Request:
-        late = self.minutes is not None and self._waited() > 60 * self.minutes * _WITHIN_EPOCH
-        return self._agree(late, self.progress.due())
+        return self._agree(self._waited() > _WITHIN_EPOCH * self.seconds, self.progress.due())
 
     def after_epoch(self, epochs_done: int, *, last: bool) -> Request:
         """Saves after the first epoch, the last, and as `save_every` says. Nothing stops a finished run."""
-        due = epochs_done % self.epochs == 0 if self.epochs else self._waited() > 60 * self.minutes
+        due = epochs_done % self.epochs == 0 or self._waited() > self.seconds
         request = self._agree(last or self.never_saved or due, False)
-        return replace(request, stop=None) if last else request
+        return replace(request, stop=0) if last else request
 
     def saved(self, request: Request, folder: Path, epochs: int, steps: int) -> None:
         """Start the clock again. Raises Stopped if the run was asked to stop."""
@@ -54,5 +54,5 @@ class Requests:
         return time.monotonic() - self.last_save
 
     def _agree(self, save: bool, read: bool) -> Request:
-        number, save, read = distributed.maximum(self.inbox.number or 0, save, read)
-        return Request(stop=number or None, save=bool(save or number), read=bool(read))
+        stop, save, read = distributed.maximum(self.inbox.number or 0, save, read)
+        return Request(stop, bool(save or stop), bool(read))

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from cmrssp.hardware import distributed
 
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_ECHO_S = 1.0  # torchrun forwards a signal that a process may have received already: it counts once
 
 
 class Stopped(Exception):
@@ -24,7 +22,6 @@ class Inbox:
     """Holds the first signal that arrives; `number` is None before."""
 
     number: int | None = None
-    arrived: float = 0.0
 
 
 @contextmanager
@@ -46,8 +43,8 @@ def holding() -> Iterator[Inbox]:
 
     def hold(number: int, frame) -> None:
         if inbox.number is None:
-            inbox.number, inbox.arrived = number, time.monotonic()
-        elif distributed.world_size() == 1 or time.monotonic() - inbox.arrived > _ECHO_S:
+            inbox.number = number
+        elif distributed.world_size() == 1:  # torchrun forwards signals that a process has received already
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

@@ -1,5 +1,5 @@
-"""DINO: from global and local crops a student predicts a teacher's outputs for the global crops; the teacher
-is the moving average of the student (Caron et al., arXiv 2104.14294).
+"""DINO: from global and local crops a student predicts the outputs of a teacher, its own moving average, for
+the global crops (Caron et al., arXiv 2104.14294).
 """
 
 import argparse
@@ -39,7 +39,7 @@ class DINO(Method):
     ) -> None:  # fmt: skip
         """`local_size` None: half of `image_size`."""
         super().__init__(channels=channels, norm=norm, **options)
-        self.local_size = self.image_size // 2 if local_size is None else local_size
+        self.local_size = local_size or self.image_size // 2
         check_image_size(self.local_size, channels, flag="--local-size", norm=norm)
         self.epochs, self.local_crops = epochs, local_crops
         self.student_temperature = student_temperature
@@ -48,9 +48,8 @@ class DINO(Method):
         self.centre_momentum, self.momentum_start = centre_momentum, teacher_momentum
         self.freeze_last_epochs, self.export = freeze_last_epochs, export
         self.encoder, self.head = Encoder(channels, norm), Head(channels[-1], hidden, outputs)
-        self.teacher_encoder, self.teacher_head = copy.deepcopy(self.encoder), copy.deepcopy(self.head)
-        for teacher in (self.teacher_encoder, self.teacher_head):
-            teacher.requires_grad_(False)
+        self.teacher_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(outputs))
         self.register_buffer("batch_centre", torch.zeros(outputs))  # of the last batch, for `on_step_end`
 

@@ -11,19 +11,18 @@ def fraction(text: str) -> float:
 
 
 def at_least_0(kind: type) -> Callable[[str], float]:
-    return _ranged(kind, lambda value: value >= 0, "of at least 0")
+    return _ranged(kind, lambda value: 0 <= value < _LARGEST, "of at least 0")
 
 
 def positive(kind: type) -> Callable[[str], float]:
-    return _ranged(kind, lambda value: value > 0, "above 0")
+    return _ranged(kind, lambda value: 0 < value < _LARGEST, "above 0")
 
 
 def _ranged(kind: type, fits: Callable[[float], bool], expected: str) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = kind(text)
-        if not (fits(value) and value < _LARGEST):
+        if not fits(kind(text)):
             raise argparse.ArgumentTypeError(f"expected a number {expected}, got {text}")
-        return value
+        return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number
     return parse

@@ -16,9 +16,8 @@ COLLAPSED = 3.0  # effective rank; features that are all alike have 1, healthy o
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """exp of the entropy of the normalised singular values of features (N, D): from 1 (collapsed) to D.
-
-    Roy and Vetterli 2007; used for pretraining as RankMe, arXiv 2210.02885.
+    """exp of the entropy of the normalised singular values of features (N, D), from 1 (collapsed) to D. Roy
+    and Vetterli 2007; used for pretraining as RankMe, arXiv 2210.02885.
     """
     values = torch.linalg.svdvals(features.double())
     return float(torch.special.entr(values / values.sum().clamp_min(1e-300)).sum().exp())
@@ -27,11 +26,9 @@ def effective_rank(features: torch.Tensor) -> float:
 def position_probe(
     features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor, penalty: float = 1.0
 ) -> float:
-    """Held-out R2 of a ridge regression from features (N, D) to slice positions (N,).
-
-    Every second subject (N,) forms one half; each half predicts the other, and R2 is taken over both.
-    Features are scaled by the half that fits; the penalty is per sample. NaN positions are left out. With
-    fewer than two subjects the result is NaN.
+    """Held-out R2 of a ridge regression from features (N, D) to slice positions (N,). Every second subject
+    (N,) forms one half; each half predicts the other, and R2 is taken over both. Features are scaled by the
+    half that fits; the penalty is per sample. NaN positions are left out. NaN with fewer than two subjects.
     """
     known = ~position.isnan()
     x, y, subject = features[known].double(), position[known].double(), subject[known]
@@ -52,9 +49,8 @@ def position_probe(
 
 @torch.inference_mode()
 def check(method: Method, loader: Batches, epoch: int) -> dict[str, float]:
-    """Loss and logs on fixed augmented views; effective rank and position probe of plain crops' features.
-
-    The slices are the same in each epoch. All ranks call it, and get the figures over the slices of all.
+    """Loss and logs on fixed augmented views; effective rank and position probe of plain crops' features. The
+    slices are the same in each epoch. All ranks call it, and get the figures over the slices of all.
     """
     method.eval()
     logged, features, positions, subjects = [], [], [], []

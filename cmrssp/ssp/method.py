@@ -1,23 +1,14 @@
 """What the training loop asks of a method.
 
 To add a method, write one file here with one subclass of `Method` (`mim.py` is a short one to copy) and list
-it in `__init__.py`. It needs:
+it in `__init__.py`. It sets the class variables and, in its constructor, `encoder`, the network to pretrain.
+It defines `add_flags`, `views`, `outputs`, `forward` and `panels`, and others only if needed. A method that
+pretrains a whole U-Net is a `UNetMethod`.
 
-1. `name` and `purpose` for --method and its help; `defaults` and `quick`: values of the shared flags.
-2. `add_flags(parser)`: the method's own flags, each with its default, unit and source.
-3. `__init__`: keyword-only arguments without defaults. `cli.flags.build` takes each from the flag of that
-   name (argparse's `dest`). `**options` go on to the class above.
-4. `encoder`: the network to pretrain; the health figures read its features.
-5. `views(batch, generator)`: the augmented tensors of one step, made on the batch's device.
-6. `outputs(views)`: what the networks make of them; `forward(views, epoch)`: the loss, and what to log.
-7. `panels(views)`: images for views.png.
-8. If needed: `usable`, `view_sizes`, `param_groups`, `on_backward_end`, `on_step_end`, `compile_networks`;
-   `pretrained_state`, the weights that fine-tuning takes over, if these are not the encoder's.
-
-A method that pretrains a whole U-Net is a `UNetMethod`.
-
-`forward` alone is called through DistributedDataParallel. Randomness comes from the generator alone, and
-every schedule from the epoch alone: a resumed run then repeats an uninterrupted one.
+The constructor has keyword-only arguments without defaults, each taken from the flag of that name (argparse's
+`dest`); `**options` go on to the class above. `forward` alone is called through DistributedDataParallel.
+Randomness comes from the generator alone, and every schedule from the epoch alone: a resumed run then repeats
+an uninterrupted one.
 """
 
 import argparse
@@ -56,6 +47,7 @@ class Method(nn.Module):
         super().__init__()
         check_image_size(image_size, channels, norm=norm)
         self.image_size, self.spacing_mm = image_size, spacing_mm
+        self.grid = {"image_size": image_size, "spacing_mm": spacing_mm}  # of the network's input
         self.ranges = augmentation.paper_ranges(image_size, spacing_mm) if augment else None
 
     @staticmethod
@@ -68,17 +60,15 @@ class Method(nn.Module):
 
     def config(self) -> dict:
         """The network's configuration, as unet.pt holds it."""
-        grid = {"image_size": self.image_size, "spacing_mm": self.spacing_mm}
-        channels, norm = list(self.encoder.channels), self.encoder.norm
-        return {"channels": channels, **grid, "classes": self.classes, "norm": norm}
+        network = {"channels": list(self.encoder.channels), "norm": self.encoder.norm}
+        return {**network, **self.grid, "classes": self.classes}
 
     def crop(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """One augmented crop of each slice; without a generator the plain centred crop.
 
         image (B, 1, S, S) float32, standardised; label and motion (B, 1, S, S) if the batch has them.
         """
-        grid = {"image_size": self.image_size, "spacing_mm": self.spacing_mm}
-        return augmentation.augment(batch, [self.ranges], generator, **grid)
+        return augmentation.augment(batch, [self.ranges], generator, **self.grid)
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """What the networks see in a step, without gradient; without a generator from plain centred crops."""
@@ -97,8 +87,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def compile_networks(self, mode: str | None = None) -> None:
-        """torch.compile in place, so that no key of the state dict changes; `mode` is its argument. Only the
-        pooled features are compiled: each other output would get a gradient of zeros.
+        """torch.compile in place, so that no key of the state dict changes. Only the pooled features are
+        compiled: each other output would get a gradient of zeros. `mode`: torch.compile's.
         """
         self.encoder.pooled = torch.compile(self.encoder.pooled, dynamic=False, mode=mode)
 
@@ -110,9 +100,9 @@ class Method(nn.Module):
         """Runs after the backward pass, before the optimiser's step."""
 
     def on_step_end(self, epoch: float) -> None:
-        """Runs once after each step, also if fp16's scaler left the update out because a gradient overflowed:
-        the host would have to wait for the device to know it. A teacher goes on towards the unchanged
-        student. Any other average must skip values that are not finite, on the device.
+        """Runs once after each step, also if fp16's scaler left the update out because a gradient overflowed
+        (to know it the host would have to wait): a teacher goes on towards the unchanged student; any other
+        average must skip values that are not finite, on the device.
         """
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
-"""SimCLR: two views of a slice attract each other, all others of the batch repel (arXiv 2002.05709).
-
-Encoder, global average pool, MLP 512-512-512; NT-Xent at temperature 0.1 (paper, section 2.4).
+"""SimCLR: two views of a slice attract each other, all others of the batch repel (arXiv 2002.05709). Encoder,
+global average pool, MLP 512-512-512; NT-Xent at temperature 0.1 (paper, section 2.4).
 """
 
 import argparse
@@ -30,16 +29,14 @@ class SimCLR(Method):
         super().__init__(channels=channels, norm=norm, **options)
         self.temperature = temperature
         self.encoder = Encoder(channels, norm)
-        self.projector = nn.Sequential(
-            nn.Linear(channels[-1], projection), nn.ReLU(inplace=True), nn.Linear(projection, projection)
-        )
+        first, last = nn.Linear(channels[-1], projection), nn.Linear(projection, projection)
+        self.projector = nn.Sequential(first, nn.ReLU(inplace=True), last)
 
     @staticmethod
     def add_flags(parser: argparse.ArgumentParser) -> None:
-        add, lower = parser.add_argument, "a lower one weights hard negatives more"
-        add("--temperature", type=positive(float), default=0.1, help=lower)
-        width = "width of the MLP and of its output"
-        add("--projection", type=positive(int), default=512, metavar="N", help=width)
+        add = parser.add_argument
+        add("--temperature", type=positive(float), default=0.1, help="lower: hard negatives count more")
+        add("--projection", type=positive(int), default=512, metavar="N", help="width of MLP and output")
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """image (2B, 1, S, S): the first views of all slices, then the second ones; position (2B,)."""

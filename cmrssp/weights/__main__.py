@@ -83,31 +83,32 @@ def _origin(checkpoint: Checkpoint) -> str:
 
 
 def to_nnunet(file: str | Path, out: Path) -> str:
-    """Write `out` for nnU-Net's -pretrained_weights. Returns the transfer report and what nnU-Net needs.
-
-    `network_weights` has every key of PlainConvUNet except for the segmentation layers. What the checkpoint
-    lacks gets nnU-Net's initial weights. Raises UserError, and OSError if `out` cannot be written.
+    """Write `out` for nnU-Net's -pretrained_weights: every key of PlainConvUNet except for the segmentation
+    layers; what the checkpoint lacks gets nnU-Net's initial weights. Returns the transfer report and what
+    nnU-Net needs. Raises UserError, and OSError if `out` cannot be written.
     """
     out = out.expanduser()
     if out.suffix != ".pth":  # .pt are a run's own files
         raise UserError(f"{out}: expected the name of a file to write that ends in .pth")
     checkpoint = checkpoints.load(file)
-    config, norm = checkpoint.config, checkpoint.norm
-    unet = nnunet.fresh(config["channels"], norm)
+    config = checkpoint.config
+    unet = nnunet.fresh(config["channels"], checkpoint.norm)
     report = {**transfer(checkpoint, unet), "heads": "left out, nnU-Net makes its own segmentation layers"}
     if report["decoder"].startswith("fresh"):
         report["decoder"] += ", initialised as nnU-Net does"
     weights, provenance = nnunet.network_weights(unet.state_dict()), checkpoint.provenance.to_dict()
     content = {"network_weights": weights, "config": config, "provenance": provenance, "transfer": report}
     checkpoints.save(out, content)
-    plan = nnunet.plan(config["channels"], norm, config["image_size"], config["spacing_mm"])
-    trainer, parts = nnunet.TRAINERS[norm], "\n".join(f"{part}: {what}" for part, what in report.items())
+    trainer, parts = (
+        nnunet.TRAINERS[checkpoint.norm],
+        "\n".join(f"{part}: {what}" for part, what in report.items()),
+    )
     return f"""{checkpoint.path}: 2D U-Net, {_origin(checkpoint)}
 {parts}
 written: {out}, {len(weights)} keys
 
 for "configurations" in nnUNetPlans.json of the data set:
-{nnunet.as_text(plan)}
+{nnunet.as_text(nnunet.plan(**checkpoint.network))}
 
 trainer: {trainer}
 nnUNetv2_preprocess -d DATASET -c {nnunet.CONFIGURATION}

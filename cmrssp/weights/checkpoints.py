@@ -15,10 +15,9 @@ from cmrssp.weights.provenance import Provenance
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a file, and where they come from.
-
-    `state_dict` has the keys of `UNet.state_dict()`, or some of them. `config` has channels, norm,
-    image_size (px), spacing_mm and classes (None if the network does not segment).
+    """The weights of a file, and where they come from. `state_dict` has the keys of `UNet.state_dict()`, or
+    some of them. `config` has channels, norm, image_size (px), spacing_mm and classes (None: no
+    segmentation).
     """
 
     path: Path
@@ -45,7 +44,6 @@ class Checkpoint:
 
 def load(path: str | Path) -> Checkpoint:
     """Read a `unet.pt`, a `last.pt` or a run folder (its unet.pt, else its last.pt), without running code.
-
     Prints a notice if the training has not ended. Raises UserError for any other file.
     """
     path = locate(path)

@@ -17,11 +17,6 @@ from cmrssp.unet import UNet
 
 CONFIGURATION = "2d_cmrssp"
 TRAINERS = {"batch": "nnUNetTrainerBN", "instance": "nnUNetTrainer"}
-_NORM_OPS = {
-    "batch": "torch.nn.modules.batchnorm.BatchNorm2d",
-    "instance": "torch.nn.modules.instancenorm.InstanceNorm2d",
-}
-_SLOPE = 1e-2  # of the LeakyReLU behind every convolution
 
 
 def fresh(channels: Sequence[int], norm: str) -> UNet:
@@ -31,16 +26,13 @@ def fresh(channels: Sequence[int], norm: str) -> UNet:
         unet = UNet(channels=channels, num_outputs=1, num_heads=1, norm=norm)
         for module in unet.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.kaiming_normal_(module.weight, a=_SLOPE)
+                nn.init.kaiming_normal_(module.weight, a=0.01)  # the slope of LeakyReLU
                 nn.init.zeros_(module.bias)
     return unet
 
 
 def network_weights(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """UNet.state_dict() -> PlainConvUNet.state_dict() without the segmentation layers (`heads.` are dropped).
-
-    Several names of one tensor share its memory.
-    """
+    """UNet.state_dict() -> PlainConvUNet's without its segmentation layers. Twins share their memory."""
     found = {}
     for key, value in state.items():
         part, _, rest = key.partition(".")
@@ -62,7 +54,7 @@ def _block_names(rest: str, part: str) -> list[str]:
     return [f"{block}.{kind}.{name}", f"{block}.all_modules.{int(kind == 'norm')}.{name}"]
 
 
-def plan(channels: Sequence[int], norm: str, image_size: int, spacing_mm: float) -> dict[str, Any]:
+def plan(*, channels: Sequence[int], norm: str, image_size: int, spacing_mm: float) -> dict[str, Any]:
     """An entry for `configurations` in nnUNetPlans.json (checked with nnU-Net 2.8.1): the planner's choice
     for 2d with network, patch and spacing (mm) of the pretraining.
     """
@@ -83,7 +75,7 @@ def plan(channels: Sequence[int], norm: str, image_size: int, spacing_mm: float)
                 "n_conv_per_stage": [2] * stages,
                 "n_conv_per_stage_decoder": [2] * (stages - 1),
                 "conv_bias": True,
-                "norm_op": _NORM_OPS[norm],
+                "norm_op": f"torch.nn.modules.{norm}norm.{norm.title()}Norm2d",
                 "norm_op_kwargs": {"eps": 1e-5, "affine": True},
                 "dropout_op": None,
                 "dropout_op_kwargs": None,

@@ -9,9 +9,8 @@ from cmrssp.data.dataset import LABEL_SUFFIX
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """One training, and through `init` the training that it started from. Stored in every checkpoint.
-
-    Subjects are named by their keys, `dataset/id`. A digest identifies the content of images or label maps.
+    """One training, and through `init` the training that it started from. Subjects are named by their keys,
+    `dataset/id`; a digest identifies the content of images or label maps.
     """
 
     method: str

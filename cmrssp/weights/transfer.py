@@ -10,10 +10,9 @@ PARTS = ("encoder", "decoder", "heads")
 
 
 def transfer(checkpoint: Checkpoint, unet: UNet, parts: Iterable[str] = PARTS) -> dict[str, str]:
-    """Copy the weights of these parts into `unet`, and report {part: what happened to it}.
-
-    Encoder and decoder transfer whole or not at all; the heads only from a network with the same classes.
-    Raises UserError for weights that do not fit.
+    """Copy the weights of these parts into `unet`, and report {part: what happened to it}. Encoder and
+    decoder transfer whole or not at all; the heads only from a network with the same classes. Raises
+    UserError for weights that do not fit.
     """
     if checkpoint.norm != unet.encoder.norm:
         ours = f"--norm {unet.encoder.norm}"

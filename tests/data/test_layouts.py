@@ -408,7 +408,7 @@ def test_a_long_name_in_other_letters(tmp_path, beating):
 
 
 def test_vendors_as_they_are_typed():
-    from cmrssp.cli.argument_types import VendorNames
+    from cmrssp.cli.flags import VendorNames
     from cmrssp.data.subject import vendor_name
 
     parser = argparse.ArgumentParser()

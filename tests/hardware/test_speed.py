@@ -340,9 +340,3 @@ def test_the_benchmark_of_both_scripts(phantom_folder, tmp_path, monkeypatch, ca
         ):
             assert re.search(line, out), (line, out)
     assert not (tmp_path / "runs").exists()
-
-
-def test_recomputing_and_compiling_exclude_each_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--grad-checkpoint: not together with --compile"):
-        train_ssp.main(["--method", "mim", "--quick", "--compile", "--grad-checkpoint", "--device", "cpu"])

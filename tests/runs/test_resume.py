@@ -26,7 +26,6 @@ from cmrssp.cli import flags
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
-from cmrssp.runs import resume
 from cmrssp.runs.folder import Run
 from cmrssp.runs.progress import Progress
 from cmrssp.runs.signals import Stopped
@@ -308,15 +307,6 @@ def test_temporary_files_of_a_killed_run_are_removed(stopped):
     assert train_ssp.main(["--resume", str(out)]) == 0
     assert_same(cwd / "whole", out)
     assert not list(out.glob(".*.tmp"))
-
-
-def test_a_run_that_another_process_has_made_meanwhile_is_left_alone(stopped):
-    """Two of the same command, of which one has seen the folder while it was empty."""
-    _, _, out = stopped
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(UserError, match="another process has trained in it meanwhile"):
-        resume.begin(str(out), "name", again=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_labels_that_have_changed_are_refused(phantom_folder, tmp_path, monkeypatch):

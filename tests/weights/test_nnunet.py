@@ -106,7 +106,9 @@ def test_the_printed_plan_is_that_of_the_network(tmp_path):
     assert network["kernel_sizes"] == [[3, 3]] * 4 and network["conv_bias"]
     assert network["n_conv_per_stage"] == [2, 2, 2, 2] and network["n_conv_per_stage_decoder"] == [2, 2, 2]
     for norm, norm_op in golden_nnunet.NORM_OPS.items():
-        kwargs = nnunet.plan(QUICK, norm, 64, 1.25)["architecture"]["arch_kwargs"]
+        kwargs = nnunet.plan(channels=QUICK, norm=norm, image_size=64, spacing_mm=1.25)["architecture"][
+            "arch_kwargs"
+        ]
         assert kwargs["norm_op"] == norm_op and kwargs["norm_op_kwargs"] == {"eps": 1e-5, "affine": True}
 
 
