@@ -28,7 +28,7 @@ def add_flags(parser: entry.Parser) -> None:
     init = f"unet.pt, last.pt or a run folder (default: from scratch); sets --lr and --transfer: {defaults}"
     add("--init", metavar="PATH", help=init)
     add("--transfer", choices=("all", "encoder"), default="all", help="parts of --init to take over")
-    add("--n-subjects", type=int, metavar="N", help="labelled ones, drawn by --seed, nested (default: all)")
+    add("--n-subjects", type=int, metavar="N", help="labelled subjects, drawn by --seed (default: all)")
     listed = "use true labels of the training subjects that this split file names alone"
     add("--labelled", type=flags.absolute_path, metavar="FILE", help=listed)
     phases = "labelled frames to train on: end diastole, end systole, or every one (paper, table 2)"
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         others = of_vendors(cines, [key for key in split["train"] if key not in chosen], args.vendors)
         with distributed.main_first():
             cines, predicted = maps.attach(cines, others, args.cache, skip_broken=args.skip_broken)
-        print(f"predicted labels: of {len(predicted)} of {len(others)} other subjects")
+        print(f"predicted labels: of {len(predicted)} of {len(others)} other training subjects")
     slices = Slices(cines, chosen, phases=args.phases, predicted=predicted)
     print(f"{splits.describe(split)}; {len(chosen)} labelled subjects to train on")
     count = slices.first_predicted
@@ -106,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick and not run and not flags.typed(argv, "--epochs"):
         args.epochs = max(args.epochs, enough)
 
-    validated = [key for key in split["validation"] if cines.labels[cines.index[key]].frames]
-    if not validated or len(validated) < len(split["validation"]):
-        print(f"validation Dice: of {len(validated)} of {len(split['validation'])} subjects, who have labels")
+    part = split["validation"]
+    validated = [key for key in part if cines.labels[cines.index[key]].frames]
+    if not validated or len(validated) < len(part):
+        print(f"validation Dice: from {len(validated)} of {len(part)} subjects, the others have no labels")
     figures: dict[str, float] = {}
 
     def validate(method: Segmentation, epoch: int) -> dict[str, float]:

@@ -286,7 +286,7 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
         ((*mim, *data, "--lr", "inf"), ("--lr", "expected a number above 0, got inf")),
         ((*mim, *data, "--mask-ratio", "nan"), ("--mask-ratio", "expected a number from 0 to 1, got nan")),
         ((*mim, *data, "--split-file", "absent"), ("--split-file absent: No such file",)),
-        ((*mim, "--data", "text.pt"), ("--data text.pt: not a folder",)),
+        ((*mim, "--data", "text.pt"), ("--data text.pt: no such folder",)),
         (("evaluate.py", "--split", "tset"), ("--split", "invalid choice: 'tset'")),
         (("evaluate.py",), ("no finished fine-tuned run", "finetune.py")),
         (

@@ -106,7 +106,7 @@ def add_training(parser: Parser, data: str) -> None:
     add("--epochs", type=positive(int), default=100, metavar="N", help="passes over the training slices")
     add("--batch-size", type=positive(int), metavar="N", help="slices per step")
     add("--lr", type=positive(float), help="highest learning rate")
-    add("--schedule", choices=("cosine", "poly"), default="cosine", help="to --final-lr; power 0.9 to 0")
+    add("--schedule", choices=("cosine", "poly"), default="cosine", help="cosine to --final-lr, poly to 0")
     add("--final-lr", type=at_least_0(float), default=0.0, help="learning rate at the end of the cosine")
     add("--warmup-epochs", type=at_least_0(float), default=0.0, metavar="N", help="linear warm-up from 0")
     add("--momentum", type=fraction, default=0.9, help="of SGD")
