@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     provenance["predicted"] = list(predicted)
     provenance["teachers"] = [teacher.provenance for teacher in maps.teachers] if maps else []
     provenance["init"] = checkpoint.provenance if checkpoint else None
-    args.transfer, args.subjects = transferred, chosen  # for args.json
+    args.transferred, args.subjects = transferred, chosen  # for args.json
     run = launch(args, run, method, batches, prepared, validate, name, **provenance)
     if not run:
         return 0

@@ -185,10 +185,11 @@ def test_instance_norm_goes_the_whole_way_with_every_method(pretrained, tmp_path
     assert summary["settings"]["norm"] == "instance"
 
 
-def test_the_transfer_is_in_the_log_and_in_args_json(pretrained, tmp_path, capsys):
+def test_the_transfer_is_in_args_json(pretrained, tmp_path, capsys):
     """And an encoder that is frozen to the end is the one that was pretrained."""
     run = pretrained["simclr"]
     words = ["--freeze-encoder", "5", "--encoder-lr-factor", "0.1", "--warmup-epochs", "1", "--epochs", "2"]
+    words += ["--transfer", "all", "--resume", "auto"]
     common = ["--cache", str(run.parent / "cache"), "--out", str(tmp_path / "run")]
     assert finetune.main(["--init", str(run), *words, *common]) == 0
     report = {
@@ -199,7 +200,8 @@ def test_the_transfer_is_in_the_log_and_in_args_json(pretrained, tmp_path, capsy
     said = capsys.readouterr().out
     assert all(f"{part}: {what}\n" in said for part, what in report.items())
     args = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert args["transfer"] == report and args["freeze_encoder"] == 5 and args["encoder_lr_factor"] == 0.1
+    assert args["transfer"] == "all" and args["transferred"] == report
+    assert args["freeze_encoder"] == 5 and args["encoder_lr_factor"] == 0.1
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in log] == [1, 2]
     content = torch.load(tmp_path / "run" / "unet.pt", weights_only=True)
@@ -207,6 +209,8 @@ def test_the_transfer_is_in_the_log_and_in_args_json(pretrained, tmp_path, capsy
     assert len(theirs) == 24 and all(torch.equal(content["state_dict"][k], v) for k, v in theirs.items())
     assert content["provenance"]["hyperparameters"]["freeze_encoder"] == 5
     assert content["provenance"]["hyperparameters"]["augment"] is True
+    assert finetune.main(["--init", str(run), *words, *common]) == 0  # the same command, as after a requeue
+    assert "already finished" in capsys.readouterr().out
 
 
 def test_another_norm_ends_in_one_line(pretrained, tmp_path, monkeypatch, capsys):
