@@ -16,64 +16,44 @@ from cmrssp.data import dataset, splits
 from cmrssp.data.prepare import prepare
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
-from cmrssp.evaluation import label_maps, paper, plots, prediction, scoring, stats, study, text
+from cmrssp.evaluation import label_maps, paper, plots, prediction, scoring, study, text
 from cmrssp.files import check_writable, write_csv
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
 from cmrssp.runs import folder
 from cmrssp.weights import checkpoints
 
-_DATA = ("--data", "--label-suffix")
-_SCORING = ("--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases", "--vendors",
-            "--save-predictions")  # fmt: skip
-_PREDICTING = ("--checkpoint", "--flips", "--largest-component")
+_SPLIT = ("--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases", "--vendors")
+_NETWORKS = ("--checkpoint", "--flips", "--largest-component", "--save-predictions")
 _UNUSED = {  # the flags that a mode has no use for
-    "predict": ("--split", "--data", *_SCORING),
-    "compare": ("--out", *_DATA, *_SCORING, *_PREDICTING),
-    "tables": ("--split", *_SCORING, *_PREDICTING),
+    "predict": ("--split", "--data", *_SPLIT, "--save-predictions"),
+    "compare": ("--out", "--data", "--label-suffix", *_SPLIT, *_NETWORKS),
+    "tables": ("--split", *_SPLIT, *_NETWORKS),
 }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = entry.Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("--split", choices=splits.PARTS, default="test", help="which subjects")
-    parser.add_argument(
-        "--checkpoint", nargs="+", metavar="PATH",
-        help="unet.pt, last.pt or a run folder (default: the newest finished fine-tuned run below runs/); "
-        "the probabilities of several are averaged",
-    )  # fmt: skip
+    newest = "unet.pt, last.pt or run folder (default: the newest finished fine-tuning below runs/)"
+    averaged = f"{newest}; the probabilities of several are averaged"
+    parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help=averaged)
     mode = parser.add_argument_group("instead of scoring a split").add_mutually_exclusive_group()
-    mode.add_argument(
-        "--predict", nargs="+", metavar="PATH",
-        help="segment every frame of these cines: NIfTI files, or folders with NIfTI or DICOM files",
-    )  # fmt: skip
-    mode.add_argument(
-        "--compare", nargs="+", metavar="RUN",
-        help="runs evaluated on one split, paired by subject, all against the first; runs that differ in the "
-        "seed only are averaged first",
-    )  # fmt: skip
-    mode.add_argument(
-        "--tables", type=Path, metavar="RUNS",
-        help="the paper's tables from all evaluated runs below this folder, and the commands of the missing "
-        "runs, for the data of --data",
-    )  # fmt: skip
+    cines = "segment every frame of these cines: NIfTI files, or folders with NIfTI or DICOM files"
+    mode.add_argument("--predict", nargs="+", metavar="PATH", help=cines)
+    runs = "evaluated runs, paired by subject, all against the first; seeds of one experiment are averaged"
+    mode.add_argument("--compare", nargs="+", metavar="RUN", help=runs)
+    tables = "the paper's tables from the evaluated runs below this folder, and commands for missing runs"
+    mode.add_argument("--tables", type=Path, metavar="RUNS", help=tables)
     flags.add_data(parser, default="data and split of the evaluated run")
-    group = parser.add_argument_group("prediction and scores")
-    group.add_argument("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
-    group.add_argument(
-        "--vendors",
-        action=flags.VendorNames,
-        nargs="+",
-        metavar="NAME",
-        help="score subjects of these vendors only",
-    )
-    group.add_argument(
-        "--flips", action="store_true", help="average over the image and its three mirror images"
-    )
-    group.add_argument(
-        "--largest-component", action="store_true", help="keep only the largest 3D component of each class"
-    )
-    group.add_argument("--save-predictions", action="store_true", help="also write the label maps of a split")
+    add = parser.add_argument_group("prediction and scores").add_argument
+    add("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")
+    vendors = "score subjects of these vendors only"
+    add("--vendors", action=flags.VendorNames, nargs="+", metavar="NAME", help=vendors)
+    add("--flips", action="store_true", help="average over the image and its three mirror images")
+    largest = "keep only the largest 3D component of each class"
+    add("--largest-component", action="store_true", help=largest)
+    add("--save-predictions", action="store_true", help="also write the label maps of a split")
     flags.add_output(parser, "RUN/evaluation-<split>; predictions for --predict, RUNS/tables for --tables")
     args = parser.parse_args(argv)
     chosen = next((name for name in _UNUSED if getattr(args, name)), None)
@@ -85,79 +65,84 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.tables or args.compare:  # work of one process
-        if not distributed.is_main():
-            return 0
-        if args.compare:
-            return compare(args.compare, args.split)
-        out = Path(args.out) if args.out else args.tables / "tables"
-        return write_tables(args.tables, out, getattr(args, "data", ()))
+    if args.tables or args.compare:
+        if distributed.is_main():  # work of one process
+            compare(args.compare, args.split) if args.compare else write_tables(args)
+        return 0
     trained = [checkpoints.load(path) for path in args.checkpoint or [folder.newest_finetuned()]]
     print(f"checkpoint: {', '.join(str(c.path) for c in trained)}")
     device = resolve_device(args.device)
     methods = [segmentation.restore(checkpoint).to(device) for checkpoint in trained]
     options = {"flips": args.flips, "largest_component": args.largest_component}
-    if args.predict:
-        return predict(args, trained, methods, device, options)
-    return score(args, argv, trained, methods, device, options)
+    (predict if args.predict else score)(args, argv, trained, methods, device, options)
+    return 0
 
 
-def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> int:
+def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:
     """Score a split and write the results. Raises UserError at the end if a subject could not be scored."""
     first, part = trained[0], (args.split,)
     paths, label_suffix = dataset.source({**vars(first.provenance), **vars(args)})
     dataset.announce(paths)
+    typed = ("split_file", "split_seed", "keep_overlap", "skip_broken", "vendors")
     prepared = prepare(
-        paths, args.cache, needed=args.split, label_suffix=label_suffix, parts=part, labelled=part,
-        split_file=args.split_file, split_seed=args.split_seed,
+        paths,
+        args.cache,
+        needed=args.split,
+        label_suffix=label_suffix,
+        parts=part,
+        labelled=part,
         inherited=None if flags.typed(argv, "--split-seed") else first.provenance.split,
-        keep_overlap=args.keep_overlap, skip_broken=args.skip_broken, vendors=args.vendors,
-        checkpoints=trained, held_out=() if args.split == "train" else part,
-    )  # fmt: skip
+        checkpoints=trained,
+        held_out=() if args.split == "train" else part,
+        **{name: getattr(args, name) for name in typed},
+    )
     cines = prepared.cines
     out = Path(args.out) if args.out else first.path.parent / default_folder(args, argv, trained)
     check_writable("--out", out)
+    predict = partial(segmentation.predict_frames, methods, cines, device=device, **options)
     saved = out / "predictions" if args.save_predictions else None
-    scores = scoring.score(methods, cines, device, phases=args.phases, save=saved, **options)
+    scores = scoring.score(predict, cines, phases=args.phases, save=saved)
     if not scores.rows:
         none = f"none of its {len(cines.subjects)} subjects has a labelled frame that can be scored"
         failures = "".join(f"; {failure}" for failure in scores.failed[:3])
         raise UserError(f"--split {args.split}: {none} (--phases {args.phases}){failures}")
     if distributed.is_main():
         summary = {
-            "split": args.split, "data": dataset.absolute(paths),
+            "split": args.split,
+            "data": dataset.absolute(paths),
             "checkpoints": [str(checkpoint.path) for checkpoint in trained],
-            "phases": args.phases, "vendors": args.vendors, **options, "arm": scoring.arm(first),
-            "settings": scoring.network_settings(first), "recipe": scoring.training_recipe(first),
-        }  # fmt: skip
+            "phases": args.phases,
+            "vendors": args.vendors,
+            **options,
+            **scoring.origin(first),
+        }
         table = scoring.breakdown(scores)
-        cases = partial(scoring.extremes, scores, cines, methods, device, **options)
-        names = scoring.write(out, scores, table, summary, cases) + ["predictions/"] * args.save_predictions
+        names = scoring.write(out, scores, table, summary, predict, cines)
+        names += ["predictions/"] * args.save_predictions
         print(
             f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects"
-            f"\n{text.dice_table(scores.rows, scores.present)}\n\n{text.breakdown_table(table)}\n\n"
-            f"{text.agreement_table(scores.clinical, scoring.AGREEMENT)}\n{text.notes(scores)}"
+            f"\n{text.dice_table(table)}\n\n{text.breakdown_table(table)}\n\n"
+            f"{text.agreement_table(scoring.agreement_pairs(scores.clinical))}\n{text.notes(scores)}"
             f"written: {out}/{', '.join(names)}"
         )
     if scores.failed:
         raise UserError(f"{len(scores.failed)} subjects could not be scored: {'; '.join(scores.failed)}")
-    return 0
 
 
 def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoints.Checkpoint]) -> str:
     """Such as evaluation-test; further words say what differs from the plain evaluation of one run."""
     link = trained[0].provenance
-    words = [
-        f"evaluation-{args.split}", hasattr(args, "data") and dataset.name(args.data),
-        (flags.typed(argv, "--split-file") or flags.typed(argv, "--split-seed")) and "other-split",
-        args.phases != "both" and args.phases, *(args.vendors or []), args.flips and "flips",
-        args.largest_component and "largest", len(trained) > 1 and f"ensemble{len(trained)}",
-        link.unfinished() and f"epoch{link.epochs}",
-    ]  # fmt: skip
-    return "-".join(filter(None, words))
+    words = [f"evaluation-{args.split}"]
+    words += [dataset.name(args.data)] if hasattr(args, "data") else []
+    words += ["other-split"] * any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
+    words += [args.phases] * (args.phases != "both") + (args.vendors or [])
+    words += ["flips"] * args.flips + ["largest"] * args.largest_component
+    words += [f"ensemble{len(trained)}"] * (len(trained) > 1)
+    words += [f"epoch{link.epochs}"] if link.unfinished() else []
+    return "-".join(words)
 
 
-def predict(args, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> int:
+def predict(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:
     """Segment new cines and write the results. Raises UserError at the end if anything failed for a cine."""
     out = Path(args.out or "predictions")
     check_writable("--out", out)
@@ -178,32 +163,30 @@ def predict(args, trained: list[checkpoints.Checkpoint], methods: list, device, 
         )
     if failed := [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]:
         raise UserError(f"--predict: errors in {len(failed)} of {len(rows)} cines: {'; '.join(failed)}")
-    return 0
 
 
-def compare(runs: Sequence[str], split: str) -> int:
-    groups = study.groups(runs, split)
-    shown = []
+def compare(runs: Sequence[str], split: str) -> None:
+    groups, shown = study.groups(runs, split), []
     for name in ("mean", *CLASSES):
         scores = study.seed_means(groups, CLASSES if name == "mean" else [name])
         if all(scores.values()):  # a class without reference has no scores
-            table = text.comparison_table(stats.compare(scores, seed=0), next(iter(scores)))
-            shown.append(f"{split} split, 3D Dice, {name}\n{table}")
+            shown.append(f"{split} split, 3D Dice, {name}\n{text.comparison_table(scores)}")
     print("\n\n".join(shown))
-    return 0
 
 
-def write_tables(runs: Path, out: Path, data: Sequence[str]) -> int:
-    found = study.collect(runs)
-    tables, commands = paper.tables(found), paper.missing(found, runs, data)
+def write_tables(args: argparse.Namespace) -> None:
+    runs, out = study.collect(args.tables), Path(args.out or args.tables / "tables")
+    tables, commands = paper.tables(runs), paper.missing(runs, args.tables, getattr(args, "data", ()))
     paper.write(tables, commands, out)
-    drawn = plots.learning_curves(paper.learning_curves(found), out / "learning_curves.png")
-    if found:
-        print("\n\n".join(text.markdown(table) for table in tables) + "\n")
+    curves = paper.learning_curves(runs)
+    if curves:
+        plots.learning_curves(curves, out / "learning_curves.png")
+    if runs:
+        print(f"{len(runs[0].subjects)} test subjects\n")
+        print("\n\n".join(table.markdown() for table in tables) + "\n")
     if commands:
         print("the runs that are missing:\n" + "\n".join(commands) + "\n")
-    print(f"written: {out}/*.csv, commands.sh" + (", learning_curves.png" if drawn else ""))
-    return 0
+    print(f"written: {out}/*.csv, commands.sh" + ", learning_curves.png" * bool(curves))
 
 
 if __name__ == "__main__":

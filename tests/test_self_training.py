@@ -112,7 +112,7 @@ def test_a_student_learns_from_training_subjects_alone(maps):
     assert origin.labels[true] == cines.digests(labels=True)[true] and true not in origin.predicted
     depths = {key: cines.cines[cines.index[key]].shape[1] for key in split["train"]}
     assert origin.slices == 2 * depths[true] + sum(depths[key] for key in origin.predicted)
-    arm = scoring.arm(student)
+    arm = scoring.origin(student)["arm"]
     assert arm["predicted"] and arm["n_subjects"] == 1
     assert arm["pretraining"] == "scratch" and not arm["all_subjects"]
 
@@ -120,7 +120,7 @@ def test_a_student_learns_from_training_subjects_alone(maps):
 def test_the_true_labels_of_teachers_count(maps):
     _, split, write = maps
     write(subjects=split["train"])
-    assert scoring.arm(train())["n_subjects"] == len(split["train"])
+    assert scoring.origin(train())["arm"]["n_subjects"] == len(split["train"])
 
 
 def test_a_split_file_names_the_subjects_with_true_labels(maps, tmp_path):
@@ -169,8 +169,8 @@ def test_maps_without_a_good_frame_of_an_unlabelled_training_subject_are_refused
         train()
 
 
-def test_a_damaged_folder_is_refused(maps, tmp_path):
-    (tmp_path / "maps" / "predictions.json").write_text('{"cines": {}}')
+def test_a_folder_without_predictions_is_refused(maps, tmp_path):
+    (tmp_path / "maps" / "predictions.json").unlink()
     with pytest.raises(UserError, match=r"predictions\.json"):
         train()
 

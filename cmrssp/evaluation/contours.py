@@ -16,11 +16,11 @@ from cmrssp.evaluation.plots import CLASS_COLOURS
 from cmrssp.files import atomic
 from cmrssp.runs.figures import BLUE, ORANGE, save_figure
 
+Case = tuple[int, int, str, np.ndarray]  # subject, frame, title, predicted label map (Z, H, W)
 _SQUARE_MM = 160.0  # side of what is shown
 _GIF_PX = 300  # the longer side
 _LINE_PX = 2  # width of an outline, on the inner side of a class's edge
 _GREYS = 252  # of the palette's 256: the classes and one that Pillow needs for "unchanged" take the rest
-_FRAME_S = 0.04  # for an unknown time step: 25 frames a second
 
 
 def around(centre: Sequence[float], spacing_mm: Sequence[float]) -> tuple[slice, slice]:
@@ -29,66 +29,52 @@ def around(centre: Sequence[float], spacing_mm: Sequence[float]) -> tuple[slice,
     return tuple(slice(max(0, int(c - h)), int(c + h) + 1) for c, h in zip(centre, half, strict=True))
 
 
-def case(store: Store, subject: int, frame: int, title: str, prediction: np.ndarray) -> dict:
-    """One row of `contour_sheet`; with a reference if the store holds labels."""
-    return {
-        "title": title,
-        "image": store.volume(subject, frame),
-        "reference": store.label_volume(subject, frame) if store.labels else None,
-        "prediction": prediction,
-        "spacing_mm": store.cines[subject].geometry.spacing_mm,
-        "centre": store.cines[subject].centre,
-    }
-
-
-def contour_sheet(cases: Sequence[dict], path: Path, columns: int = 4) -> None:
-    """Contours of reference and prediction on evenly spread slices, base on the left. A row per case: a dict
-    of title, image, reference (or None) and prediction (Z, H, W), spacing_mm and centre (row, column).
-    """
+def contour_sheet(store: Store, cases: Sequence[Case], path: Path, columns: int = 4) -> None:
+    """A row per case: contours of prediction and any reference on evenly spread slices, base on the left."""
     figure = Figure(figsize=(2.3 * columns, 2.45 * len(cases) + 0.4))
     axes = figure.subplots(len(cases), columns, squeeze=False)
-    for row, case in zip(axes, cases, strict=True):
-        outlines = [(case["reference"], BLUE), (case["prediction"], ORANGE)]
-        outlines = [(labels, colour) for labels, colour in outlines if labels is not None]
+    for row, (subject, frame, title, prediction) in zip(axes, cases, strict=True):
+        outlines = [(store.label_volume(subject, frame), BLUE)] if store.labels else []
+        outlines.append((prediction, ORANGE))
         slices = np.flatnonzero(outlines[0][0].any(axis=(1, 2)))
-        slices = slices if len(slices) else np.arange(len(case["image"]))
+        slices = slices if len(slices) else np.arange(len(prediction))
         chosen = slices[np.unique(np.linspace(0, len(slices) - 1, columns).round().astype(int))]
-        box, spacing = around(case["centre"], case["spacing_mm"]), case["spacing_mm"]
-        high = np.percentile(case["image"][(slice(None), *box)], 99.5)
+        cine = store.cines[subject]
+        spacing = cine.geometry.spacing_mm
+        square = (slice(None), *around(cine.centre, spacing))
+        image = store.volume(subject, frame)[square]
+        grey = {"cmap": "gray", "vmin": 0, "vmax": np.percentile(image, 99.5)}
         for axis in row[len(chosen) :]:
             axis.set_axis_off()
         for axis, z in zip(row, chosen, strict=False):
-            grey = {"cmap": "gray", "vmin": 0, "vmax": high, "aspect": spacing[0] / spacing[1]}
-            axis.imshow(case["image"][(z, *box)], **grey)
+            axis.imshow(image[z], aspect=spacing[0] / spacing[1], **grey)
             for labels, colour in outlines:
                 for id in range(1, len(CLASSES) + 1):
-                    mask = np.pad(labels[(z, *box)] == id, 1)  # closed also at the edge of the square
+                    mask = np.pad(labels[square][z] == id, 1)  # closed also at the edge of the square
                     for line in find_contours(mask.astype(float), 0.5):
                         axis.plot(line[:, 1] - 1, line[:, 0] - 1, color=colour, linewidth=1.1)
-            axis.set(xticks=[], yticks=[], xlabel=f"slice {z + 1} of {len(case['image'])}")
-            axis.xaxis.label.set_fontsize(7)
-        row[0].set_title(case["title"], loc="left", fontsize=9, parse_math=False)
-    reference = "blue: reference, " if any(case["reference"] is not None for case in cases) else ""
-    legend = f"{reference}orange: prediction; {_SQUARE_MM:.0f} mm square around the crop centre"
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(f"slice {z + 1} of {len(image)}", fontsize=7)
+        row[0].set_title(title, loc="left", fontsize=9, parse_math=False)
+    legend = f"orange: prediction; {_SQUARE_MM:.0f} mm square around the crop centre"
+    legend = "blue: reference, " * bool(store.labels) + legend
     axes[-1, 0].text(0, -0.25, legend, transform=axes[-1, 0].transAxes, fontsize=9)
     save_figure(figure, path)
 
 
 def delays_ms(frames: int, frame_s: float | None) -> list[int]:
-    """The duration of each frame of a GIF in steps of 10 ms, whose sum follows real time; at least 20 ms,
-    because browsers show shorter ones for 100 ms. 40 ms if `frame_s` is None or 0.
+    """How long a GIF shows each frame, in steps of 10 ms that follow real time; 40 ms if `frame_s` is None.
+    At least 20 ms, because browsers show shorter ones for 100 ms.
     """
-    ends = np.round(np.arange(frames + 1) * (frame_s or _FRAME_S) * 100)
+    ends = np.round(np.arange(frames + 1) * (frame_s or 0.04) * 100)
     return [int(10 * max(2, steps)) for steps in np.diff(ends)]
 
 
 def animate(
     images: np.ndarray, labels: np.ndarray, spacing_mm: tuple[float, float], path: Path, frame_s: float | None
 ) -> None:
-    """Write an endless GIF of one slice with the outlines of its classes, `frame_s` seconds a frame.
-
-    images (T, H, W), grey from the lowest value to the 99.5th percentile of all frames; labels (T, H, W) ids;
-    spacing_mm (row, column).
+    """Write an endless GIF of one slice with the outlines of its classes, `frame_s` seconds a frame. images,
+    labels (T, H, W), grey from the lowest value to the 99.5th percentile; spacing_mm (row, column).
     """
     images = np.nan_to_num(np.asarray(images, np.float32))
     low, high = images.min(), np.percentile(images, 99.5)

@@ -1,7 +1,5 @@
 """Label maps that `evaluate.py --predict` wrote, as labels for self-training; predictions.json beside them
-holds what is known of them.
-
-A map is found by the images that it was made from, whatever their names.
+holds what is known of them. A map is found by the images that it was made from, whatever their names.
 """
 
 import json
@@ -26,7 +24,7 @@ class LabelMaps:
     """The label maps of a folder, and the networks that predicted them, without weights."""
 
     folder: Path
-    cines: dict[str, tuple[Path, list[int]]]  # {digest of the images: (label map, good frames)}
+    cines: dict[str, tuple[Path, list[int]]]  # {digest of the images: (label map, good frames, one or more)}
     teachers: list[Checkpoint]
 
     def attach(
@@ -37,51 +35,37 @@ class LabelMaps:
         """
         images = cines.digests(keys)
         found = {key: self.cines[image] for key, image in images.items() if image in self.cines}
-        found = {key: (path, good) for key, (path, good) in found.items() if good}
         if not found:
             raise UserError(
-                f"--predicted {self.folder}: none of its {len(self.cines)} cines has good frames and is one "
-                f"of the {len(images)} training subjects without labels in use"
+                f"--predicted {self.folder}: none of its {len(self.cines)} cines with good frames is one of "
+                f"the {len(images)} training subjects without labels in use"
             )
-        subjects = [
-            replace(s, labels=(LabelFile(found[s.key][0]),), label_ids=(0, 1, 2, 3), ed=None, es=None)
-            if s.key in found
-            else s
-            for s in cines.subjects
-        ]
+        ours = {"label_ids": (0, 1, 2, 3), "ed": None, "es": None}
+        maps = {key: {"labels": (LabelFile(path),), **ours} for key, (path, _) in found.items()}
+        subjects = [replace(subject, **maps.get(subject.key, {})) for subject in cines.subjects]
         cines = store.build(subjects, cache, labels=True, skip_broken=skip_broken)
-        labels = {key: cines.labels[cines.index[key]].frames for key in found if key in cines.index}
-        frames = {key: [t for t in found[key][1] if t in labelled] for key, labelled in labels.items()}
+        labelled = {key: cines.labels[cines.index[key]].frames for key in found if key in cines.index}
+        frames = {key: [t for t in found[key][1] if t in known] for key, known in labelled.items()}
         return cines, {key: good for key, good in frames.items() if good}
 
 
 def write(
     folder: Path, cines: dict[str, dict], networks: Sequence[Checkpoint], options: dict[str, Any]
 ) -> None:
-    """cines: {name: {"digest": of the images, "frames": those good enough to train on}}; options: of the
-    prediction.
-    """
+    """cines: {name: {"digest": of the images, "frames": good enough to train on}}; options: of --predict."""
     made_by = [{"config": each.config, "provenance": each.provenance.to_dict()} for each in networks]
     content = {"cines": dict(sorted(cines.items())), "options": options, "networks": made_by}
     Run(folder).write_json(_FILE, content)
 
 
 def read(folder: Path) -> LabelMaps:
-    """Raises UserError for a folder without predictions.json, without networks, or with maps missing."""
+    """Raises UserError for a folder without predictions.json."""
     path = folder / _FILE
     try:
         content = json.loads(path.read_text())
-        teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]
-        cines = {
-            cine["digest"][:16]: (folder / f"{name}{SUFFIX}", [int(t) for t in cine["frames"]])
-            for name, cine in content["cines"].items()
-        }
-        if not teachers:
-            raise ValueError("networks")
     except OSError as error:
         raise UserError(f"--predicted {path}: {error.strerror}; expected a folder of --predict") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path}: damaged; run evaluate.py --predict again") from None
-    if missing := [path.name for path, _ in cines.values() if not path.is_file()]:
-        raise UserError(f"--predicted {folder}: {len(missing)} label maps are gone, such as {missing[0]}")
+    teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]
+    named = {name: cine for name, cine in content["cines"].items() if cine["frames"]}
+    cines = {c["digest"][:16]: (folder / f"{name}{SUFFIX}", c["frames"]) for name, c in named.items()}
     return LabelMaps(folder, cines, teachers)

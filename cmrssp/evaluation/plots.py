@@ -1,5 +1,5 @@
-"""Charts of an evaluation, for print at 170 mm. Colours are Okabe and Ito's, which readers with colour
-blindness tell apart; markers, lines and hatches also differ, for print in grey.
+"""Charts of an evaluation, for print at 170 mm: Okabe and Ito's colours for readers with colour blindness,
+other markers, lines and hatches for print in grey.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 from textwrap import fill
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -28,41 +27,37 @@ _CLASS_LINES = {
 }
 _EDGE = {"edgecolor": "black", "linewidth": 0.8}
 _PHASE_BOXES = {"ED": {"facecolor": "#4C9CC9"}, "ES": {"facecolor": "#EDBC4C", "hatch": "////"}}
-_METHOD_LINES = (("#0072B2", "s", "--"), ("#D55E00", "^", "-."), ("#009E73", "D", ":"),
-                 ("#CC79A7", "v", "-"), ("#56B4E9", "P", "--"), ("#E69F00", "X", "-."))  # fmt: skip
+_METHOD_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_METHOD_LINES = list(zip(_METHOD_COLOURS, "s^DvPX", ("--", "-.", ":", "-", "--", "-."), strict=True))
 _POINTS = 7.5
 _WIDTH = 164 / 25.4  # inches; with the margin of save_figure below 170 mm, so that text never shrinks
 
 
-def bland_altman(pairs: Mapping[str, tuple[np.ndarray, np.ndarray, str]], path: Path) -> None:
-    """A panel per title. pairs: {title: (measured (N,), reference (N,), unit)}, NaN for a missing value."""
+def bland_altman(pairs: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
+    """A panel per number. pairs: {name_unit: (measured (N,), reference (N,))}, NaN for a missing value."""
     figure, axes = _grid(len(pairs), 3, height=2)
-    for axis, (title, (measured, reference, unit)) in zip(axes, pairs.items(), strict=False):
-        difference, mean = measured - reference, (measured + reference) / 2
+    for axis, (name, (measured, reference)) in zip(axes, pairs.items(), strict=True):
+        title, _, unit = name.replace("percent", "%").rpartition("_")
+        title = title.replace("_", " ").upper()
         found = stats.bland_altman(measured, reference)
-        n, bias, low, high = (found[key] for key in ("number", "bias", "lower", "upper"))
-        axis.set_title(f"{title}, N = {n}" + (f" of {len(difference)}" if n < len(difference) else ""))
+        number, bias = found["number"], found["bias"]
+        axis.set_title(f"{title}, N = {number}" + f" of {len(measured)}" * (number < len(measured)))
         axis.set(xlabel=f"mean of both ({unit})", ylabel=f"measured − reference ({unit})")
-        if n < 2:
-            axis.set(xticks=[], yticks=[])
-            _note(axis, "fewer than 2 pairs")
+        if number < 2:  # no limits of agreement
             continue
-        kept = np.isfinite(difference)
-        spread = max(high - bias, abs(difference[kept] - bias).max())
-        reach = 1.4 * max(spread, abs(bias) / 10, abs(mean[kept]).max() / 100) or 1.0
-        axis.scatter(mean[kept], difference[kept], s=9, color="#0072B2", alpha=0.7, linewidths=0, zorder=5)
+        mean, difference = (measured + reference) / 2, measured - reference
+        axis.scatter(mean, difference, s=9, color="#0072B2", alpha=0.7, linewidths=0, zorder=5)
         axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-        place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points"}
-        for value, name, colour, line, x, side, above, points in (
-            (bias, "bias", "black", "-", 0.02, "left", "bottom", 1),
-            (high, "+1.96 SD", "#D55E00", "--", 0.98, "right", "bottom", 1),
-            (low, "−1.96 SD", "#D55E00", "--", 0.98, "right", "top", -2),
+        for value, name, colour, line, x, side, above in (
+            (bias, "bias", "black", "-", 0.02, "left", "bottom"),
+            (found["upper"], "+1.96 SD", "#D55E00", "--", 0.98, "right", "bottom"),
+            (found["lower"], "−1.96 SD", "#D55E00", "--", 0.98, "right", "top"),
         ):
             axis.axhline(value, color=colour, linewidth=1.2, linestyle=line)
-            text = f"{name}: {value:+.1f}".replace("-", "−")
-            text = axis.annotate(text, (x, value), (0, points), ha=side, va=above, **place)
+            words = f"{name}: {value:+.1f}".replace("-", "−")
+            text = axis.text(x, value, words, transform=axis.get_yaxis_transform(), ha=side, va=above)
             text.set(zorder=4, path_effects=[withStroke(linewidth=2, foreground="white")])
-        axis.set_ylim(bias - reach, bias + reach)
+        axis.margins(y=0.25)  # room for the words
     _write(figure, path)
 
 
@@ -72,7 +67,7 @@ def binned(position: np.ndarray, dice: np.ndarray) -> np.ndarray:
     """
     position, dice = np.asarray(position, float), np.asarray(dice, float)
     kept = np.isfinite(position) & np.isfinite(dice)
-    bins, dice = np.clip((position[kept] * BINS).astype(int), 0, BINS - 1), dice[kept]
+    bins, dice = np.minimum((position[kept] * BINS).astype(int), BINS - 1), dice[kept]
     table = np.full((BINS, 4), np.nan)
     table[:, 0] = np.bincount(bins, minlength=BINS)
     for i in np.unique(bins):
@@ -82,8 +77,7 @@ def binned(position: np.ndarray, dice: np.ndarray) -> np.ndarray:
 
 def dice_by_position(slices: Sequence[dict], path: Path) -> None:
     """Median Dice, its inter-quartile range and the number of slices, in ten bins from base to apex. slices:
-    dicts with position (0 base, 1 apex), phase, class, dice (NaN if neither map has the class) and, to show
-    their number, subject.
+    dicts with subject, position (0 base, 1 apex), phase, class, dice (NaN if neither map has the class).
     """
     figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(4, 1))
@@ -91,8 +85,7 @@ def dice_by_position(slices: Sequence[dict], path: Path) -> None:
     for column, phase in enumerate(PHASES):
         above, below = axes[:, column]
         rows = [row for row in slices if row["phase"] == phase]
-        subjects = {row["subject"] for row in rows if "subject" in row}
-        above.set_title(phase + (f", N = {len(subjects)} subjects" if subjects else ""))
+        above.set_title(f"{phase}, N = {len({row['subject'] for row in rows})} subjects")
         for i, name in enumerate(CLASSES):
             points = [(row["position"], row["dice"]) for row in rows if row["class"] == name]
             n, low, median, high = binned(*np.reshape(points, (-1, 2)).T).T
@@ -102,123 +95,89 @@ def dice_by_position(slices: Sequence[dict], path: Path) -> None:
             below.bar(centres + (i - 1) * 0.28 / BINS, n, 0.28 / BINS, color=colour, alpha=0.6)
         above.grid(alpha=0.3)
         below.set(xlim=(0, 1), xticks=np.linspace(0, 1, 6), xlabel="position of the slice (0 base, 1 apex)")
-        if not rows:
-            _note(above, "no slices")
     axes[0, 0].set(ylabel="Dice per slice\n(median, 25th to 75th percentile)", ylim=(None, 1.01))
     axes[1, 0].set(ylabel="slices", ylim=(0, None))
-    figure.legend(handles=axes[0, 0].lines, loc="outside upper right", ncols=3, fontsize=_POINTS)
+    figure.legend(handles=axes[0, 0].lines, loc="outside upper right", ncols=3)
     _write(figure, path)
-
-
-def by_vendor(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """{vendor: {phase: {subject: Dice}}} of the rows of one class, without NaN; unknown vendors last."""
-    groups: dict[str, dict[str, dict[str, float]]] = {}
-    for row in sorted(rows, key=lambda row: row["vendor"] or "~"):
-        if np.isfinite(row["dice"]):
-            vendor = groups.setdefault(row["vendor"] or "unknown", {phase: {} for phase in PHASES})
-            vendor[row["phase"]][row["subject"]] = float(row["dice"])
-    return groups
 
 
 def boxes(rows: Sequence[dict], path: Path) -> None:
     """Dice by vendor, a panel per class. rows: dicts with subject, phase, vendor, class, dice. Whiskers reach
     to the furthest value within 1.5 box heights; groups of fewer than ten show every value.
     """
-    columns = len(CLASSES) if len({row["vendor"] for row in rows}) <= 4 else 1
-    figure, axes = _grid(len(CLASSES), columns, height=1.9, sharey=True)
-    for axis, name in zip(axes, CLASSES, strict=True):
-        groups = by_vendor([row for row in rows if row["class"] == name])
-        room = max(4, 88 // (columns * max(len(groups), 1)))  # characters of a name side by side
-        labels = []
-        for i, (vendor, phases) in enumerate(groups.items()):
-            labels.append(f"{fill(vendor, room)}\nn={len(set().union(*phases.values()))}")
-            for side, phase in zip((-0.2, 0.2), PHASES, strict=True):
-                if values := list(phases[phase].values()):
-                    _box(axis, i + side, values, phase)
-        axis.set(title=name, xlim=(-0.6, max(len(groups), 1) - 0.4))
-        axis.set_xticks(range(len(groups)), labels, parse_math=False)
+    classes = [name for name in CLASSES if any(row["class"] == name for row in rows)]
+    vendors = sorted({row["vendor"] for row in rows}, key=lambda vendor: vendor or "~")  # unknown ones last
+    columns = len(classes) if len(vendors) <= 4 else 1
+    figure, axes = _grid(len(classes), columns, height=1.9, sharey=True)
+    labels = []
+    for vendor in vendors:
+        name = fill(vendor or "unknown", max(4, 88 // (columns * len(vendors))))  # characters side by side
+        labels.append(f"{name}\nn={len({row['subject'] for row in rows if row['vendor'] == vendor})}")
+    look = {"medianprops": {"color": "black", "linewidth": 1.4}, "widths": 0.34, "patch_artist": True}
+    look |= {"flierprops": {"marker": "o", "markersize": 2.5, "markeredgewidth": 0.6}, "manage_ticks": False}
+    for axis, name in zip(axes, classes, strict=True):
+        axis.set(title=name, xlim=(-0.6, len(vendors) - 0.4))
+        axis.set_xticks(range(len(vendors)), labels, parse_math=False)
         axis.grid(axis="y", alpha=0.3)
-        if not groups:
-            _note(axis, "no subjects")
+        for side, phase in zip((-0.2, 0.2), PHASES, strict=True):
+            shown = [row for row in rows if (row["class"], row["phase"]) == (name, phase)]
+            groups = [[row["dice"] for row in shown if row["vendor"] == vendor] for vendor in vendors]
+            places = np.arange(len(vendors)) + side
+            axis.boxplot(groups, positions=places, boxprops=_PHASE_BOXES[phase] | _EDGE, **look)
+            for x, dice in zip(places, groups, strict=True):
+                if len(dice) < 10:
+                    beside = (np.arange(len(dice)) - (len(dice) - 1) / 2) * 0.025
+                    axis.plot(x + beside, dice, "o", color="black", markersize=2.2, zorder=3)
     for axis in axes[::columns]:
         axis.set_ylabel("3D Dice")
     handles = [Patch(label=phase, **_PHASE_BOXES[phase], **_EDGE) for phase in PHASES]
-    figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=_POINTS)
+    figure.legend(handles=handles, loc="outside upper right", ncols=2)
     _write(figure, path)
 
 
-def _box(axis: Axes, x: float, values: list[float], phase: str) -> None:
-    few = len(values) < 10
-    axis.boxplot(
-        [values], positions=[x], widths=0.34, patch_artist=True, manage_ticks=False, showfliers=not few,
-        boxprops=_PHASE_BOXES[phase] | _EDGE, medianprops={"color": "black", "linewidth": 1.4},
-        flierprops={"marker": "o", "markersize": 2.5, "markeredgewidth": 0.6},
-    )  # fmt: skip
-    if few:
-        beside = (np.arange(len(values)) - (len(values) - 1) / 2) * 0.025
-        axis.plot(x + beside, values, "o", color="black", markersize=2.2, zorder=3)
-
-
-def over_seeds(scores: Mapping[int, Sequence[float]]) -> np.ndarray:
-    """(N, 4): number of subjects, rising, seeds, mean, sample standard deviation (NaN for one seed)."""
-    found = {number: stats.describe(dice) for number, dice in sorted(scores.items())}
-    rows = [(n, f["number"], f["mean"], f["std"]) for n, f in found.items() if f["number"]]
-    return np.reshape(np.array(rows, float), (-1, 4))
-
-
-def learning_curves(
-    scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path, baseline: str = "Baseline"
-) -> bool:
+def learning_curves(scores: Mapping[str, Mapping[int, Sequence[float]]], path: Path) -> None:
     """Mean Dice by number of labelled subjects; bars are the sample standard deviation over seeds. scores:
-    {label: {number of subjects: [Dice of each seed]}}; `baseline` is black. Returns whether it drew any.
+    {label: {number of subjects, rising: [Dice of each seed]}}; "Baseline" is black.
     """
-    order = sorted(scores, key=lambda label: label != baseline)  # the baseline first
-    tables = {label: table for label in order if len(table := over_seeds(scores[label]))}
-    if not tables:
-        return False
     figure, (axis,) = _grid(1, 1, height=2.9)
     axis.set(xlabel="labelled subjects", ylabel="3D Dice (mean ± SD over seeds)")
-    numbers, looks = sorted({int(n) for table in tables.values() for n in table[:, 0]}), cycle(_METHOD_LINES)
-    for i, (label, table) in enumerate(tables.items()):
-        number, seeds, mean, std = table.T
-        colour, marker, line = ("black", "o", "-") if label == baseline else next(looks)
-        aside = (i - (len(tables) - 1) / 2) * 0.3 / len(tables)  # so that bars do not cover each other
-        few, many = int(seeds.min()), int(seeds.max())
-        axis.errorbar(
-            np.searchsorted(numbers, number) + aside, mean, std, capsize=2, markersize=4, linewidth=1.2,
-            color=colour, marker=marker, linestyle=line,
-            label=f"{label} (seeds: {few}" + (f" to {many})" if few < many else ")"),
-        )  # fmt: skip
+    numbers, looks = sorted({n for points in scores.values() for n in points}), cycle(_METHOD_LINES)
+    for i, (label, points) in enumerate(scores.items()):
+        found = [stats.describe(seeds) for seeds in points.values()]
+        mean, std, seeds = ([each[name] for each in found] for name in ("mean", "std", "number"))
+        colour, marker, line = ("black", "o", "-") if label == "Baseline" else next(looks)
+        aside = (i - (len(scores) - 1) / 2) * 0.3 / len(scores)  # so that bars do not cover each other
+        name = f"{label} (seeds: {' to '.join(map(str, sorted({min(seeds), max(seeds)})))})"
+        look = {"fmt": marker + line, "color": colour, "capsize": 2, "markersize": 4, "linewidth": 1.2}
+        axis.errorbar(np.searchsorted(numbers, list(points)) + aside, mean, std, label=name, **look)
     axis.set_xticks(range(len(numbers)), numbers)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=_POINTS)
+    figure.legend(loc="outside right upper")
     _write(figure, path)
-    return True
 
 
 def volume_curve(
-    title: str, volumes_ml: Mapping[str, Sequence[float]], path: Path, step_s: float | None,
-    phases: Mapping[str, int], excluded: Sequence[int] = (),
-) -> None:  # fmt: skip
-    """Volumes over the cycle. volumes_ml: {LV, RV: (T,)}; step_s: time between frames, None if unknown;
-    phases: {ED, ES: frame}, shown as vertical lines; `excluded` frames, which cannot be ED or ES, get a mark.
+    title: str, ml: dict, path: Path, step_s: float | None, phases: dict, excluded: Sequence[int]
+) -> None:
+    """Volumes over the cycle. ml: {LV, RV: (T,)}; step_s: time between frames, None if unknown; phases: {ED,
+    ES: frame}, shown as vertical lines; `excluded` frames, which cannot be ED or ES, get a mark.
     """
     figure, (axis,) = _grid(1, 1, height=1.6)
-    frames = np.arange(len(volumes_ml["LV"]))
+    frames = np.arange(len(ml["LV"]))
     x, label = (frames * step_s * 1000, "time (ms)") if step_s else (frames, "frame")
     for name in ("LV", "RV"):
-        axis.plot(x, volumes_ml[name], **_CLASS_LINES[name], markersize=2, label=name)
+        axis.plot(x, ml[name], **_CLASS_LINES[name], markersize=2, label=name)
     for name, frame in phases.items():
         line = "-" if name == "ED" else ":"
         axis.axvline(x[frame], color="0.3", linewidth=0.9, linestyle=line, label=name, zorder=0)
-    if len(excluded):
-        ml = [volumes_ml[name][t] for name in ("LV", "RV") for t in excluded]
-        axis.plot([*x[list(excluded)]] * 2, ml, "x", color="0.4", markersize=5, label="not for ED, ES")
+    if excluded:
+        marked = [*ml["LV"][excluded], *ml["RV"][excluded]]
+        axis.plot([*x[excluded]] * 2, marked, "x", color="0.4", markersize=5, label="not for ED, ES")
     axis.set_title(shortened(title), parse_math=False)
     axis.set(xlabel=label, ylabel="volume (ml)", ylim=(0, None))
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside upper right", ncols=5, fontsize=_POINTS)
+    figure.legend(loc="outside upper right", ncols=5)
     _write(figure, path)
 
 
@@ -235,10 +194,6 @@ def _grid(count: int, columns: int, *, height: float, sharey: bool = False) -> t
     for axis in axes[count:]:
         axis.remove()
     return figure, axes[:count]
-
-
-def _note(axis: Axes, words: str) -> None:
-    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center")
 
 
 def _write(figure: Figure, path: Path) -> None:

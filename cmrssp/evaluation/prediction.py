@@ -1,7 +1,8 @@
 """New cines without labels: every frame segmented, volumes over the cycle, flags for what looks wrong."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,9 +28,7 @@ _EF = (0.05, 0.9)  # of either ventricle
 _APART = 1 / 4  # of the cycle, between the two largest or the two smallest frames
 _FEWEST_FRAMES = 5  # of a curve that can have a jump
 _NOT_MEASURED, _IMPLAUSIBLE = 7, 5  # severities of flags
-_NOTHING = {"cine": "", "frames": None, "ed_frame": None, "es_frame": None, **metrics.clinical({}),
-            "heart_rate_per_min": None, **metrics.indexed({}, None, None), "severity": 0, "flags": "",
-            "error": ""}  # fmt: skip
+_MEASURED = ("frames", "ed_frame", "es_frame", *metrics.clinical({}), "heart_rate_per_min")
 
 
 class InMemory(Store):
@@ -61,11 +60,7 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
                 raise UserError(str(error).replace("--data", "--predict")) from None
             for problem in (problem for problem in problems if problem.done == LEFT_OUT):
                 print(f"not predicted: {problem}")
-            kept = [s for s in found if out.resolve() not in s.cine.resolve().parents]
-            if not kept:
-                where = f"{out}, where the results go"
-                raise UserError(f"--predict {path}: all its cines lie in {where}; give another --out")
-            subjects += kept
+            subjects += [s for s in found if out.resolve() not in s.cine.resolve().parents]
         elif not path.exists():
             raise FileNotFoundError(f"--predict {path}: no such file or folder")
         elif stem := stem_of(path.name):
@@ -73,12 +68,12 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
         else:
             expected = ".nii or .nii.gz files, or folders of them or of DICOM files"
             raise UserError(f"--predict {path}: expected {expected}")
+    if not subjects:
+        raise UserError(f"--predict: all cines lie in --out {out}, where the results go; give another")
     name, count = Counter(s.file_name for s in subjects).most_common(1)[0]
     if count > 1:
-        raise UserError(
-            f"--predict: two cines would both be written as {name}; predict them one after the other, "
-            "each with an --out of its own, or give the folder that holds both"
-        )
+        how = "predict them one after the other, each with its own --out"
+        raise UserError(f"--predict: two cines would both be written as {name}; {how}")
     return subjects
 
 
@@ -87,72 +82,62 @@ def predict(
 ) -> tuple[dict, dict]:
     """Segment every frame of a cine, write its label map and pictures to `out`, and return its row of
     clinical.csv and its entry in predictions.json, empty without a label map. An error in one step goes to
-    the row's `error`; the other files are written all the same. `options` are those of
-    `segmentation.predict_frames`.
+    the row's `error`; the other files are written all the same. options: of `segmentation.predict_frames`.
     """
     sweep(out, older_than_s=60)  # half-written files of a prediction that was killed
-    row, entry = {**_NOTHING, "cine": subject.file_name}, {}
-    errors: list[str] = []
+    row = {"cine": subject.file_name, **dict.fromkeys(_MEASURED), **metrics.indexed({}, None, None)}
+    row |= {"severity": 0, "flags": "", "error": ""}
+    errors, entry = [], {}
 
-    def attempt(step: Callable[[], None]) -> None:
+    @contextmanager
+    def noting_errors() -> Iterator[None]:
         try:
-            step()
+            yield
         except Exception as error:  # the other steps and the other cines must not suffer
             errors.append(one_line(error).removeprefix(f"{subject.cine}: "))
 
-    def segment() -> None:
+    with noting_errors():
         cines = InMemory(subject, read_cine(subject))
         record, stem = cines.cines[0], out / subject.file_name
-        predicted = predict_frames(methods, cines, 0, range(record.shape[0]), device, **options)
-        labels = np.stack(list(predicted))
-        reach = min(method.image_size * method.spacing_mm for method in methods) / 2
-        ml, phases, left_out, good = _measure(labels, record, reach, row)
-        path = Path(f"{stem}{SUFFIX}")
-        attempt(lambda: write_labels(path, labels, record.geometry, cine_image(subject)))
-        if not errors:
-            entry.update(digest=record.digest, frames=good)
-        attempt(lambda: _draw_contours(cines, labels, phases, Path(f"{stem}_contours.png")))
+        labels = np.stack([*predict_frames(methods, cines, 0, range(record.shape[0]), device, **options)])
+        spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
+        volumes = [metrics.volumes_ml(frame, spacing) for frame in labels]
+        ml = {name: np.array([each[name] for each in volumes]) for name in CLASSES}
+        phases, left_out = find_phases(ml["LV"], record.sound_frames)
+        row |= {"frames": len(labels), "ed_frame": phases["ED"], "es_frame": phases.get("ES")}
+        if record.measurable:
+            row |= metrics.clinical({phase: volumes[t] for phase, t in phases.items()})
+            row["heart_rate_per_min"] = record.heart_rate_per_min
+        reach_mm = min(method.image_size * method.spacing_mm for method in methods) / 2
+        found = flags(labels, ml, record, reach_mm)
+        severities = {severity for severity, _ in found}
+        row |= {"severity": max(severities, default=0), "flags": "; ".join(what for _, what in found)}
+        with noting_errors():
+            write_labels(Path(f"{stem}{SUFFIX}"), labels, record.geometry, cine_image(subject))
+            doubtful = severities & {_NOT_MEASURED, _IMPLAUSIBLE}
+            good = [] if doubtful else good_frames(labels, ml, record.sound_frames)
+            entry = {"digest": record.digest, "frames": good}
+        with noting_errors():
+            titles = {t: f"{subject.id}, {phase}, frame {t}" for phase, t in phases.items()}
+            cases = [(0, t, title, labels[t]) for t, title in titles.items()]
+            contours.contour_sheet(cines, cases, Path(f"{stem}_contours.png"), columns=6)
         if len(labels) > 1:
-            step_s, curve = record.time_step_s, Path(f"{stem}_volumes.png")
-            attempt(lambda: plots.volume_curve(subject.id, ml, curve, step_s, phases, left_out))
-            attempt(lambda: _draw_beat(cines, labels, phases["ED"], Path(f"{stem}.gif")))
-
-    attempt(segment)
+            with noting_errors():
+                curve = Path(f"{stem}_volumes.png")
+                plots.volume_curve(subject.id, ml, curve, record.time_step_s, phases, left_out)
+            with noting_errors():
+                _draw_beat(cines, labels, phases["ED"], Path(f"{stem}.gif"))
     row |= metrics.indexed(row, subject.height_m, subject.weight_kg)
     if errors:
         row |= {"severity": 8, "error": "; ".join(dict.fromkeys(errors))}
     return row, entry
 
 
-def _measure(
-    labels: np.ndarray, record: CineRecord, reach_mm: float, row: dict
-) -> tuple[dict[str, np.ndarray], dict[str, int], list[int], list[int]]:
-    """Fill the row from label maps (T, Z, H, W); returns the volumes in ml of each class, (T,), the frames of
-    ED and ES, the frames that were not considered for them, and those that are good enough to train on.
-    """
-    spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
-    frames = [metrics.volumes_ml(frame, spacing) for frame in labels]
-    ml = {name: np.array([frame[name] for frame in frames]) for name in CLASSES}
-    phases, left_out = find_phases(ml["LV"], record.sound_frames)
-    found = flags(labels, ml, record, reach_mm, phases)
-    row |= {"frames": len(labels), "ed_frame": phases["ED"], "es_frame": phases.get("ES")}
-    row["severity"] = max((severity for severity, _ in found), default=0)
-    row["flags"] = "; ".join(what for _, what in found)
-    if record.measurable:
-        row |= metrics.clinical({phase: frames[t] for phase, t in phases.items()})
-        row["heart_rate_per_min"] = record.heart_rate_per_min
-    doubtful = {severity for severity, _ in found} & {_NOT_MEASURED, _IMPLAUSIBLE}
-    return ml, phases, left_out, [] if doubtful else good_frames(labels, ml, record.sound_frames)
-
-
 def good_frames(labels: np.ndarray, ml: dict[str, np.ndarray], sound: Collection[int]) -> list[int]:
     """The `sound` frames of label maps (T, Z, H, W) with all classes, no jump, and an enclosed LV cavity."""
+    whole = [t for t in sorted(sound) if all(ml[name][t] > 0 for name in CLASSES)]
     odd = {*jumps(ml["LV"], sound), *jumps(ml["RV"], sound)}
-    return [
-        t
-        for t in sorted(sound)
-        if t not in odd and all(ml[n][t] > 0 for n in CLASSES) and _open_part(labels[t : t + 1]) <= _OPEN
-    ]
+    return [t for t in whole if t not in odd and _open_part(labels[t : t + 1]) <= _OPEN]
 
 
 def _open_part(labels: np.ndarray) -> float:
@@ -162,24 +147,20 @@ def _open_part(labels: np.ndarray) -> float:
 
 
 def find_phases(lv_ml: np.ndarray, sound: Collection[int]) -> tuple[dict[str, int], list[int]]:
-    """({ED: frame of the largest LV, ES: frame of the smallest}, frames that were left out), from the LV
-    volume of each frame (T,). Left out are frames that are not `sound`, have no LV, or jump out of the curve;
-    if no frame remains, none is left out. If only one remains, there is no ES.
+    """({ED: frame of the largest LV, ES: of the smallest}, frames left out), from the LV volume of each frame
+    (T,). Left out are frames that are not `sound`, have no LV, or jump out of the curve, unless these are all
+    frames. If only one remains, there is no ES.
     """
-    frames = np.arange(len(lv_ml))
-    kept = frames[np.isin(frames, list(sound)) & (lv_ml > 0)]
-    kept = np.setdiff1d(kept, jumps(lv_ml, sound))
-    kept = kept if len(kept) else frames
-    phases = {"ED": int(kept[lv_ml[kept].argmax()])}
-    if len(kept) > 1:
-        phases["ES"] = int(kept[lv_ml[kept].argmin()])
-    return phases, np.setdiff1d(frames, kept).tolist()
+    every, odd = range(len(lv_ml)), jumps(lv_ml, sound)
+    kept = [t for t in every if t in sound and lv_ml[t] > 0 and t not in odd] or list(every)
+    phases = {"ED": max(kept, key=lv_ml.__getitem__), "ES": min(kept, key=lv_ml.__getitem__)}
+    if len(kept) == 1:
+        del phases["ES"]
+    return phases, [t for t in every if t not in kept]
 
 
 def jumps(ml: np.ndarray, sound: Collection[int]) -> list[int]:
-    """The frames of a volume curve (T,) over one cycle that lie far from both neighbours, among the `sound`
-    ones with a volume.
-    """
+    """The `sound` frames with a volume that lie far from both neighbours in a curve (T,) over one cycle."""
     frames = [t for t in sorted(sound) if ml[t] > 0]
     curve, found = ml[frames], []
     for i, t in enumerate(frames) if len(frames) >= _FEWEST_FRAMES else ():
@@ -193,18 +174,18 @@ def jumps(ml: np.ndarray, sound: Collection[int]) -> list[int]:
 
 
 def flags(
-    labels: np.ndarray, ml: dict[str, np.ndarray], record: CineRecord, reach_mm: float, phases: dict[str, int]
+    labels: np.ndarray, ml: dict[str, np.ndarray], record: CineRecord, reach_mm: float
 ) -> list[tuple[int, str]]:
     """(severity, what) for all that looks wrong in a cine and its label maps (T, Z, H, W), worst first. ml:
     the volume of each class and frame, (T,). `reach_mm`: half the side of the network's crop.
     """
     found = [(_NOT_MEASURED if p.done == NOT_MEASURED else 1, p.what) for p in record.problems]
-    absent = [n for id, n in enumerate(CLASSES, 1) if not (labels == id).any()]
+    absent = [name for name in CLASSES if not ml[name].any()]
     if absent:
         found.append((6, f"no {' and no '.join(absent)} in any frame"))
-    lost = np.count_nonzero(ml["LV"] == 0)
-    if lost and "LV" not in absent:
+    if "LV" not in absent and (lost := np.count_nonzero(ml["LV"] == 0)):
         found.append((6, f"no LV in {lost} of {len(labels)} frames"))
+    phases, left_out = find_phases(ml["LV"], record.sound_frames)
     for name in ("LV", "RV") if "ES" in phases else ():
         at_ed, at_es = (ml[name][phases[phase]] for phase in ("ED", "ES"))
         if name not in absent and not at_ed:
@@ -217,42 +198,32 @@ def flags(
     for name in ("LV", "RV"):
         if frames := jumps(ml[name], record.sound_frames):
             found.append((3, f"jump in the {name} volume at frame {', '.join(map(str, frames[:5]))}"))
-    found += [(3, what) for what in _far_apart(ml["LV"], record.sound_frames)]
+    found += [(3, what) for what in _far_apart(ml["LV"], left_out)]
     scattered = [n for id, n in enumerate(CLASSES, 1) if _outside_main(labels == id) > _SCATTERED]
     if scattered:
         found.append((2, f"more than one component: {', '.join(scattered)}"))
-    rows, columns = (np.flatnonzero(labels.any(axis=axes)) for axes in ((0, 1, 3), (0, 1, 2)))
     spacing = record.geometry.spacing_mm
-    places = zip((rows, columns), record.centre, spacing, strict=True)
-    at = [np.abs(line - centre).max() * mm for line, centre, mm in places if len(line)]
-    if at and max(at) > reach_mm - 2 * max(spacing):
+    limit_mm, places = reach_mm - 2 * max(spacing), np.nonzero(labels.any(axis=0))[1:]
+    distances_mm = (abs(at - c) * mm for at, c, mm in zip(places, record.centre, spacing, strict=True))
+    if any((distance > limit_mm).any() for distance in distances_mm):
         found.append((1, "touches the edge of the crop"))
     return sorted(found, key=lambda flag: -flag[0])
 
 
-def _far_apart(lv_ml: np.ndarray, sound: Collection[int]) -> list[str]:
+def _far_apart(lv_ml: np.ndarray, left_out: Sequence[int]) -> Iterator[str]:
     """A flag for the two largest, or the two smallest, frames if they lie far apart in the cycle."""
-    _, left_out = find_phases(lv_ml, sound)
     kept = np.setdiff1d(np.arange(len(lv_ml)), left_out)
-    found = []
     for what, order in (("largest", -1), ("smallest", 1)) if len(kept) >= 2 * _FEWEST_FRAMES else ():
         first, second = kept[np.argsort(order * lv_ml[kept], kind="stable")[:2]]
-        distance = abs(int(first) - int(second))
+        distance = abs(first - second)
         if min(distance, len(lv_ml) - distance) > _APART * len(lv_ml):
-            found.append(f"the two {what} LV volumes lie far apart, at frames {first} and {second}")
-    return found
+            yield f"the two {what} LV volumes lie far apart, at frames {first} and {second}"
 
 
 def _outside_main(masks: np.ndarray) -> float:
     """The share of voxels outside the largest 3D component, in the worst frame of (T, Z, H, W)."""
     counts = ((np.count_nonzero(main_component(m)), np.count_nonzero(m)) for m in masks)
     return max(1 - main / every if every else 0.0 for main, every in counts)
-
-
-def _draw_contours(cines: Store, labels: np.ndarray, phases: dict[str, int], path: Path) -> None:
-    titles = [(t, f"{cines.subjects[0].id}, {phase}, frame {t}") for phase, t in phases.items()]
-    sheet = [contours.case(cines, 0, t, title, labels[t]) for t, title in titles]
-    contours.contour_sheet(sheet, path, columns=6)
 
 
 def _draw_beat(cines: Store, labels: np.ndarray, ed: int, path: Path) -> None:

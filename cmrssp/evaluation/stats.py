@@ -1,10 +1,11 @@
-"""Statistics over subjects: means, intervals, agreement, paired comparisons of evaluated runs. NaN and None
-stand for a value that was not measured.
+"""Statistics over subjects: means, intervals, agreement, paired comparisons. NaN and None stand for a value
+that was not measured.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from cmrssp.errors import UserError
 
@@ -20,14 +21,15 @@ def describe(values: Values) -> dict[str, float | int]:
     """
     numbers = _numbers(values)
     measured = numbers[~np.isnan(numbers)]
-    count = len(measured)
+    some = measured if len(measured) else np.array([np.nan])
     return {
-        "mean": float(measured.mean()) if count else np.nan,
-        "std": float(measured.std(ddof=1)) if count > 1 else np.nan,
-        "median": float(np.median(measured)) if count else np.nan,
-        "percentile_5": float(np.percentile(measured, 5)) if count else np.nan,
-        "number": count, "missing": len(numbers) - count,
-    }  # fmt: skip
+        "mean": float(some.mean()),
+        "std": float(some.std(ddof=1)) if len(some) > 1 else np.nan,
+        "median": float(np.median(some)),
+        "percentile_5": float(np.percentile(some, 5)),
+        "number": len(measured),
+        "missing": len(numbers) - len(measured),
+    }
 
 
 def per_subject(
@@ -46,34 +48,29 @@ def per_subject(
     return {subject: float(np.mean(found)) for subject, found in values.items()}
 
 
-def bootstrap_interval(
-    values: Values, seed: int, resamples: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the mean of one value per subject, subjects drawn with replacement; (NaN, NaN)
-    for fewer than two values. Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+def bootstrap_interval(values: Values, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of one value per subject, subjects drawn with replacement, always
+    by the same draws; (NaN, NaN) for fewer than two values.
     """
-    measured = _numbers(values)
-    measured = measured[~np.isnan(measured)]
-    number, means, generator = len(measured), np.empty(resamples), np.random.default_rng(seed)
-    if number < 2:
+    numbers = _numbers(values)
+    numbers = numbers[~np.isnan(numbers)]
+    if len(numbers) < 2:
         return np.nan, np.nan
-    for block in np.array_split(means, -(-resamples * number // _BLOCK)):
-        block[:] = measured[generator.integers(number, size=(len(block), number))].mean(axis=1)
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
+    options = {"n_resamples": resamples, "batch": max(1, _BLOCK // len(numbers)), "method": "percentile"}
+    low, high = stats.bootstrap((numbers,), np.mean, rng=0, **options).confidence_interval
     return float(low), float(high)
 
 
-def wilcoxon(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """(two-sided p of the Wilcoxon signed-rank test, matched-pairs rank-biserial correlation) of a - b.
+def wilcoxon(difference: Sequence[float]) -> tuple[float, float]:
+    """(two-sided p of the Wilcoxon signed-rank test, matched-pairs rank-biserial correlation) of differences
+    between pairs.
 
     Equal pairs are dropped before ranking, as Wilcoxon did; (1, 0) if all are equal. p is exact for fewer
     than 50 other pairs without ties, else from the normal approximation, corrected for ties and continuity.
     The correlation is (W+ - W-) / (W+ + W-), from -1 (every difference negative) to 1; Kerby 2014, doi
-    10.2466/11.IT.3.1. Raises ValueError for unequal lengths.
+    10.2466/11.IT.3.1.
     """
-    from scipy import stats  # takes half a second to import, and no training needs it
-
-    difference = np.round(_differences(a, b), _DECIMALS)
+    difference = np.round(difference, _DECIMALS)
     difference = difference[difference != 0]
     if not len(difference):
         return 1.0, 0.0
@@ -97,15 +94,14 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 def bland_altman(measured: Values, reference: Values) -> dict[str, float | int]:
     """Agreement of pairs, as measured - reference: bias, lower and upper limit (bias ± 1.96 sample standard
-    deviations), number of pairs, and missing pairs. Bland and Altman, Lancet 1986, i, 307-310.
+    deviations), and number of measured pairs. Bland and Altman, Lancet 1986, i, 307-310.
     """
-    found = describe(_differences(measured, reference))
+    found = describe(_numbers(measured) - _numbers(reference))
     bias, reach = found["mean"], 1.96 * found["std"]
-    counts = {name: found[name] for name in ("number", "missing")}
-    return {"bias": bias, "lower": bias - reach, "upper": bias + reach, **counts}
+    return {"bias": bias, "lower": bias - reach, "upper": bias + reach, "number": found["number"]}
 
 
-def compare(scores: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, dict[str, float | int]]:
+def compare(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | int]]:
     """Compare every other run with the first, paired by subject. scores: {run: {subject: finite score}}, all
     of the same subjects. Returns {run: number of subjects, mean difference (run - first), lower and upper end
     of its 95 % bootstrap interval, Wilcoxon p, effect (rank-biserial), p_holm over all comparisons}.
@@ -116,14 +112,13 @@ def compare(scores: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, d
         raise UserError(f"{need}, got {', '.join(scores) or 'none'}")
     first, *others = scores
     subjects = sorted(scores[first])  # the interval must not depend on the order of a file's lines
-    theirs = [scores[first][subject] for subject in subjects]
     rows: dict[str, dict[str, float | int]] = {}
     for name in others:
-        ours = [scores[name][subject] for subject in subjects]
-        difference = _differences(ours, theirs)
-        rows[name] = {"number": len(subjects), "difference": float(difference.mean())}
-        rows[name]["lower"], rows[name]["upper"] = bootstrap_interval(difference, seed)
-        rows[name]["p"], rows[name]["effect"] = wilcoxon(ours, theirs)
+        difference = np.array([scores[name][subject] - scores[first][subject] for subject in subjects])
+        low, high = bootstrap_interval(difference)
+        p, effect = wilcoxon(difference)
+        sizes = {"number": len(subjects), "difference": float(difference.mean()), "effect": effect}
+        rows[name] = {**sizes, "lower": low, "upper": high, "p": p}
     for row, p_holm in zip(rows.values(), holm([row["p"] for row in rows.values()]), strict=True):
         row["p_holm"] = float(p_holm)
     return rows
@@ -131,11 +126,3 @@ def compare(scores: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, d
 
 def _numbers(values: Values) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], float)
-
-
-def _differences(a: Values, b: Values) -> np.ndarray:
-    """a - b of pairs, NaN if one is missing. Raises ValueError for unequal lengths."""
-    a, b = _numbers(a), _numbers(b)
-    if len(a) != len(b):
-        raise ValueError(f"expected pairs, got {len(a)} and {len(b)} values")
-    return a - b

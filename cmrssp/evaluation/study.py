@@ -3,14 +3,15 @@
 import csv
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cmrssp.data.subject import CLASSES, vendor_name
-from cmrssp.errors import UserError
+from cmrssp.errors import UserError, one_line
+from cmrssp.evaluation import stats
 from cmrssp.files import below
 
 SCRATCH = "scratch"  # the baseline, without pretraining
@@ -18,8 +19,7 @@ LABELS = {SCRATCH: "Baseline", "simclr": "SimCLR", "pcl": "PCL", "dino": "DINO",
 BEST = "mim"  # the pretraining that the paper's tables 2 and 3 compare with the baseline
 SUBSETS = (None, 50, 25, 15, 10)  # labelled training subjects, None: all
 VENDORS = {"A+B": ("Siemens", "Philips"), "C+D": ("GE", "Canon")}
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
-_SHARED = ("settings", "flips", "largest_component")  # parts of a summary that all runs should share
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -43,24 +43,19 @@ class Arm:
         """Whether it belongs to table 1 or to a learning curve."""
         return self == Arm(self.pretraining, self.n_subjects, predicted=self.predicted)
 
-    @property
-    def flags(self) -> list[str]:
-        """The flags of finetune.py that make it, without --init."""
-        vendors = [name for group in VENDORS.values() for name in group if name in self.vendors]
-        return [
-            *(["--n-subjects", str(self.n_subjects)] if self.n_subjects is not None else []),
-            *(["--phases", self.phases] if self.phases != "both" else []),
-            *(["--vendors", *vendors] if vendors else []),
-            *(["--augmentation", self.augmentation] if self.augmentation != "on" else []),
-        ]
-
-    def run_name(self, seed: int) -> str:
-        """Such as mim-n15-seed1, scratch-all-ed-seed0 or mim-all-noaug-seed2."""
-        parts = [self.pretraining, "all" if self.n_subjects is None else f"n{self.n_subjects}"]
-        parts += [self.phases] if self.phases != "both" else []
-        parts += [group.replace("+", "").lower() for group, v in VENDORS.items() if self.vendors == set(v)]
-        parts += ["noaug"] if self.augmentation == "off" else []
-        return "-".join([*parts, f"seed{seed}"])
+    def flags_and_name(self) -> tuple[list[str], str]:
+        """The flags of finetune.py that make it, without --init, and a name such as mim-n15 or mim-all-ed."""
+        n, vendors = self.n_subjects, [v for group in VENDORS.values() for v in group if v in self.vendors]
+        parts = [(["--n-subjects", str(n)], f"n{n}") if n else ([], "all")]
+        if self.phases != "both":
+            parts.append((["--phases", self.phases], self.phases))
+        if vendors:
+            group = "".join(name for name, members in VENDORS.items() if self.vendors == set(members))
+            parts.append((["--vendors", *vendors], group.replace("+", "").lower()))
+        if self.augmentation == "off":
+            parts.append((["--augmentation", "off"], "noaug"))
+        flags = [word for words, _ in parts for word in words]
+        return flags, "-".join([self.pretraining, *(name for _, name in parts)])
 
 
 def arms() -> list[Arm]:
@@ -83,30 +78,28 @@ class Evaluated:
     seed: int
     n_subjects: int  # that it was fine-tuned on
     slices: int
-    scores: dict[tuple[str, str, str], float]  # Dice by subject, phase (ED or ES), class
-    vendors: dict[str, str]  # of each subject
-    settings: str  # network and length, as text
+    rows: list[dict]  # subject, vendor, phase (ED or ES), class and Dice of metrics.csv
+    settings: dict[str, Any]  # network, length, and how it predicted
     recipe: dict[str, Any]  # how it was trained and pretrained
     written_ns: int  # when it was evaluated
-    args: dict[str, Any] = field(default_factory=dict)  # its args.json, empty without one
+    args: dict[str, Any]  # its args.json, empty without one
+
+    @property
+    def subjects(self) -> set[str]:
+        return {row["subject"] for row in self.rows}
 
     def dice(
-        self, phases: Collection[str] = ("ED", "ES"), vendors: Collection[str] | None = None,
-        classes: Collection[str] = CLASSES,
-    ) -> dict[str, float]:  # fmt: skip
-        """{subject: Dice}, the mean over these phases and classes; vendors None: all."""
-        scores: dict[str, list[float]] = {}
-        for (subject, phase, name), value in self.scores.items():
-            if phase in phases and name in classes and (vendors is None or self.vendors[subject] in vendors):
-                scores.setdefault(subject, []).append(value)
-        return {subject: float(np.mean(values)) for subject, values in scores.items()}
+        self, phase: str = "both", vendors: Collection[str] = (), classes: Sequence[str] = CLASSES
+    ) -> dict[str, float]:
+        """{subject: Dice}, the mean over phases and classes; no vendors: all."""
+        rows = [row for row in self.rows if not vendors or row["vendor"] in vendors]
+        return stats.per_subject(rows, phase, classes)
 
 
 def collect(folder: Path) -> list[Evaluated]:
-    """Every RUN/evaluation-test/ at any depth below `folder`, the newest run of each arm and seed.
-
-    Prints a line for each run that is skipped, replaced by a newer one, or in no table of the paper. Raises
-    UserError for runs that were evaluated on different subjects or phases.
+    """Every RUN/evaluation-test/ at any depth below `folder`, the newest run of each arm and seed. Prints
+    which runs are skipped, or unlike those that they are averaged with. Raises UserError for runs on
+    different subjects or phases.
     """
     newest: dict[tuple[Arm, int], Evaluated] = {}
     for path in below(folder, ("summary.json",)):
@@ -114,11 +107,8 @@ def collect(folder: Path) -> list[Evaluated]:
             continue
         try:
             run = read(path)
-        except UNREADABLE as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            print(f"skipped: {path}: {what[:200]}")
-            continue
-        if run is None:
+        except _UNREADABLE as error:
+            print(f"skipped: {path}: {one_line(error)}")
             continue
         if other := newest.get((run.arm, run.seed)):
             old, run = sorted((other, run), key=lambda each: each.written_ns)
@@ -126,110 +116,96 @@ def collect(folder: Path) -> list[Evaluated]:
         newest[run.arm, run.seed] = run
     runs = list(newest.values())
     refuse_other_subjects(runs)
-    by_settings = {run.settings: run for run in runs}
-    if len(by_settings) > 1:
-        found = "; ".join(f"{run.folder} {settings}" for settings, run in by_settings.items())
-        print(f"these runs differ in network or length, and a cell may average over that: {found}")
+    _print_differences("runs that a cell may average differ", runs, [run.settings for run in runs])
     for arm in dict.fromkeys(run.arm for run in runs):
-        recipes = [run.recipe for run in runs if run.arm == arm]
-        names = sorted({name for r in recipes for name in r if r[name] != recipes[0].get(name)})
-        if names:
-            folders = ", ".join(str(run.folder) for run in runs if run.arm == arm)
-            print(f"seeds of one arm that also differ in {', '.join(names)}: {folders}")
-    known = [(arm.n_subjects, arm.phases, arm.vendors, arm.augmentation) for arm in arms()]
+        seeds = [run for run in runs if run.arm == arm]
+        _print_differences("seeds of one arm that also differ", seeds, [run.recipe for run in seeds])
+    known = {replace(arm, pretraining="") for arm in arms()}
     for run in runs:
-        if (run.arm.n_subjects, run.arm.phases, run.arm.vendors, run.arm.augmentation) not in known:
+        if replace(run.arm, pretraining="", predicted=False) not in known:
             print(f"in no table: {run.folder}; the paper has no such run")
     return runs
 
 
-def read(path: Path, split: str = "test") -> Evaluated | None:
-    """The evaluation that a summary.json belongs to, without classes that no reference has; None for one of
-    another split. Raises UNREADABLE errors.
+def _print_differences(what: str, runs: Sequence[Evaluated], found: Sequence[dict[str, Any]]) -> None:
+    names = sorted({name for each in found for name in each if each[name] != found[0].get(name)})
+    if names:
+        unlike = [run.folder for run, each in zip(runs, found, strict=True) if each != found[0]]
+        print(f"{what} in {', '.join(names)}: {', '.join(map(str, [runs[0].folder, *unlike]))}")
+
+
+def read(path: Path, split: str = "test") -> Evaluated:
+    """The evaluation that a summary.json belongs to, without classes that no reference has. Raises one of
+    the _UNREADABLE errors for another split, and if something is missing.
     """
     summary = json.loads(path.read_text())
     if summary["split"] != split:
-        return None
-    arm = summary["arm"]
-    scores: dict[tuple[str, str, str], float] = {}
-    vendors: dict[str, str] = {}
+        raise UserError(f"these are scores of the {summary['split']} split")
+    arm, absent = summary["arm"], summary.get("without_reference", ())
     with open(path.with_name("metrics.csv"), newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            key = row["subject"], row["phase"], row["class"]
-            scores[key] = value = float(row["dice"])
-            vendors[row["subject"]] = vendor_name(row["vendor"])
-            if key[1] not in ("ED", "ES") or key[2] not in CLASSES or not 0 <= value <= 1:
-                raise ValueError(f"metrics.csv: expected ED or ES, LV, MYO or RV, a Dice; got {row}")
-    volumes = {(subject, phase) for subject, phase, _ in scores}
-    if not scores or len(scores) < len(volumes) * len(CLASSES) or set(vendors) != set(summary["subjects"]):
-        raise ValueError("metrics.csv: expected every class of every subject that summary.json names")
-    absent = summary.get("without_reference", ())
-    networks = {"networks": len(summary.get("checkpoints") or [None])}  # whose probabilities were averaged
-    trained_on = None if arm["all_subjects"] else arm["n_subjects"]
-    chosen = frozenset(map(vendor_name, arm["vendors"] or ()))
+        rows = [row for row in csv.DictReader(file) if row["class"] not in absent]
+    for row in rows:
+        row |= {"dice": float(row["dice"]), "vendor": vendor_name(row["vendor"])}
+    place = {name: arm[name] for name in ("pretraining", "phases", "augmentation")}
+    place["n_subjects"] = None if arm["all_subjects"] else arm["n_subjects"]
+    place["vendors"] = frozenset(map(vendor_name, arm["vendors"] or ()))
+    shared = {name: summary.get(name) for name in ("flips", "largest_component")}
+    shared["networks"] = len(summary.get("checkpoints", [None]))  # whose probabilities were averaged
     return Evaluated(
-        folder=path.parents[1], seed=arm["seed"], n_subjects=arm["n_subjects"], slices=arm["slices"],
-        arm=Arm(arm["pretraining"], trained_on, arm["phases"], chosen, arm["augmentation"],
-                bool(arm.get("predicted"))),
-        scores={key: value for key, value in scores.items() if key[2] not in absent}, vendors=vendors,
-        settings=json.dumps({key: summary.get(key) for key in _SHARED} | networks, sort_keys=True),
-        recipe=dict(summary.get("recipe") or {}), written_ns=path.stat().st_mtime_ns,
+        folder=path.parents[1],
+        arm=Arm(**place, predicted=arm.get("predicted", False)),
+        **{name: arm[name] for name in ("seed", "n_subjects", "slices")},
+        rows=rows,
+        settings={**summary.get("settings", {}), **shared},
+        recipe=summary.get("recipe", {}),
+        written_ns=path.stat().st_mtime_ns,
         args=json_object(path.parents[1] / "args.json"),
-    )  # fmt: skip
+    )
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} for any other file or none."""
+    """The object in a JSON file, or {} without one."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def refuse_other_subjects(runs: Sequence[Evaluated]) -> None:
     """Raise UserError for runs that were evaluated on different subjects or phases."""
-    volumes = [{key[:2] for key in run.scores} for run in runs]  # (subject, phase)
+    volumes = [{(row["subject"], row["phase"]) for row in run.rows} for run in runs]
     for run, evaluated in zip(runs, volumes, strict=True):
         if odd := sorted({subject for subject, _ in evaluated ^ volumes[0]}):
-            differ = f"{len(odd)} subjects differ, the first is {odd[0]}"
             raise UserError(
-                f"{runs[0].folder} and {run.folder}: evaluated on different subjects or phases: {differ}; "
-                "give runs of one split, or evaluate one of them again"
+                f"{runs[0].folder} and {run.folder}: evaluated on different subjects or phases: {len(odd)} "
+                f"subjects differ, the first is {odd[0]}; give runs of one split, or evaluate one again"
             )
 
 
 def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
     """{name: runs} for --compare. Runs that differ in the seed only form one group, named after its first run
-    and the number of further seeds. Raises UserError for a folder without scores, a run that is named twice,
-    and runs that were evaluated on different subjects or phases.
+    and the number of further seeds. Raises UserError for a folder without scores, and for runs that were
+    evaluated on different subjects or phases.
     """
-    found: dict[str, list[Evaluated]] = {}
-    seen: set[Path] = set()
+    found: list[tuple[str, list[Evaluated]]] = []
     for name in runs:
         folder = Path(name) if (Path(name) / "summary.json").is_file() else Path(name) / f"evaluation-{split}"
         try:
             run = read(folder / "summary.json", split)
-        except UNREADABLE as error:
+        except _UNREADABLE as error:
             raise UserError(
-                f"{name}: no complete scores of the {split} split ({str(error)[:80]}); first run python "
+                f"{name}: no complete scores of the {split} split ({one_line(error)}); first run python "
                 f"evaluate.py --split {split} --checkpoint {name}"
             ) from None
-        if run is None:
-            raise UserError(f"{folder}: expected scores of the {split} split (--split), got those of another")
-        if folder.resolve() in seen:
-            raise UserError(f"--compare: {name} is named twice")
-        seen.add(folder.resolve())
-        for seeds in found.values():
+        for _, seeds in found:
             alike = all(getattr(seeds[0], k) == getattr(run, k) for k in ("arm", "settings", "recipe"))
-            if alike and run.seed not in {each.seed for each in seeds}:
+            if alike and run.seed not in [each.seed for each in seeds]:
                 seeds.append(run)
                 break
         else:
-            found[name] = [run]
-    refuse_other_subjects([run for seeds in found.values() for run in seeds])
-    more = {name: f" and {len(seeds) - 1} more seeds" * (len(seeds) > 1) for name, seeds in found.items()}
-    return {name + more[name]: seeds for name, seeds in found.items()}
+            found.append((name, [run]))
+    refuse_other_subjects([run for _, seeds in found for run in seeds])
+    return {name + f" and {len(s) - 1} more seeds" * (len(s) > 1): s for name, s in found}
 
 
 def seed_means(found: dict[str, list[Evaluated]], classes: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -19,14 +19,7 @@ from cmrssp.ssp import METHODS
 from cmrssp.ssp.method import Method
 
 PROG = "python -m cmrssp.hardware"
-_STEPS = 10  # at least, in at least three rounds
-_COLUMNS = ("real path", "step", "network", "views", "step / floor", "memory")
-
-
-def rows(device: torch.device) -> list[tuple[type[Method], str]]:
-    """(objective, mixed precision): the paper's, and the supervised one also in fp16."""
-    pretraining = [(method, method.defaults["amp"]) for method in METHODS.values()]
-    return [*pretraining, (Segmentation, "off"), *([(Segmentation, "fp16")] if device.type == "cuda" else [])]
+_STEPS = 10  # at least, without --benchmark
 
 
 def parse(argv: Sequence[str] | None, method: type[Method], amp: str):
@@ -46,8 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, label_suffix = dataset.source(vars(args))
     subjects, _ = dataset.find(data, args.cache, label_suffix)
     cines = store.build(subjects, args.cache, labels=True, skip_broken=args.skip_broken)
-    lines = []
-    for method_class, amp in rows(device):
+    objectives = [(method, method.defaults["amp"]) for method in METHODS.values()]
+    objectives += [(Segmentation, "off"), *[(Segmentation, "fp16")] * (device.type == "cuda")]
+    columns = [*(part.removesuffix(" alone") for part in benchmark.PARTS), "step / floor", "memory"]
+    lines = [f"{'objective, batch, amp':<24}" + "".join(f"{column:>13}" for column in columns)]
+    for method_class, amp in objectives:
         args = parse(argv, method_class, amp)
         prepare_torch(args.seed, args.deterministic)
         method = flags.build(method_class, args)
@@ -60,15 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         batches = Batches(cines, slices, labelled=labelled, motion=method.needs_motion, **options)
         settings = flags.settings(args, batches)
         memory.check(method, batches, amp=settings.amp, device=device, device_cache=args.device_cache)
-        found = benchmark.measure(method, batches, settings, num_steps=_STEPS, fewest_rounds=3)
-        speeds = (found.real_path, found.step, found.network, found.views)
+        found = benchmark.measure(method, batches, settings, args.benchmark or _STEPS)
         what = f"{method.name} {batches.batch_size} {settings.amp}"
-        line = f"{what:<24}" + "".join(f"{speed.median:>13.4g}" for speed in speeds)
-        lines.append(line + f"{found.times_floor:>13.2f}{found.peak_memory / 1e9:>10.1f} GB")
+        rates = "".join(f"{found.rate(part):>13.4g}" for part in benchmark.PARTS)
+        lines.append(f"{what:<24}{rates}{found.times_floor:>13.2f}{found.peak_memory / 1e9:>10.1f} GB")
         del method, batches
-    print(f"\n{benchmark.device_name(device)}, torch {torch.__version__}; slices/s, medians")
-    print(f"{'objective, batch, amp':<24}" + "".join(f"{column:>13}" for column in _COLUMNS))
-    print("\n".join(lines))
+    print(f"\ntorch {torch.__version__}; slices/s, medians\n" + "\n".join(lines))
     return 0
 
 

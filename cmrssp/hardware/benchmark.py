@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import torch
@@ -39,44 +38,33 @@ from cmrssp.runs.settings import Settings
 from cmrssp.ssp.method import Method
 from cmrssp.training import Step, step_generator
 
+PARTS = REAL_PATH, STEP, VIEWS, NETWORK = "real path", "step alone", "augmentation alone", "network alone"
+_ROUNDS = 5  # at least
 _ROUND_S = 1.0  # for each part; rounds are short, so that a slow minute of the machine meets every part
 _WARM_UP = 4  # steps, the first of which compile and capture
 _OVERWRITE = {"aten::copy_", "aten::zero_", "aten::fill_", "aten::normal_"}  # they do not read their target
 
 
 @dataclass(frozen=True)
-class Speed:
-    """What one part of the training takes: slices per second in each round."""
-
-    name: str
-    rates: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rates)
-
-    def relative_to(self, other: "Speed") -> str:
-        """The ratio of this rate to the other: median and range over the rounds."""
-        ratios = [a / b for a, b in zip(self.rates, other.rates, strict=True)]
-        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-        return f"{self.name} / {other.name}: {middle:.3f} ({low:.3f} to {high:.3f})"
-
-
-@dataclass(frozen=True)
 class Measurement:
     """All that is measured of one training. Work is per slice, limits are those of the device."""
 
-    real_path: Speed
-    step: Speed
-    views: Speed
-    network: Speed
+    rates: dict[str, list[float]]  # slices per second of each part in each round
     steps_per_round: int
     waiting: float  # fraction of the real path's time in which it waits for slices
-    peak_memory: int  # bytes
+    peak_memory: int  # bytes, of tensors on a GPU, of the whole process on a CPU
     flops: float
     moved: float  # bytes in and out of operators
     peak: float  # FLOP/s
     bandwidth: float  # byte/s
+
+    def rate(self, part: str) -> float:
+        return statistics.median(self.rates[part])
+
+    def ratio(self, part: str, other: str) -> str:
+        """The ratio of two rates: median and range over the rounds."""
+        ratios = [a / b for a, b in zip(self.rates[part], self.rates[other], strict=True)]
+        return f"{part} / {other}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
     @property
     def floor(self) -> float:
@@ -85,7 +73,7 @@ class Measurement:
 
     @property
     def times_floor(self) -> float:
-        return 1 / (self.step.median * self.floor)
+        return 1 / (self.rate(STEP) * self.floor)
 
 
 def run(method: Method, batches: Batches, settings: Settings, num_steps: int) -> None:
@@ -97,34 +85,31 @@ def run(method: Method, batches: Batches, settings: Settings, num_steps: int) ->
         f"benchmark: {method.name}, batches of {size} slices at {method.image_size} px, channels "
         f"{' '.join(map(str, encoder.channels))}, mixed precision {settings.amp}"
         + "".join(f", {name} {'on' if on else 'off'}" for name, on in used.items())
+        + f", torch {torch.__version__}",
+        flush=True,
     )
-    print(f"on: {device_name(batches.device)}, torch {torch.__version__}", flush=True)
-    found = measure(method, batches, settings, num_steps=num_steps)
-    rounds = len(found.step.rates)
-    how = f"in {rounds} rounds of {found.steps_per_round} steps"
+    found = measure(method, batches, settings, num_steps)
+    how = f"in {len(found.rates[STEP])} rounds of {found.steps_per_round} steps"
     print(f"\n{'':<20}{'slices/s':>10}   {how:<28}{'s a step':>10}")
-    for speed in (found.real_path, found.step, found.views, found.network):
-        spread = f"{min(speed.rates):.4g} to {max(speed.rates):.4g}"
-        print(f"{speed.name:<20}{speed.median:>10.4g}   {spread:<28}{size / speed.median:>10.4g}")
-    waiting = f"waiting for slices: {100 * found.waiting:.1f} % of the time"
-    print(f"\n{found.real_path.relative_to(found.step)}; {waiting}")
-    print(found.step.relative_to(found.network))
-    print(f"peak memory: {found.peak_memory / 1e9:.2f} GB")
-    each = f"{found.flops / 1e9:.3g} GFLOP, {found.moved / 1e9:.3g} GB in and out of operators"
-    limits = (
-        f"{found.peak / 1e12:.3g} TFLOP/s in a matrix product, {found.bandwidth / 1e9:.3g} GB/s in a copy"
-    )
-    print(f"a slice: {each}; the device: {limits}")
+    for part, rates in found.rates.items():
+        rate, spread = found.rate(part), f"{min(rates):.4g} to {max(rates):.4g}"
+        print(f"{part:<20}{rate:>10.4g}   {spread:<28}{size / rate:>10.4g}")
     bound = "arithmetic" if found.flops / found.peak > found.moved / found.bandwidth else "memory"
-    times = f"step alone takes {found.times_floor:.2f} times as long"
-    print(f"floor: {1 / found.floor:.4g} slices/s, set by {bound}; {times}")
-    left = duration(len(batches) * settings.epochs * size / found.real_path.median)
-    print(f"the whole training: {settings.epochs} epochs x {len(batches)} steps, {left} without validation")
+    left = duration(len(batches) * settings.epochs * size / found.rate(REAL_PATH))
+    print(
+        f"\n{found.ratio(REAL_PATH, STEP)}; waiting for slices: {100 * found.waiting:.1f} % of the time\n"
+        f"{found.ratio(STEP, NETWORK)}\n"
+        f"peak memory: {found.peak_memory / 1e9:.2f} GB\n"
+        f"a slice: {found.flops / 1e9:.3g} GFLOP, {found.moved / 1e9:.3g} GB in and out of operators; "
+        f"the device: {found.peak / 1e12:.3g} TFLOP/s in a matrix product, {found.bandwidth / 1e9:.3g} GB/s "
+        f"in a copy\n"
+        f"floor: {1 / found.floor:.4g} slices/s, set by {bound}; step alone takes {found.times_floor:.2f} "
+        f"times as long\n"
+        f"the whole training: {settings.epochs} epochs x {len(batches)} steps, {left} without validation"
+    )
 
 
-def measure(
-    method: Method, batches: Batches, settings: Settings, *, num_steps: int, fewest_rounds: int = 5
-) -> Measurement:
+def measure(method: Method, batches: Batches, settings: Settings, num_steps: int) -> Measurement:
     """Time the real path (slices, views, step), the step on one batch, its views, and its networks.
 
     Each round times every part, every second round in reverse order. The learning rate is 0, so that the
@@ -137,48 +122,47 @@ def measure(
     with untuned(settings.compile):
         flops, moved = work(lambda: step(batch, 0, 0))
     views = method.views(batch, step_generator(settings.seed, 0, 0))
-    gradients, waited = None, 0.0
+    waits: list[float] = []
+
+    def real_path(number: int) -> None:
+        began = time.perf_counter()
+        read = next(stream)
+        waits.append(time.perf_counter() - began)
+        step(read, 0, number % len(batches))
 
     def network(_: int) -> None:
-        nonlocal gradients
         if settings.graph:
             torch.compiler.cudagraph_mark_step_begin()
         with step.autocast():
             outputs = [output for output in method.outputs(views) if output.requires_grad]
-        gradients = gradients or [torch.full_like(output, 1 / output.numel()) for output in outputs]
-        torch.autograd.backward(outputs, gradients)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
         method.zero_grad(set_to_none=True)
 
-    def real_path(number: int) -> None:
-        nonlocal waited
-        began = time.perf_counter()
-        read = next(stream)
-        waited += time.perf_counter() - began
-        step(read, 0, number % len(batches))
-
     parts: dict[str, Callable[[int], object]] = {
-        "real path": real_path,
-        "step alone": lambda number: step(batch, 0, number % len(batches)),
-        "augmentation alone": lambda number: method.views(batch, step_generator(settings.seed, 0, number)),
-        "network alone": network,
+        REAL_PATH: real_path,
+        STEP: lambda number: step(batch, 0, number % len(batches)),
+        VIEWS: lambda number: method.views(batch, step_generator(settings.seed, 0, number)),
+        NETWORK: network,
     }
     for act in parts.values():
         for number in range(_WARM_UP if device.type == "cuda" or settings.compile else 1):
             act(number)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    waited, rates = 0.0, {name: [] for name in parts}
+    waits.clear()
+    rates: dict[str, list[float]] = {part: [] for part in parts}
     steps = math.ceil(_ROUND_S / timed(lambda: step(batch, 0, 0), device))
     (steps,) = distributed.maximum(min(num_steps, steps))  # the same on all ranks
-    for number in range(max(fewest_rounds, math.ceil(num_steps / steps))):
-        for name, act in list(parts.items())[:: 1 if number % 2 else -1]:
+    for number in range(max(_ROUNDS, math.ceil(num_steps / steps))):
+        for part, act in list(parts.items())[:: 1 if number % 2 else -1]:
             seconds = timed(lambda act=act: [act(i) for i in range(steps)], device)
-            rates[name].append(steps * size / seconds)
+            rates[part].append(steps * size / seconds)
     stream.close()
-    waiting = waited / sum(steps * size / rate for rate in rates["real path"])
-    flops, moved, memory = flops / batches.per_rank, moved / batches.per_rank, peak_memory(device)
-    speeds = (Speed(name, rates[name]) for name in parts)
-    return Measurement(*speeds, steps, waiting, memory, flops, moved, *ceilings(device, settings.amp))
+    waiting = sum(waits) / sum(steps * size / rate for rate in rates[REAL_PATH])
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    flops, moved = flops / batches.per_rank, moved / batches.per_rank
+    return Measurement(rates, steps, waiting, memory, flops, moved, *ceilings(device, settings.amp))
 
 
 def timed(act: Callable[[], object], device: torch.device) -> float:
@@ -234,9 +218,7 @@ def ceilings(device: torch.device, amp: str) -> tuple[float, float]:
     """(FLOP/s of a large matrix product, byte/s of a large copy), each the best of several. On a GPU a
     float32 product uses TF32 if convolutions may.
     """
-    side, length = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
-    if device.type == "cpu" and amp != "off":
-        side = 512  # many CPUs have no units for bfloat16
+    side, length = (8192, 2**28) if device.type == "cuda" else (1024, 2**26)
     a, b = (torch.randn(side, side, device=device).to(AMP_TYPES.get(amp, torch.float32)) for _ in range(2))
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
@@ -246,19 +228,3 @@ def ceilings(device: torch.device, amp: str) -> tuple[float, float]:
     target = torch.ones_like(source)
     copy = min(timed(lambda: target.copy_(source), device) for _ in range(8))
     return 2 * side**3 / product, 2 * 4 * length / copy
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU, of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{model}, {torch.get_num_threads()} threads"

@@ -3,12 +3,10 @@
     torchrun --nproc-per-node=4 train_ssp.py --method simclr --data DIR
 
 With one process every function returns what it was given, and torch.distributed is not started. Only rank 0
-writes files and prints. Ranks wait for each other in two ways. A collective (gather, mean, maximum) fails
-after `_TIMEOUT`, so that no run hangs. A barrier waits as long as another rank works, and fails when a rank
-has failed.
+writes files and prints. A collective (gather, mean, maximum) fails after `_TIMEOUT`, so that no run hangs. A
+barrier waits as long as another rank works, and fails when a rank has failed.
 """
 
-import json
 import os
 import sys
 import time
@@ -28,16 +26,12 @@ _store: dist.Store | None = None
 _barriers = 0
 
 
-class ProcessLost(RuntimeError):
-    """Another process has failed; it has printed why."""
-
-
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def is_main() -> bool:
@@ -45,13 +39,13 @@ def is_main() -> bool:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, and of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", rank())) if world_size() > 1 else 0
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
     """The number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def hide_bar() -> bool | None:
@@ -62,7 +56,7 @@ def hide_bar() -> bool | None:
 def start() -> None:
     """Meet the other processes. From here on only rank 0 prints."""
     global _store
-    if world_size() > 1 and _store is None:
+    if world_size() > 1:
         _store, _, _ = next(dist.rendezvous("env://"))
         if not is_main():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open as long as the process lives
@@ -72,7 +66,6 @@ def connect(device: torch.device) -> None:
     """Open the process group: gloo for tensors on the CPU, nccl for tensors on a GPU."""
     if world_size() == 1 or dist.is_initialized():
         return
-    start()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = dist.PrefixStore("group", _store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=_TIMEOUT)
@@ -80,9 +73,7 @@ def connect(device: torch.device) -> None:
 
 def finish(*, failed: bool) -> None:
     """Leave the group; with `failed` the ranks that wait in a barrier fail as well."""
-    if _store is None:
-        return
-    if failed:
+    if _store and failed:
         with suppress(RuntimeError):  # the store has gone with the process that held it
             _store.set(_FAILED, "1")
     elif dist.is_initialized():
@@ -90,22 +81,21 @@ def finish(*, failed: bool) -> None:
 
 
 def print_error(message: str) -> None:
-    """Print a line to stderr. When several ranks have the same message, only the first one prints it."""
+    """Print a line to stderr; the first rank prints what several have to say."""
     times = 1
-    if _store is not None:
-        with suppress(RuntimeError):  # the store has gone with the process that held it
-            times = _store.add(f"printed {message}", 1)
+    with suppress(RuntimeError):  # the store has gone with the process that held it
+        times = _store.add(f"printed {message}", 1) if _store else 1
     if times == 1:
         print(message, file=sys.stderr, flush=True)
 
 
 def is_process_lost(error: RuntimeError) -> bool:
     """Whether the error means that another process, or the connection to it, has ended."""
-    return isinstance(error, ProcessLost | dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def barrier() -> None:
-    """Wait for all ranks, however long they work. Raises ProcessLost when one of them fails."""
+    """Wait for all ranks, however long they work. Raises DistError when one of them fails."""
     global _barriers
     if world_size() == 1:
         return
@@ -114,7 +104,7 @@ def barrier() -> None:
     _store.add(key, 1)
     while _store.add(key, 0) < world_size():
         if _store.check([_FAILED]):
-            raise ProcessLost("another process has failed")
+            raise dist.DistError("another process has failed")  # it has printed why
         time.sleep(0.02)
 
 
@@ -129,14 +119,11 @@ def main_first() -> Iterator[None]:
 
 
 def from_main(make: Callable[[], Any]) -> Any:
-    """Call `make` on rank 0 only and return its result on all ranks. It must be JSON-serialisable."""
-    if world_size() == 1:
-        return make()
-    key = f"from main {_barriers + 1}"
-    if is_main():
-        _store.set(key, json.dumps(make()))
-    barrier()
-    return json.loads(_store.get(key))
+    """Call `make` on rank 0 only and return its result on all ranks."""
+    found = [make() if is_main() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
 
 
 def own_items(items: Sequence) -> Sequence:
@@ -172,10 +159,9 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Concatenate the tensors of all ranks, which must have the same shape, along `dim` in order of rank.
-
-    The gradient of a rank's own tensor is the sum over all ranks. If each rank computes the loss of the
-    global batch, the mean over ranks that DDP takes is therefore exactly the gradient of that loss.
+    """Concatenate the tensors of all ranks, of one shape, along `dim` in order of rank. The gradient of a
+    rank's own tensor is the sum over all ranks. So if each rank computes the loss of the global batch, the
+    mean over ranks that DDP takes is exactly the gradient of that loss.
     """
     return tensor if world_size() == 1 else _Gather.apply(tensor, dim)
 
@@ -197,10 +183,8 @@ class _Gather(torch.autograd.Function):
 
 
 def wrap(method: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap `method` in DDP. On GPUs its batch norms use the statistics of the global batch.
-
-    Torch has no such norm for the CPU: there each rank normalises by its own part of the batch, and rank 0
-    provides the running statistics.
+    """Wrap `method` in DDP. On GPUs its batch norms use the statistics of the global batch. Torch has no such
+    norm for the CPU: there each rank normalises by its own part, and rank 0 keeps the running statistics.
     """
     if world_size() == 1:
         return method
@@ -212,6 +196,5 @@ def wrap(method: nn.Module, device: torch.device) -> nn.Module:
 
 def broadcast_buffers(method: nn.Module) -> None:
     """Copy the buffers of rank 0 to all ranks, as the next forward pass of DDP would do."""
-    if world_size() > 1:
-        for buffer in method.buffers():
-            dist.broadcast(buffer, 0)
+    for buffer in method.buffers() if world_size() > 1 else ():
+        dist.broadcast(buffer, 0)

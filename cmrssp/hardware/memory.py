@@ -42,34 +42,27 @@ def check(
     if needed > present:
         fitting = int((0.9 * present - fixed) / per_slice) * ranks
         hint = f"--batch-size {fitting}" if fitting > 0 else "fewer --channels or a smaller --image-size"
-        hint += ", or --amp fp16 on a GPU" if amp == "off" else ""
         sizes = f"this training needs about {needed / _GB:.0f} GB, {device} has {present / _GB:.0f} GB"
-        raise UserError(f"--batch-size {size}: {sizes}; try {hint}")
-    _cache_slices(batches, device_cache, needed)
-
-
-def _cache_slices(batches: Batches, choice: str, training: float) -> None:
-    """Copy the slices to the device if they fit besides the training (bytes); else print why not."""
-    if choice == "off" or (choice == "auto" and batches.device.type == "cpu"):
-        return
-    kinds = {"labelled": batches.labelled, "motion": batches.motion}
-    slices = DeviceCache.needs(batches.store, batches.slices, **kinds)
-    room = free(batches.device) - _MARGIN * training - _RESERVE
-    sizes = f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"
-    if slices <= room:
-        print(f"device cache: on, {sizes}")
-        batches.keep_on_device()
-    elif choice == "on":
-        raise UserError(f"--device-cache on: {sizes}; use auto or off, or a smaller --batch-size")
-    else:
-        print(f"device cache: off, {sizes}; they are read ahead")
+        raise UserError(f"--batch-size {size}: {sizes}; try {hint}" + ", or --amp fp16" * (amp == "off"))
+    if device_cache == "on" or (device_cache == "auto" and device.type == "cuda"):
+        kinds = {"labelled": batches.labelled, "motion": batches.motion}
+        slices = DeviceCache.needs(batches.store, batches.slices, **kinds)
+        room = free(device) - _MARGIN * needed - _RESERVE
+        sizes = (
+            f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"
+        )
+        if slices <= room:
+            print(f"device cache: on, {sizes}")
+            batches.keep_on_device()
+        elif device_cache == "on":
+            raise UserError(f"--device-cache on: {sizes}; use auto or off, or a smaller --batch-size")
+        else:
+            print(f"device cache: off, {sizes}; they are read ahead")
 
 
 def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, float]:
-    """(bytes for any batch: weights, gradients, momentum; bytes per slice: what autograd keeps).
-
-    A copy of the method runs forward on two slices on the CPU. Every tensor that it keeps for the backward
-    pass counts.
+    """(bytes for any batch: weights, gradients, momentum; bytes per slice: what autograd keeps), by running a
+    copy of the method forward on two slices on the CPU and counting what it keeps for the backward pass.
     """
     trial = copy.deepcopy(method).cpu().train()
     batch = {key: value.cpu() for key, value in next(iter(batches.in_order(2))).items()}

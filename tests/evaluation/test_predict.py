@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,12 +11,12 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from fuzz_predict import campaign
+from processes import Script
 
 import evaluate
 from cmrssp.errors import UserError
 from cmrssp.unet import UNet
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -161,26 +160,27 @@ def test_a_prediction_needs_no_split(predict, scans, cine):
 
 def test_an_ascii_output_loses_no_result(checkpoint, scans, cine, tmp_path):
     folder = scans(**{"müller": np.asanyarray(cine.dataobj)[..., :1]})
-    for name, close in (("ascii", ""), ("closed", " >&-")):
-        words = f"{sys.executable} evaluate.py --predict '{folder}' --checkpoint {checkpoint} --out"
-        done = subprocess.run(
-            ["bash", "-c", f"{words} {tmp_path / name}{close}"],
-            cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        rows = list(csv.DictReader((tmp_path / name / "clinical.csv").open(encoding="utf-8")))
+
+    def ascii() -> None:
+        sys.stdout.reconfigure(encoding="ascii")
+
+    def closed() -> None:
+        os.close(1)
+        sys.stdout = None
+
+    for prepare in (ascii, closed):
+        out = tmp_path / prepare.__name__
+        words = ("--predict", folder, "--checkpoint", checkpoint, "--out", out)
+        process = Script(evaluate.main, *words, name="evaluate.py", cwd=tmp_path, prepare=prepare)
+        status, _, errors = process.end()
+        assert status == 0, errors
+        rows = list(csv.DictReader((out / "clinical.csv").open(encoding="utf-8")))
         assert [row["cine"] for row in rows] == ["müller"]
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(300, marks=pytest.mark.slow)])
 def test_damaged_cines(checkpoint, count):
-    done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", Path(__file__).with_name("fuzz_predict.py"), "0",
-         str(count), checkpoint],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'data'}"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = campaign(0, count, str(checkpoint))
     assert sum(found["results"].values()) == count
     assert {"right", "flagged", "a row that says why"} <= set(found["results"])
     assert found["grown_mb"] < 150  # whatever a header claims

@@ -113,8 +113,7 @@ def flagged(labels: np.ndarray, one, reach: float = 80.0) -> list[str]:
         one.cines[0], shape=labels.shape, centre=(29.5, 29.5), sound_frames=tuple(range(len(labels)))
     )
     volumes = {n: (labels == i).sum(axis=(1, 2, 3)) * 1.0 for i, n in enumerate(("LV", "MYO", "RV"), 1)}
-    phases, _ = prediction.find_phases(volumes["LV"], record.sound_frames)
-    return [what for _, what in prediction.flags(labels, volumes, record, reach, phases)]
+    return [what for _, what in prediction.flags(labels, volumes, record, reach)]
 
 
 def test_a_sound_heart_has_no_flag(one):

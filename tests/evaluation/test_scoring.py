@@ -1,6 +1,7 @@
 """Scores of a split: slices and thirds, means without classes that no reference has, failures, recipes."""
 
 import math
+from functools import partial
 
 import nibabel
 import numpy as np
@@ -9,8 +10,7 @@ import torch
 
 from cmrssp.data import dataset, store
 from cmrssp.evaluation import scoring, text
-from cmrssp.segmentation import Segmentation
-from cmrssp.weights import checkpoints
+from cmrssp.segmentation import Segmentation, predict_frames
 from cmrssp.weights.provenance import Provenance
 
 
@@ -33,7 +33,8 @@ def network(seed: int, size: int = 32, spacing: float = 3.0) -> Segmentation:
     return method
 
 
-CPU = torch.device("cpu")
+def predicting(cines: store.Store) -> scoring.Predict:
+    return partial(predict_frames, [network(0)], cines, device=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def three(write_mnms, beating, tmp_path) -> store.Store:
 def test_a_subject_that_fails_is_named_and_the_others_are_scored(three):
     path = three.cines[1].path
     path.write_bytes(path.read_bytes()[:2000])
-    scores = scoring.score([network(0)], three, CPU, phases="both")
+    scores = scoring.score(predicting(three), three, phases="both")
     assert {row["subject"] for row in scores.rows} == {"mnms/A", "mnms/C"}
     assert [row["subject"] for row in scores.clinical] == ["mnms/A", "mnms/C"]
     (failure,) = scores.failed
@@ -57,30 +58,31 @@ def test_a_subject_that_fails_is_named_and_the_others_are_scored(three):
 
 
 def test_a_class_that_no_reference_has_is_left_out_of_the_means_and_named(three):
-    scores = scoring.score([network(0)], three, CPU, phases="both")
+    scores = scoring.score(predicting(three), three, phases="both")
     assert scores.present == ["LV", "MYO"]
-    table = {(r["by"], r["class"]): r["mean"] for r in scoring.breakdown(scores) if r["metric"] == "dice"}
+    rows = scoring.breakdown(scores)
+    table = {(r["by"], r["class"]): r["mean"] for r in rows if r["metric"] == "dice"}
     dice = [row["dice"] for row in scores.rows if row["class"] in ("LV", "MYO")]
     assert table["all", "mean"] == pytest.approx(np.mean(dice)) and ("all", "RV") not in table
     assert "RV" in text.notes(scores)
-    line = text.dice_table(scores.rows, scores.present).splitlines()[3]
+    line = text.dice_table(rows).splitlines()[3]
     assert line.split()[-4:-3] == ["-"] and line.endswith(f"{np.mean(dice):.3f} ± " + line.split()[-1])
 
 
 def test_a_class_that_no_reference_has_is_neither_missed_nor_measured(three):
-    scores = scoring.score([network(0)], three, CPU, phases="both")
+    scores = scoring.score(predicting(three), three, phases="both")
     for row in scores.clinical:
         assert row["rv_edv_ml"] is not None and row["rv_edv_ml_reference"] is row["rv_edv_ml_error"] is None
         assert row["lv_edv_ml_error"] == row["lv_edv_ml"] - row["lv_edv_ml_reference"]
     both = [{"class": name, "missed": True, "in_reference": name == "LV"} for name in ("LV", "RV")]
-    assert scoring.missed(scoring.Scores(rows=both)) == {"LV": 1}
+    assert scoring.Scores(rows=both).missed == {"LV": 1}
 
 
 def test_a_cine_that_cannot_be_measured_has_dice_but_no_volumes(write_mnms, beating, tmp_path):
     cine, labels = (np.repeat(array, 2, axis=2) for array in beating())
     subjects, _ = dataset.find([str(write_mnms("A", cine, labels))], tmp_path)
     cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
-    scores = scoring.score([network(0)], cines, CPU, phases="both")
+    scores = scoring.score(predicting(cines), cines, phases="both")
     assert not cines.cines[0].measurable and all(0 <= row["dice"] <= 1 for row in scores.rows)
     assert all(math.isnan(row[n]) for row in scores.rows for n in ("volume_ml", "reference_ml", "hd95_mm"))
     assert scores.clinical[0]["lv_edv_ml"] is None and scores.clinical[0]["lv_ef_percent_reference"] is None
@@ -88,12 +90,13 @@ def test_a_cine_that_cannot_be_measured_has_dice_but_no_volumes(write_mnms, beat
 
 
 def test_a_picture_that_fails_takes_no_score_with_it(three, tmp_path):
-    scores = scoring.score([network(0)], three, CPU, phases="both")
+    scores = scoring.score(predicting(three), three, phases="both")
 
-    def no_cases() -> list[dict]:
+    def no_prediction(subject: int, frames: list[int]):
         raise OSError("no space left")
 
-    names = scoring.write(tmp_path / "out", scores, scoring.breakdown(scores), {"split": "test"}, no_cases)
+    table = scoring.breakdown(scores)
+    names = scoring.write(tmp_path / "out", scores, table, {"split": "test"}, no_prediction, three)
     assert "contours.png" not in names and {"metrics.csv", "summary.json", "boxes.png"} <= set(names)
     assert scores.failed == ["contours.png: OSError: no space left"]
 
@@ -113,7 +116,7 @@ def test_thirds_and_slices_by_hand():
     two = [r["third"] for r in scoring.slice_rows(labels[:3], reference[:3]) if r["class"] == "LV"]
     three = [r["third"] for r in scoring.slice_rows(labels[:4], reference[:4]) if r["class"] == "LV"]
     assert two == ["", "", ""] and three == ["", "base", "mid", "apex"]  # two labelled slices, and three
-    (single,) = (r for r in scoring.slice_rows(labels[:1], reference[:1]) if r["class"] == "LV")
+    (single,) = (r for r in scoring.slice_rows(labels[1:2], reference[1:2]) if r["class"] == "LV")
     assert np.isnan(single["position"]) and single["third"] == ""
 
 
@@ -128,7 +131,7 @@ def test_label_maps_of_two_data_sets_keep_apart(write_mnms, beating, tmp_path):
         nibabel.save(nibabel.Nifti1Image(array, np.diag((1.5, 1.5, 10, 1))), plain / f"{name}.nii.gz")
     subjects, _ = dataset.find([str(tmp_path / "mnms"), str(plain)], tmp_path)
     cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
-    scoring.score([network(0)], cines, torch.device("cpu"), phases="both", save=tmp_path / "maps")
+    scoring.score(predicting(cines), cines, phases="both", save=tmp_path / "maps")
     shapes = {p.name: nibabel.load(p).shape[:2] for p in (tmp_path / "maps").iterdir()}
     assert set(shapes) == {"folder__A.nii.gz", "mnms__A.nii.gz"}
     for subject, record in zip(cines.subjects, cines.cines, strict=True):
@@ -136,14 +139,14 @@ def test_label_maps_of_two_data_sets_keep_apart(write_mnms, beating, tmp_path):
         assert sorted(shapes[name]) == sorted(record.shape[2:])
 
 
-def test_seeds_of_one_experiment_share_their_training_subjects(tmp_path):
+def test_seeds_of_one_experiment_share_their_training_subjects():
     def made(train, validation, **more):
         split = {"train": train, "validation": validation, "test": ["x/t"]}
         link = {"method": "m", "data": [], "split_seed": 0, "seed": 0, "subjects": train[:1], **more}
         return {**link, "split": split}
 
     def recipe(link):
-        return scoring.training_recipe(checkpoints.Checkpoint(tmp_path, {}, {}, Provenance.from_dict(link)))
+        return scoring.training_recipe(Provenance.from_dict(link))
 
     one = recipe(made(["x/a", "x/b"], ["x/c"], hyperparameters={"lr": 1}))
     assert one == recipe(made(["x/b", "x/a"], ["x/c"], hyperparameters={"lr": 1}, seed=1, subjects=["x/b"]))

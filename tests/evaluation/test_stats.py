@@ -43,9 +43,7 @@ def test_describe_too_little():
 
 def test_bootstrap_of_two_values_by_hand():
     """The mean of two draws from {0, 1} is 0, 0.5, 1 with probabilities 1/4, 1/2, 1/4."""
-    assert bootstrap_interval([0, 1], seed=0) == (0, 1)
-    assert bootstrap_interval([0, 1], seed=0, level=0.4) == (0.5, 0.5)
-    assert bootstrap_interval([0, None, 1], seed=0, level=0.4) == (0.5, 0.5)
+    assert bootstrap_interval([0, 1]) == bootstrap_interval([0, None, 1]) == (0, 1)
 
 
 def test_bootstrap_equals_the_normal_approximation_for_many_subjects():
@@ -54,26 +52,19 @@ def test_bootstrap_equals_the_normal_approximation_for_many_subjects():
     """
     values = np.random.default_rng(5).exponential(2.0, 3000)
     half = 1.96 * values.std(ddof=1) / math.sqrt(len(values))
-    low, high = bootstrap_interval(values, seed=1)
+    low, high = bootstrap_interval(values)
     assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    low, high = bootstrap_interval(values, seed=1, level=0.6827)  # one standard error
-    assert (high - low) / 2 == pytest.approx(half / 1.96, rel=0.1)
-
-
-def test_bootstrap_depends_on_the_seed_alone():
-    values = np.arange(30.0) ** 1.5
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(list(values), seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    assert bootstrap_interval(list(values)) == (low, high)  # always the same draws
 
 
 def test_bootstrap_of_one_subject_claims_nothing():
-    assert all(math.isnan(end) for end in bootstrap_interval([0.9], seed=0))
+    assert all(math.isnan(end) for end in bootstrap_interval([0.9]))
 
 
 def test_wilcoxon_exact_from_a_textbook():
-    assert wilcoxon(BEFORE, AFTER) == pytest.approx((P, EFFECT), rel=1e-12)
-    assert wilcoxon(AFTER, BEFORE) == pytest.approx((P, -EFFECT), rel=1e-12)
+    assert wilcoxon(np.subtract(BEFORE, AFTER)) == pytest.approx((P, EFFECT), rel=1e-12)
+    assert wilcoxon(np.subtract(AFTER, BEFORE)) == pytest.approx((P, -EFFECT), rel=1e-12)
 
 
 def test_wilcoxon_with_ties_and_a_zero():
@@ -84,9 +75,9 @@ def test_wilcoxon_with_ties_and_a_zero():
     a = (125, 115, 130, 140, 140, 115, 140, 125, 140, 135)
     b = (110, 122, 125, 120, 140, 124, 123, 137, 135, 145)
     z = (27 - 22.5 - 0.5) / math.sqrt(71.25 - 0.125)
-    assert wilcoxon(a, b) == pytest.approx((2 * ndtr(-z), 9 / 45), rel=1e-12)
+    assert wilcoxon(np.subtract(a, b)) == pytest.approx((2 * ndtr(-z), 9 / 45), rel=1e-12)
     # In hundredths the two fives are still tied, though as floats 1.3 - 1.25 > 1.4 - 1.35.
-    assert wilcoxon(np.divide(a, 100), np.divide(b, 100)) == wilcoxon(a, b)
+    assert wilcoxon(np.divide(a, 100) - np.divide(b, 100)) == wilcoxon(np.subtract(a, b))
 
 
 @pytest.mark.parametrize("pairs", [49, 50])
@@ -94,16 +85,14 @@ def test_wilcoxon_is_exact_below_50_pairs(pairs):
     """Differences 1, 2, ..., n but -1: W- = 1, as few as 2 of 2^n patterns (none, and 1 alone), twice."""
     difference = np.arange(1.0, pairs + 1)
     difference[0] = -1
-    p, _ = wilcoxon(difference, np.zeros(pairs))
+    p, _ = wilcoxon(difference)
     mean, variance = pairs * (pairs + 1) / 4, pairs * (pairs + 1) * (2 * pairs + 1) / 24
     expected = 4 / 2**pairs if pairs < 50 else 2 * ndtr((1 + 0.5 - mean) / math.sqrt(variance))
     assert p == pytest.approx(expected, rel=1e-9)
 
 
-def test_wilcoxon_without_a_difference_and_mistakes():
-    assert wilcoxon([0.9, 0.8], [0.9, 0.8]) == (1, 0)
-    with pytest.raises(ValueError, match="expected pairs, got 3 and 1"):
-        wilcoxon([1, 2, 3], [1])
+def test_wilcoxon_without_a_difference():
+    assert wilcoxon([0.0, 0.0]) == (1, 0)
 
 
 def test_holm_by_hand():
@@ -118,11 +107,7 @@ def test_bland_altman_by_hand():
     """Differences 3, -1, 4: mean 2, squared deviations 1, 9, 4, so a variance of 7."""
     found = bland_altman([103, None, 79, 64], [100, 90, 80, 60])
     reach = 1.96 * math.sqrt(7)
-    assert found == pytest.approx(
-        {"bias": 2, "lower": 2 - reach, "upper": 2 + reach, "number": 3, "missing": 1}
-    )
-    with pytest.raises(ValueError, match="expected pairs, got 2 and 1"):
-        bland_altman([1, 2], [1])
+    assert found == pytest.approx({"bias": 2, "lower": 2 - reach, "upper": 2 + reach, "number": 3})
 
 
 def runs():
@@ -134,9 +119,9 @@ def runs():
 
 
 def test_compare_by_hand():
-    found = compare(runs(), seed=0)
+    found = compare(runs())
     assert list(found) == ["B", "C"]
-    lower, upper = bootstrap_interval(np.subtract(BEFORE, AFTER), seed=0)
+    lower, upper = bootstrap_interval(np.subtract(BEFORE, AFTER))
     assert found["B"] == pytest.approx(
         {"number": 9, "difference": 3.887 / 9, "lower": lower, "upper": upper,
          "p": P, "p_holm": 2 * P, "effect": EFFECT}
@@ -147,14 +132,14 @@ def test_compare_by_hand():
 
 def test_compare_does_not_depend_on_the_order_of_subjects():
     turned = {name: dict(reversed(scores.items())) for name, scores in runs().items()}
-    assert compare(turned, seed=0) == compare(runs(), seed=0)
+    assert compare(turned) == compare(runs())
 
 
 def test_compare_refuses_fewer_than_two_runs():
     with pytest.raises(UserError, match=r"got A$"):
-        compare({"A": runs()["A"]}, seed=0)
+        compare({"A": runs()["A"]})
     with pytest.raises(UserError, match=r"got none"):
-        compare({}, seed=0)
+        compare({})
 
 
 def test_per_subject_by_hand():

@@ -1,13 +1,12 @@
 """What a run takes of its machine: cores, torch.compile, CUDA graphs."""
 
-import subprocess
-import sys
-from pathlib import Path
+import os
 
 import pytest
 import torch
+from processes import Script
 
-from cmrssp.hardware.device import COMPILE_FROM, resolve_compile, resolve_graph
+from cmrssp.hardware.device import COMPILE_FROM, resolve_compile, resolve_device, resolve_graph
 
 CPU = torch.device("cpu")
 
@@ -49,14 +48,13 @@ def test_graphs_are_for_compiled_networks_on_one_gpu(monkeypatch, capsys):
     assert not resolve_graph("auto", gpu, compiled=True)
 
 
-def test_torch_takes_no_more_threads_than_the_allotted_core():
-    code = (
-        "import os, torch\n"
-        "torch.set_num_threads(2)\n"
-        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from cmrssp.hardware.device import resolve_device; resolve_device('cpu')\n"
-        "print(torch.get_num_threads())"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "1"
+def test_torch_takes_no_more_threads_than_the_allotted_core(tmp_path):
+    def main(argv) -> int:
+        torch.set_num_threads(2)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        resolve_device("cpu")
+        print(torch.get_num_threads())
+        return 0
+
+    status, said, _ = Script(main, name="threads", cwd=tmp_path).end()
+    assert status == 0 and said.splitlines()[-1] == "1"

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from processes import ranks
 from two_processes import NAMES
 
 import evaluate
@@ -22,18 +24,23 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 CLOCKS = ("slices_per_s", "seconds", "validation_s")
 
 
-def torchrun(*words, cwd, expect=0, processes=2):
-    command = [*TORCHRUN, f"--nproc-per-node={processes}", *map(str, words)]
+def torchrun(*words, cwd):
+    command = [*TORCHRUN, "--nproc-per-node=2", *map(str, words)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def start(*words, cwd, **options):
+    return ranks(two_processes.main, *words, name="two_processes.py", cwd=cwd, **options)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, phantom_folder):
     """What the two processes have found, their folder, and the store they used."""
     out = tmp_path_factory.mktemp("two")
-    torchrun(TESTS / "two_processes.py", "everything", phantom_folder, out, cwd=out)
+    ends = [rank.end() for rank in start("everything", phantom_folder, out, cwd=out)]
+    assert [status for status, _, _ in ends] == [0, 0], ends
     cines = two_processes.make_store(phantom_folder, out / "cache")
     return [torch.load(out / f"everything-{rank}.pt", weights_only=True) for rank in (0, 1)], out, cines
 
@@ -94,7 +101,8 @@ def test_the_networks_stay_the_same(both, name):
 @pytest.mark.slow
 def test_four_processes_do_what_one_does(phantom_folder, tmp_path):
     """Losses and gradients of the global batch, and one network after the loop."""
-    torchrun(TESTS / "two_processes.py", "everything", phantom_folder, tmp_path, cwd=tmp_path, processes=4)
+    started = start("everything", phantom_folder, tmp_path, cwd=tmp_path, processes=4)
+    assert [rank.end()[0] for rank in started] == [0] * 4
     ranks = [torch.load(tmp_path / f"everything-{rank}.pt", weights_only=True) for rank in range(4)]
     for name in NAMES:
         method = two_processes.make_method(name)
@@ -171,32 +179,25 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(both):
 
 @pytest.fixture(scope="module")
 def deaths(both, phantom_folder):
-    """How trainings end one of whose two ranks dies: (exit status, stderr)."""
+    """How trainings end one of whose two ranks dies: [(exit status, stdout, stderr) of each rank]."""
     _, out, _ = both
-    script = TESTS / "two_processes.py"
-    started = {
-        how: subprocess.Popen(
-            [*TORCHRUN, "--nproc-per-node=2", script, how, phantom_folder, out],
-            cwd=out, stderr=subprocess.PIPE, text=True,
-        )
-        for how in ("kill", "fail", "save")
-    }  # fmt: skip
-    ends = {}
-    for how, process in started.items():
-        _, errors = process.communicate(timeout=300)
-        ends[how] = process.returncode, errors
-    return ends
+    started = {how: start(how, phantom_folder, out, cwd=out) for how in ("kill", "fail", "save")}
+    return {how: [rank.end() for rank in ranks] for how, ranks in started.items()}
 
 
 @pytest.mark.parametrize(
-    ("how", "says"), [("kill", "another process has ended"), ("fail", "error: the disk is gone"),
-                      ("save", "last.pt")]
-)  # fmt: skip
-def test_a_rank_that_dies_ends_the_others(both, deaths, how, says):
+    ("how", "statuses", "says"),
+    [
+        ("kill", [1, -signal.SIGKILL], "another process has ended"),
+        ("fail", [1, 2], "error: the disk is gone"),
+        ("save", [2, 1], "last.pt"),
+    ],
+)
+def test_a_rank_that_dies_ends_the_others(both, deaths, how, statuses, says):
     """Killed, or by an error in a step, or while the others wait for what it saves."""
     _, out, _ = both
-    status, errors = deaths[how]
-    assert status == 1
+    assert [status for status, _, _ in deaths[how]] == statuses, deaths[how]
+    errors = "".join(error for _, _, error in deaths[how])
     lines = [line for line in errors.splitlines() if line.startswith("two_processes.py: error: ")]
     assert any(says in line for line in lines), errors
     assert len(lines) == len(set(lines)) and not (out / how / "unet.pt").exists()
@@ -218,34 +219,25 @@ def test_batches_that_cannot_be_shared_are_refused(both, monkeypatch):
 
 def test_the_scripts_under_torchrun(phantom_folder, tmp_path):
     """Pretrained, fine-tuned and evaluated by two processes; the scores are those of one."""
-    root, common = TESTS.parents[1], ("--cache", tmp_path / "cache")
-    network = ("--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6")
-    said = torchrun(
-        root / "train_ssp.py", "--method", "simclr", "--data", phantom_folder, *common, *network,
-        "--epochs", 2, "--batch-size", 8, cwd=tmp_path,
-    ).stdout  # fmt: skip
+    common = ["--cache", str(tmp_path / "cache")]
+    network = ["--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6"]
+    pretrain = ["train_ssp", "--method", "simclr", "--data", str(phantom_folder), *common, *network]
+    pretrain += ["--epochs", "2", "--batch-size", "8"]
     run = tmp_path / "runs" / "simclr-hearts"
-    assert said.count("run folder: ") == said.count("done: ") == 1 and "device: 2 processes" in said
+    tune = ["finetune", "--init", str(run), *common, "--epochs", "2", "--batch-size", "4", "--out", "tuned"]
+    words = ["--split", "train", "--checkpoint", str(tmp_path / "tuned"), *common, "--save-predictions"]
+    scripts = map(shlex.join, (pretrain, tune, ["evaluate", *words, "--out", "two"]))
+    said = torchrun(TESTS / "two_processes.py", "scripts", *scripts, cwd=tmp_path).stdout
+    assert said.count("run folder: ") == said.count("done: ") == 2 and "device: 2 processes" in said
+    assert said.count("3D Dice") == 1
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["simclr-hearts"]
     assert {"args.json", "split.json", "log.jsonl", "last.pt", "unet.pt", "views.png", "curves.png"} <= {
         p.name for p in run.iterdir()
     }
     assert [r["epoch"] for r in Run(run).records()] == [1, 2]
-    common = [*map(str, common)]
-    tune = ["finetune", "--init", str(run), *common, "--epochs", "2", "--batch-size", "4", "--out", "tuned"]
-    words = ["--checkpoint", str(tmp_path / "tuned"), *common]
-    score = ["evaluate", "--split", "train", *words, "--save-predictions", "--out", "two"]
-    said = torchrun(
-        TESTS / "two_processes.py", "scripts", shlex.join(tune), shlex.join(score), cwd=tmp_path
-    ).stdout
-    assert said.count("done: ") == said.count("3D Dice") == 1
-    assert (
-        evaluate.main(["--split", "train", *words, "--save-predictions", "--out", str(tmp_path / "one")]) == 0
-    )
+    assert evaluate.main([*words, "--out", str(tmp_path / "one")]) == 0
     for name in ("metrics.csv", "slices.csv", "clinical.csv", "breakdown.csv", "summary.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
     files = [sorted(p.name for p in (tmp_path / n).rglob("*")) for n in ("one", "two")]
-    assert (
-        files[0] == files[1]
-        and len(json.loads((tmp_path / "two" / "summary.json").read_text())["subjects"]) > 2
-    )
+    subjects = json.loads((tmp_path / "two" / "summary.json").read_text())["subjects"]
+    assert files[0] == files[1] and len(subjects) > 2

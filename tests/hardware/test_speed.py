@@ -292,25 +292,29 @@ def test_work_is_counted_as_by_hand():
     assert benchmark.work(lambda: conv(image).sum().backward())[0] == 3 * forward
 
 
-def test_shares_of_rates_are_taken_round_by_round():
-    path, alone = benchmark.Speed("a", [9.0, 50.0, 40.0]), benchmark.Speed("b", [10.0, 100.0, 50.0])
-    assert path.relative_to(alone) == "a / b: 0.800 (0.500 to 0.900)" and path.median == 40.0
+def measurement(**rates: list[float]) -> benchmark.Measurement:
+    """A slice takes 6 FLOP of 2 FLOP/s and 8 bytes of 4 byte/s."""
+    rates = {name.replace("_", " "): each for name, each in rates.items()}
+    work = {"flops": 6.0, "moved": 8.0, "peak": 2.0, "bandwidth": 4.0}
+    return benchmark.Measurement(rates, steps_per_round=1, waiting=0.0, peak_memory=0, **work)
+
+
+def test_ratios_of_rates_are_taken_round_by_round():
+    found = measurement(a=[9.0, 50.0, 40.0], b=[10.0, 100.0, 50.0])
+    assert found.ratio("a", "b") == "a / b: 0.800 (0.500 to 0.900)" and found.rate("a") == 40.0
 
 
 def test_the_floor_is_the_larger_of_arithmetic_and_traffic():
-    """A slice of 6 FLOP at 2 FLOP/s takes 3 s, its 8 bytes at 4 byte/s take 2 s; the step takes 6 s."""
-    speed = benchmark.Speed("step", [1 / 6])
-    found = benchmark.Measurement(
-        speed, speed, speed, speed, steps_per_round=1, waiting=0.0, peak_memory=0, flops=6.0, moved=8.0,
-        peak=2.0, bandwidth=4.0,
-    )  # fmt: skip
+    """The arithmetic takes 3 s, the traffic 2 s, the step 6 s."""
+    found = measurement(step_alone=[1 / 6])
     assert found.floor == 3.0 and found.times_floor == pytest.approx(2.0)
 
 
 def test_the_table_of_all_objectives(phantom_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["--data", str(phantom_folder), "--cache", str(tmp_path / "cache"), "--quick", "--device", "cpu"]
-    assert main([*words, "--channels", "4", "8", "--image-size", "32", "--batch-size", "4"]) == 0
+    words += ["--channels", "4", "8", "--image-size", "32", "--batch-size", "4", "--benchmark", "1"]
+    assert main(words) == 0
     names = [*METHODS, "segmentation"]
     lines = capsys.readouterr().out.splitlines()[-len(names) :]
     assert [line.split()[:3] for line in lines] == [[name, "4", "off"] for name in names]

@@ -2,7 +2,7 @@
 
 Each process leaves OUT/<case>-<rank>.pt; the test compares them with each other, and with one process. With
 `make_method`, `global_views` and `make_batches` the test makes the same things itself. Or, one after the
-other in the same two processes:  two_processes.py scripts "finetune WORDS" "evaluate WORDS"
+other in the same two processes:  two_processes.py scripts "train_ssp WORDS" "finetune WORDS" "evaluate WORDS"
 """
 
 import importlib

@@ -8,8 +8,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from loop import run_training, settings
+from processes import Script
 
 import finetune
 import train_ssp
 from cmrssp.cli import flags
+from cmrssp.data import __main__ as data_report
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
@@ -33,7 +33,6 @@ from cmrssp.segmentation import Segmentation
 from cmrssp.ssp import METHODS
 from cmrssp.weights import checkpoints
 
-ROOT = Path(__file__).parents[2]
 CLOCKS = ("slices_per_s", "seconds", "validation_s")
 SETTINGS = {"schedule": "cosine", "warmup_epochs": 0.5, "validate_every": 2}
 TINY = ["--channels", "4", "8", "8", "--image-size", "32", "--spacing", "6", "--patch-size", "8"]
@@ -155,18 +154,11 @@ def undisturbed(tmp_path_factory, phantom_folder):
     return cwd, words
 
 
-def start(words: list, cwd: Path, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_ssp.py"), *map(str, words)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def start(words: list, cwd: Path, **options) -> Script:
+    return Script(train_ssp.main, *words, name="train_ssp.py", cwd=cwd, **options)
 
 
-def wait_for(condition, process: subprocess.Popen) -> bool:
+def wait_for(condition, process: Script) -> bool:
     """True when the condition has come true; False when the process has ended before."""
     while process.poll() is None:
         if condition():
@@ -181,8 +173,8 @@ def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(undisturbe
     process = start([*words, "--out", out], tmp_path)
     assert wait_for(lambda: (out / "last.pt").exists(), process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    status, _, errors = process.end()
+    assert status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM and saved after epoch" in errors
     assert f"go on with: python train_ssp.py --resume {out}" in errors
     assert not (out / "unet.pt").exists() and "Traceback" not in errors
@@ -205,13 +197,12 @@ def test_killed_runs_go_on_to_the_same_end(undisturbed, tmp_path, kills):
             found = wait_for(lambda: (out / "log.jsonl").exists(), process)
             time.sleep(draw.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.end()
         survived += found
         if (out / "last.pt").exists():
             checkpoints.read(out / "last.pt")  # whole, or not there
-    process = start(words, tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    status, _, errors = start(words, tmp_path).end()
+    assert status == 0, errors
     assert survived >= 1
     assert_same(cwd / "whole", out)
 
@@ -224,8 +215,7 @@ def interrupted(undisturbed):
     process = start([*words, "--out", out], cwd)
     assert wait_for(lambda: len(logged(out)) > 2, process)
     process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.end()[0] == 128 + signal.SIGINT
     return out
 
 
@@ -255,11 +245,8 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
         finetune.main(["--resume", str(out)])
     holder = Run(out)
     holder.lock()
-    process = start(["--resume", out], tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 2 and errors.strip().endswith(
-        "another process is training in this run folder"
-    )
+    status, _, errors = start(["--resume", out], tmp_path).end()
+    assert status == 2 and errors.strip().endswith("another process is training in this run folder")
     holder._lock.close()
     # a data set whose images have changed since
     moved = shutil.copytree(phantom_folder, tmp_path / "hearts")
@@ -337,8 +324,8 @@ def test_a_signal_before_the_training_leaves_nothing_half_written(phantom_folder
     process = start(["--method", "mim", "--data", phantom_folder, "--cache", "cache", *TINY], tmp_path)
     assert wait_for(lambda: (tmp_path / "cache").exists(), process)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
+    status, _, errors = process.end()
+    assert status == 128 + signal.SIGTERM and "Traceback" not in errors
     assert errors.strip().endswith("train_ssp.py: ended by SIGTERM")
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -347,14 +334,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(stopped, tmp_path):
     """No file may grow beyond 20 kB: less than a checkpoint, more than the log."""
     cwd, _, out = stopped
     before = (out / "last.pt").read_bytes()
-    process = start(
-        ["--resume", out],
-        tmp_path,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)),
-    )
-    _, errors = process.communicate()
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20000, 20000))
+    status, _, errors = start(["--resume", out], tmp_path, prepare=limit).end()
     lines = [line for line in errors.splitlines() if "error:" in line]
-    assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in errors
+    assert status == 2 and len(lines) == 1 and "Traceback" not in errors
     assert "cannot be written, the disk may be full" in lines[0] or "File too large" in lines[0]
     assert (out / "last.pt").read_bytes() == before and not list(out.glob(".*.tmp"))
     assert train_ssp.main(["--resume", str(out)]) == 0
@@ -362,15 +345,11 @@ def test_a_full_disk_leaves_the_older_checkpoint(stopped, tmp_path):
 
 
 def test_two_processes_build_one_store(phantom_folder, tmp_path):
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-m", "cmrssp.data", str(phantom_folder), "--cache", "cache"], cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
+    words = (phantom_folder, "--cache", "cache")
+    both = [Script(data_report.main, *words, name="data", cwd=tmp_path) for _ in range(2)]
+    ends = [process.end() for process in both]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    said = [out for _, out, _ in ends]
     assert all("cines: 8 subjects" in text for text in said)
     subjects, _ = dataset.find([phantom_folder], tmp_path)
     files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "store").iterdir()}
