@@ -457,7 +457,7 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
         ("lost.nii", "pixdim"),
         ("dicom", "no cine found"),
         ("IM2", "expected .nii or .nii.gz files, or folders of them or of DICOM files"),
-        ("absent.nii", "no such file or folder"),
+        ("absent.nii", "no such file"),
     ):
         line = refused("evaluate.py", "--predict", tmp_path / what, *checkpoint, "--out", tmp_path / "none")
         assert words in line, line

@@ -71,14 +71,20 @@ def test_weights_have_a_mean_of_1(loader):
     assert batch["weight"].numpy() == pytest.approx(expected)
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def maps(phantom_folder, tmp_path, monkeypatch):
+def maps(phantom_folder, cache, tmp_path, monkeypatch):
     """(store, split, write(**changes of the teacher's provenance)); the folder `maps` gets the true labels of
     all subjects as if a network had predicted them, with one good frame each.
     """
     monkeypatch.chdir(tmp_path)
-    subjects, _ = dataset.find([str(phantom_folder)], tmp_path / "cache")
-    cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    Path("cache").symlink_to(cache)
+    subjects, _ = dataset.find([str(phantom_folder)], cache)
+    cines = store.build(subjects, cache, labels=True, progress=False)
     split = splits.assign(subjects, 0)
     Path("maps").mkdir()
     for subject in subjects:

@@ -40,11 +40,9 @@ class Table:
 
 
 def tables(runs: Sequence[Evaluated]) -> list[Table]:
-    """Tables 1 to 4, the comparison in section 3, and supplement B. A cell without a run is empty. A
-    pretraining that the paper does not have, and self-training, get their own columns and rows.
-
-    Bold in table 1: the largest mean of a row, if it is above the baseline's; in tables 2 and 3: a mean above
-    that without pretraining. Compared are the printed means, so both cells of a tie are bold.
+    """Tables 1 to 4, the comparison in section 3, and supplement B. A cell without a run is empty. Arms that
+    the paper does not have get their own columns and rows. Bold are, of the printed means, the largest of a
+    row in table 1 if above the baseline's, and in tables 2 and 3 those above that without pretraining.
     """
     baseline, best = Arm(SCRATCH), Arm(BEST)
     paper_arms = [Arm(method) for method in LABELS]
@@ -97,8 +95,8 @@ def tables(runs: Sequence[Evaluated]) -> list[Table]:
 
 
 def _cell(seeds: Sequence[dict[str, float]], over_subjects: bool) -> str:
-    """From {subject: Dice} of each seed: the mean and its spread over seeds, or the mean of the spreads over
-    subjects. The spread of one value is a dash.
+    """The mean of {subject: Dice} of each seed, and its standard deviation (a dash for one value) over seeds,
+    or that over subjects, averaged over the seeds.
     """
     if not all(seeds):
         return "no subjects"  # of that vendor or phase
@@ -130,8 +128,8 @@ def _row_name(n: int | None, runs: Sequence[Evaluated]) -> str:
 
 
 def learning_curves(runs: Sequence[Evaluated]) -> dict[str, dict[int, list[float]]]:
-    """{label: {labelled subjects: mean test Dice of each seed}}, the baseline first and numbers rising, of
-    the runs with every phase, every vendor and augmentation, whether the paper has their number or not.
+    """{label: {labelled subjects, rising: mean test Dice of each seed}}, the baseline first, of the runs with
+    every phase, every vendor and augmentation.
     """
     curves: dict[str, dict[int, list[float]]] = {label: {} for label in LABELS.values()}
     for run in sorted(runs, key=lambda run: (run.arm.label, run.n_subjects, run.seed)):
@@ -153,10 +151,8 @@ def write(made: Sequence[Table], commands: Sequence[str], folder: Path) -> None:
 
 def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ()) -> list[str]:
     """The commands that bring every cell to three seeds: the pretrainings first, then one line for the
-    fine-tuning and evaluation of each missing seed. A command that runs again continues where it stopped.
-
-    Split, --quick and, without `data`, the data are those of the newest run; without one the data are DATA,
-    for the reader to replace. Other flags of that run, such as --epochs, are not repeated.
+    fine-tuning and evaluation of each missing seed. Split, --quick and, without `data`, the data are those of
+    the newest run; without one the data are DATA, for the reader to replace.
     """
     newest = sorted(runs, key=lambda run: run.written_ns, reverse=True)
     model = next((run for run in newest if run.args.get("data")), None)

@@ -58,16 +58,17 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
                 found, problems = dataset.find([str(path.resolve())], cache, label_suffix, ignore_split=True)
             except (FileNotFoundError, UserError) as error:
                 raise UserError(str(error).replace("--data", "--predict")) from None
-            for problem in (problem for problem in problems if problem.done == LEFT_OUT):
-                print(f"not predicted: {problem}")
+            for problem in problems:
+                if problem.done == LEFT_OUT:
+                    print(f"not predicted: {problem}")
             subjects += [s for s in found if out.resolve() not in s.cine.resolve().parents]
-        elif not path.exists():
-            raise FileNotFoundError(f"--predict {path}: no such file or folder")
-        elif stem := stem_of(path.name):
+        elif (stem := stem_of(path.name)) and path.exists():
             subjects.append(Subject(PLAIN, stem, path))
         else:
-            expected = ".nii or .nii.gz files, or folders of them or of DICOM files"
-            raise UserError(f"--predict {path}: expected {expected}")
+            expected = "expected .nii or .nii.gz files, or folders of them or of DICOM files"
+            raise UserError(
+                f"--predict {path}: {expected}, got {'another' if path.exists() else 'no such'} file"
+            )
     if not subjects:
         raise UserError(f"--predict: all cines lie in --out {out}, where the results go; give another")
     name, count = Counter(s.file_name for s in subjects).most_common(1)[0]
@@ -118,8 +119,7 @@ def predict(
             good = [] if doubtful else good_frames(labels, ml, record.sound_frames)
             entry = {"digest": record.digest, "frames": good}
         with noting_errors():
-            titles = {t: f"{subject.id}, {phase}, frame {t}" for phase, t in phases.items()}
-            cases = [(0, t, title, labels[t]) for t, title in titles.items()]
+            cases = [(0, t, f"{subject.id}, {phase}, frame {t}", labels[t]) for phase, t in phases.items()]
             contours.contour_sheet(cines, cases, Path(f"{stem}_contours.png"), columns=6)
         if len(labels) > 1:
             with noting_errors():

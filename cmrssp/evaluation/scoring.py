@@ -54,19 +54,15 @@ class Scores:
 
 
 def score(predict: Predict, cines: Store, *, phases: str, save: Path | None = None) -> Scores:
-    """Predict the labelled frames (`phases`: ed, es, both) and measure them on each file's own grid.
-
-    Label maps go to the folder `save` as in M&Ms: 4D, other frames 0. A failed subject becomes an entry of
-    `failed`. The ranks share the subjects; each returns all scores.
+    """Predict the labelled frames (`phases`: ed, es, both) and measure them on each file's own grid. Label
+    maps go to the folder `save`, 4D with other frames 0. The ranks share the subjects and return all scores.
     """
     mine, parts = distributed.own_items(range(len(cines.subjects))), []
     for i in tqdm(mine, "predicting", unit="subject", disable=distributed.hide_bar()):
         key = cines.subjects[i].key
         frames = {name: t for name, t in cines.labels[i].phases.items() if phases in (name.lower(), "both")}
         try:
-            parts.append(
-                _score_subject(predict, cines, i, frames, save) if frames else Scores(unlabelled=[key])
-            )
+            parts.append(_score_subject(predict, cines, i, frames, save))
         except Exception as error:  # the other subjects must not suffer
             parts.append(Scores(failed=[f"{key}: {one_line(error)}"]))
     every = Scores()
@@ -84,6 +80,8 @@ def _score_subject(
     predict: Predict, cines: Store, i: int, frames: dict[str, int], save: Path | None
 ) -> Scores:
     subject, record, scores = cines.subjects[i], cines.cines[i], Scores()
+    if not frames:
+        return Scores(unlabelled=[subject.key])
     who = {name: getattr(subject, name) for name in ("dataset", "vendor", "pathology")}
     who = {"subject": subject.key, **who}
     spacing = (record.geometry.slice_pitch_mm, *record.geometry.spacing_mm)
@@ -199,9 +197,8 @@ def training_recipe(provenance: Provenance) -> dict[str, Any]:
 def write(
     out: Path, scores: Scores, table: Sequence[dict], summary: dict[str, Any], predict: Predict, cines: Store
 ) -> list[str]:
-    """Write the CSV files, the pictures and, last, summary.json of a scored split; returns their names. A
-    failed picture becomes an entry of `scores.failed`. An evaluation without summary.json is incomplete, so
-    the old file goes first.
+    """Write the CSV files, the pictures and, last, summary.json, without which an evaluation is incomplete;
+    returns their names. A failed picture becomes an entry of `scores.failed`.
     """
     present = scores.present
     out.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,4 @@
-"""Statistics over subjects: means, intervals, agreement, paired comparisons. NaN and None stand for a value
-that was not measured.
-"""
+"""Statistics over subjects. NaN and None stand for a value that was not measured."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,9 +14,7 @@ _DECIMALS = 12  # so that differences with other rounding errors are ties
 
 
 def describe(values: Values) -> dict[str, float | int]:
-    """mean, std (sample, ddof 1), median, percentile_5, number (measured) and missing. NaN for a std of fewer
-    than two values and for the others of none.
-    """
+    """mean, std (sample, ddof 1), median, percentile_5, number (measured) and missing; NaN if undefined."""
     numbers = _numbers(values)
     measured = numbers[~np.isnan(numbers)]
     some = measured if len(measured) else np.array([np.nan])
@@ -35,10 +31,8 @@ def describe(values: Values) -> dict[str, float | int]:
 def per_subject(
     rows: Iterable[dict], phase: str, classes: Sequence[str], metric: str = "dice"
 ) -> dict[str, float]:
-    """{subject: mean of its values over `classes` and one phase, or both if `phase` is "both"}.
-
-    rows: dicts with subject, phase (ED or ES), class, the metric, and absent: whether neither map has the
-    class, which leaves it out of the mean of a distance.
+    """{subject: mean of its values over `classes` and one phase, or both if `phase` is "both"}. rows: dicts
+    with subject, phase, class, the metric, and for a distance absent: whether neither map has the class.
     """
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -49,9 +43,7 @@ def per_subject(
 
 
 def bootstrap_interval(values: Values, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of one value per subject, subjects drawn with replacement, always
-    by the same draws; (NaN, NaN) for fewer than two values.
-    """
+    """95 % percentile interval of the mean over subjects, from fixed draws; NaN for fewer than 2."""
     numbers = _numbers(values)
     numbers = numbers[~np.isnan(numbers)]
     if len(numbers) < 2:
@@ -62,13 +54,11 @@ def bootstrap_interval(values: Values, resamples: int = 10_000) -> tuple[float, 
 
 
 def wilcoxon(difference: Sequence[float]) -> tuple[float, float]:
-    """(two-sided p of the Wilcoxon signed-rank test, matched-pairs rank-biserial correlation) of differences
-    between pairs.
+    """(two-sided p of the Wilcoxon signed-rank test, rank-biserial correlation) of differences of pairs.
 
-    Equal pairs are dropped before ranking, as Wilcoxon did; (1, 0) if all are equal. p is exact for fewer
-    than 50 other pairs without ties, else from the normal approximation, corrected for ties and continuity.
-    The correlation is (W+ - W-) / (W+ + W-), from -1 (every difference negative) to 1; Kerby 2014, doi
-    10.2466/11.IT.3.1.
+    Differences of 0 are dropped; (1, 0) if all are 0. p is exact for fewer than 50 others without ties, else
+    from the normal approximation, corrected for ties and continuity. The correlation (W+ - W-) / (W+ + W-)
+    goes from -1 (every difference negative) to 1; Kerby 2014, doi 10.2466/11.IT.3.1.
     """
     difference = np.round(difference, _DECIMALS)
     difference = difference[difference != 0]
@@ -87,9 +77,8 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     """
     p = np.asarray(p_values, float)
     order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
-    return adjusted
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted[np.argsort(order)]
 
 
 def bland_altman(measured: Values, reference: Values) -> dict[str, float | int]:
@@ -102,10 +91,9 @@ def bland_altman(measured: Values, reference: Values) -> dict[str, float | int]:
 
 
 def compare(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | int]]:
-    """Compare every other run with the first, paired by subject. scores: {run: {subject: finite score}}, all
-    of the same subjects. Returns {run: number of subjects, mean difference (run - first), lower and upper end
-    of its 95 % bootstrap interval, Wilcoxon p, effect (rank-biserial), p_holm over all comparisons}.
-    Raises UserError for fewer than two runs.
+    """Every other run minus the first, paired by subject. scores: {run: {subject: finite score}}, all of the
+    same subjects. Returns {run: number of subjects, mean difference, lower and upper end of its bootstrap
+    interval, Wilcoxon p and effect, p_holm over all comparisons}. Raises UserError for fewer than two runs.
     """
     if len(scores) < 2:
         need = "a comparison needs two or more runs (seeds of one experiment count as one)"

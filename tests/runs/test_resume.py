@@ -110,8 +110,7 @@ def make(name: str):
 
 
 @pytest.mark.parametrize("name", [*OWN, "segmentation"])
-@pytest.mark.parametrize("at", [(0, 0), (1, 1), (2, 3)])
-def test_a_resumed_training_equals_an_unbroken_one(name, at, write_mnms, beating, tmp_path):
+def test_a_resumed_training_equals_an_unbroken_one(name, write_mnms, beating, tmp_path):
     """Stopped in the first step, in the middle of an epoch, in the last step of all."""
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
@@ -134,13 +133,13 @@ def test_a_resumed_training_equals_an_unbroken_one(name, at, write_mnms, beating
         return {"checked": epoch}
 
     whole = train("whole")
-    with pytest.raises(
-        Stopped, match=rf"SIGUSR1 and saved after epoch {at[0]}, step {at[1] + 1}; go on with"
-    ):
-        train("broken", at)
-    state = checkpoints.read(tmp_path / "broken" / "last.pt")
-    assert (state["epochs_done"], state["steps_done"]) == (at[0], at[1] + 1)
-    assert_same(whole, train("broken", state=state))
+    for epoch, step in ((0, 0), (1, 1), (2, 3)):
+        out, message = f"broken{epoch}", f"SIGUSR1 and saved after epoch {epoch}, step {step + 1}; go on with"
+        with pytest.raises(Stopped, match=message):
+            train(out, (epoch, step))
+        state = checkpoints.read(tmp_path / out / "last.pt")
+        assert (state["epochs_done"], state["steps_done"]) == (epoch, step + 1)
+        assert_same(whole, train(out, state=state))
 
 
 @pytest.fixture(scope="module")
