@@ -167,12 +167,12 @@ def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ())
     most = max((run.n_subjects for run in runs if run.arm.n_subjects is None), default=math.inf)
     pretrainings, others = [], []
     for seed in SEEDS:
-        for arm in arms():
+        for arm, (name, changes) in arms().items():
             done = {run.seed for run in runs if run.arm == arm}
             lacking = [seed for seed in SEEDS if seed not in done][: max(0, len(SEEDS) - len(done))]
             if seed not in lacking or (arm.n_subjects or 0) >= most:
                 continue  # the data has no more labelled training subjects than `most`
-            method, (changes, name) = arm.pretraining, arm.flags_and_name()
+            method = arm.pretraining
             if method not in start:
                 start[method] = ["--init", str(runs_dir / method)]
                 flags = ["--method", method, *source, *common, "--out", str(runs_dir / method)]

@@ -43,30 +43,21 @@ class Arm:
         """Whether it belongs to table 1 or to a learning curve."""
         return self == Arm(self.pretraining, self.n_subjects, predicted=self.predicted)
 
-    def flags_and_name(self) -> tuple[list[str], str]:
-        """The flags of finetune.py that make it, without --init, and a name such as mim-n15 or mim-all-ed."""
-        n, vendors = self.n_subjects, [v for group in VENDORS.values() for v in group if v in self.vendors]
-        parts = [(["--n-subjects", str(n)], f"n{n}") if n else ([], "all")]
-        if self.phases != "both":
-            parts.append((["--phases", self.phases], self.phases))
-        if vendors:
-            group = "".join(name for name, members in VENDORS.items() if self.vendors == set(members))
-            parts.append((["--vendors", *vendors], group.replace("+", "").lower()))
-        if self.augmentation == "off":
-            parts.append((["--augmentation", "off"], "noaug"))
-        flags = [word for words, _ in parts for word in words]
-        return flags, "-".join([self.pretraining, *(name for _, name in parts)])
 
-
-def arms() -> list[Arm]:
-    """Every arm of the paper, in the order of its tables."""
-    pair = (SCRATCH, BEST)
-    return [
-        *(Arm(method, n) for n in SUBSETS for method in LABELS),
-        *(Arm(method, phases=phases) for phases in ("ed", "es") for method in pair),
-        *(Arm(method, vendors=frozenset(names)) for names in VENDORS.values() for method in pair),
-        *(Arm(method, augmentation="off") for method in pair),
-    ]
+def arms() -> dict[Arm, tuple[str, list[str]]]:
+    """{arm: (name of its runs, flags of finetune.py)} of the paper, in the order of its tables."""
+    of_all = [("all", {}, [])]
+    of_all += [(f"n{n}", {"n_subjects": n}, ["--n-subjects", str(n)]) for n in SUBSETS if n]
+    of_two = [(f"all-{phase}", {"phases": phase}, ["--phases", phase]) for phase in ("ed", "es")]
+    for group, names in VENDORS.items():
+        name = f"all-{group.replace('+', '').lower()}"
+        of_two.append((name, {"vendors": frozenset(names)}, ["--vendors", *names]))
+    of_two.append(("all-noaug", {"augmentation": "off"}, ["--augmentation", "off"]))
+    made = {}
+    for variants, methods in ((of_all, LABELS), (of_two, (SCRATCH, BEST))):
+        for name, change, flags in variants:
+            made |= {Arm(method, **change): (f"{method}-{name}", flags) for method in methods}
+    return made
 
 
 @dataclass(frozen=True)

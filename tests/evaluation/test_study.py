@@ -422,8 +422,8 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
                 checkpoint.path.parent.name if checkpoint else "scratch", args.n_subjects, args.phases,
                 frozenset(args.vendors or ()), "on" if args.augment else "off",
             )  # fmt: skip
-            name = f"{known.flags_and_name()[1]}-seed{args.seed}"
-            assert known in study.arms() and args.out == str(root / name)
+            name, _ = study.arms()[known]
+            assert args.out == str(root / f"{name}-seed{args.seed}")
             assert checkpoint or args.data == (["a b", "c"] if quick else ["DATA"])
             assert (args.quick, args.lr) == (quick, 0.005 if checkpoint else 0.01)
             trained.add((known, args.seed))
