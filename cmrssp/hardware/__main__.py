@@ -1,7 +1,7 @@
 """Measure the training step of every objective on this machine, one line each.
 
 The network and the settings are the paper's, or on a CPU those of --quick. The networks are not compiled:
-with --compile each line takes about a minute longer, unless --cache has the kernels already.
+with --compile each line takes about a minute longer, or 20 s if --cache has the kernels already.
 """
 
 import sys
@@ -60,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{method.name} {batches.batch_size} {settings.amp}"
         rates = "".join(f"{found.rate(part):>13.4g}" for part in benchmark.PARTS)
         lines.append(f"{what:<24}{rates}{found.times_floor:>13.2f}{found.peak_memory / 1e9:>10.1f} GB")
+        print(lines[-1], flush=True)
         del method, batches
-    print(f"\ntorch {torch.__version__}; slices/s, medians\n" + "\n".join(lines))
+    print(f"\nall together; torch {torch.__version__}; slices/s, medians\n" + "\n".join(lines))
     return 0
 
 

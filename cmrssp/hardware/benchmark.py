@@ -52,7 +52,7 @@ class Measurement:
     rates: dict[str, list[float]]  # slices per second of each part in each round
     steps_per_round: int
     waiting: float  # fraction of the real path's time in which it waits for slices
-    peak_memory: int  # bytes, of tensors on a GPU, of the whole process on a CPU
+    peak_memory: int  # bytes: what torch reserved on a GPU, graphs too; the whole process on a CPU
     flops: float
     moved: float  # bytes in and out of operators
     peak: float  # FLOP/s
@@ -148,6 +148,7 @@ def measure(method: Method, batches: Batches, settings: Settings, num_steps: int
         for number in range(_WARM_UP if device.type == "cuda" or settings.compile else 1):
             act(number)
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of the uncompiled step whose work was counted
         torch.cuda.reset_peak_memory_stats(device)
     waits.clear()
     rates: dict[str, list[float]] = {part: [] for part in parts}
@@ -160,7 +161,7 @@ def measure(method: Method, batches: Batches, settings: Settings, num_steps: int
     stream.close()
     waiting = sum(waits) / sum(steps * size / rate for rate in rates[REAL_PATH])
     on_gpu = device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_reserved(device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     flops, moved = flops / batches.per_rank, moved / batches.per_rank
     return Measurement(rates, steps, waiting, memory, flops, moved, *ceilings(device, settings.amp))
 
