@@ -30,7 +30,7 @@ SMALL = {"channels": (4, 8, 8), "image_size": 32, "spacing_mm": 1.5, "augment": 
 def loader(write_mnms, beating, tmp_path):
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True)
     slices = Slices(cines, ["mnms/A", "mnms/B"], phases="both")
     return Batches(cines, slices, batch_size=4, seed=4, labelled=True, device=torch.device("cpu"))
 

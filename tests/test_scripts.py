@@ -148,7 +148,7 @@ def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
     method = segmentation.restore(checkpoints.load(run))
     row = next(csv.DictReader((run / "evaluation-test" / "metrics.csv").open()))
     subject = next(s for s in dataset.find([str(phantom_folder)], cwd)[0] if s.key == row["subject"])
-    cines = store.build([subject], cwd / "cache", labels=False, progress=False)
+    cines = store.build([subject], cwd / "cache", labels=False)
     (labels,) = segmentation.predict_frames([method], cines, 0, [int(row["frame"])], torch.device("cpu"))
     ours = cines.cines[0].geometry.from_canonical(labels[None])[..., 0]
     truth = np.asanyarray(nibabel.load(subject.labels[0].path).dataobj)[..., int(row["frame"])]
@@ -617,7 +617,7 @@ def loss_on_training_slices(argv, folder, hearts, trained):
     method = flags.build(METHODS[args.method], args)
     if trained:
         method.load_state_dict(torch.load(folder / "run" / "last.pt", weights_only=True)["method"])
-    cines = store.build(dataset.find([hearts], folder)[0], folder / "cache", labels=False, progress=False)
+    cines = store.build(dataset.find([hearts], folder)[0], folder / "cache", labels=False)
     keys = json.loads((folder / "run" / "split.json").read_text())["train"]
     slices = Slices(cines, keys)
     batch = collate(cines, [slices.locate(i) for i in range(len(slices))], labelled=False)

@@ -31,7 +31,7 @@ def loader(write_mnms, beating, tmp_path):
     """
     for i, id in enumerate("ABC"):
         folder = write_mnms(id, *beating(i))
-    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True)
     slices = Slices(cines, ["mnms/A", "mnms/C"], phases="both", predicted={"mnms/B": [2]})
     common = {"batch_size": 8, "seed": 1, "labelled": True, "device": torch.device("cpu")}
     return lambda **options: Batches(cines, slices, **common, **options)
@@ -84,7 +84,7 @@ def maps(phantom_folder, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("cache").symlink_to(cache)
     subjects, _ = dataset.find([str(phantom_folder)], cache)
-    cines = store.build(subjects, cache, labels=True, progress=False)
+    cines = store.build(subjects, cache, labels=True)
     split = splits.assign(subjects, 0)
     Path("maps").mkdir()
     for subject in subjects:

@@ -22,7 +22,7 @@ UNCHANGED = {"freeze_encoder": 0.0, "encoder_lr_factor": 1.0}
 def loaders(write_mnms, beating, tmp_path):
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True)
 
     def make(labelled, batch_size=4):
         return Batches(
@@ -140,7 +140,7 @@ def test_batches_without_any_foreground(write_mnms, beating, tmp_path):
     cine, labels = beating(0)
     labels[:, :, 1:] = 0
     folder = write_mnms("A", cine, labels)
-    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True)
     one = Batches(cines, Slices(cines, ["mnms/A"], phases="both"), batch_size=1, seed=0, labelled=True,
                   device=torch.device("cpu"))  # fmt: skip
     foreground = [int(batch["label"].any()) for batch in one.epochs(0, 1)]

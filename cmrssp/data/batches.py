@@ -29,6 +29,8 @@ from cmrssp.hardware.device import available_cores
 #   frame       (B,) int64          frame of the cine
 #   weight      (B,) float32        with `predicted_weight` alone: factor of the slice's loss, on average 1
 Batch = dict[str, torch.Tensor]
+Frames = Mapping[str, Sequence[int]]  # {subject key: frames}
+_NONE: Frames = MappingProxyType({})
 _PAD_TO = 64  # so that shapes repeat
 _AHEAD = 3  # batches that are being read, or wait
 _READERS = 4  # threads that feed a GPU; a CPU that trains has no core to spare for more than one
@@ -38,35 +40,35 @@ class Slices:
     """The slices to use, numbered from 0. Holds a few numbers per subject, none per slice."""
 
     def __init__(
-        self,
-        store: Store,
-        keys: Sequence[str],
-        *,
-        phases: str | None = None,
-        predicted: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        self, store: Store, keys: Sequence[str], *, phases: str | None = None, predicted: Frames = _NONE
     ) -> None:
         """All slices of the subjects `keys`: of all frames, or of the labelled `phases` (ed, es, both). Then
         those with predicted labels: {subject key: frames}.
         """
         self.subjects = np.array([store.index[key] for key in (*keys, *predicted)], np.int64)
-        cines = [store.cines[i] for i in self.subjects]
-        self.frames = [range(cine.shape[0]) for cine in cines]
+        shapes = np.array([store.cines[i].shape for i in self.subjects], np.int64).reshape(-1, 4)
+        self.frames = [range(frames) for frames in shapes[:, 0]]
         if phases:
             self.frames = [store.labels[i].frames_of(phases) for i in self.subjects]
         self.frames[len(keys) :] = predicted.values()
-        self.depths = np.array([cine.shape[1] for cine in cines], np.int64)
-        self.ends = np.cumsum(np.array([len(f) for f in self.frames], np.int64) * self.depths)
-        self.first_predicted = int(self.ends[len(keys) - 1]) if len(keys) else 0
+        self.depths, self.areas = shapes[:, 1], shapes[:, 2] * shapes[:, 3]
+        self.counts = np.array([len(f) for f in self.frames], np.int64) * self.depths  # slices of a subject
+        self.ends = np.cumsum(self.counts)
+        self.first_predicted = int(self.counts[: len(keys)].sum())
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.counts.sum())
 
     def locate(self, number: int) -> tuple[int, int, int]:
         """(subject in the store, cine frame, slice) of a slice number."""
-        i = int(np.searchsorted(self.ends, number, side="right"))
-        within = number - (self.ends[i - 1] if i else 0)
-        frame, slice = divmod(int(within), int(self.depths[i]))
+        i, within = map(int, self.entry(number))
+        frame, slice = divmod(within, int(self.depths[i]))
         return int(self.subjects[i]), int(self.frames[i][frame]), slice
+
+    def entry(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(places in `subjects`, places among its slices) of slice numbers."""
+        i = np.searchsorted(self.ends, numbers, side="right")
+        return i, numbers - (self.ends - self.counts)[i]
 
 
 class Batches:
@@ -103,9 +105,9 @@ class Batches:
         self.predicted_weight = predicted_weight
         self.num_predicted = round((predicted_share or 0) * self.batch_size)  # in each batch; 0: by chance
         if predicted_share is not None and not 0 < self.num_predicted < self.batch_size:
-            both = f"expected slices of both kinds in a batch of {self.batch_size}"
+            got = f"{self.num_predicted} of the {self.batch_size} slices of a batch"
             raise UserError(
-                f"--predicted-share {predicted_share:g}: {both}, got {self.num_predicted} predicted"
+                f"--predicted-share {predicted_share:g}: expected a part of each batch, got {got}"
             )
         self.on_device: DeviceCache | None = None
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -119,8 +121,8 @@ class Batches:
         self.on_device = DeviceCache(self.store, self.slices, **kinds, device=self.device)
 
     def epochs(self, first: int, end: int, step: int = 0) -> Iterator[Batch]:
-        """The shuffled batches of the epochs `first` to `end` - 1 on the device, without pauses, from batch
-        `step` of epoch `first` on. Each rank gets its share of a batch; the last incomplete one is dropped.
+        """The shuffled batches of epochs `first` to `end` - 1, on the device, from batch `step` of `first`
+        on.
         """
 
         def parts() -> Iterator[np.ndarray]:
@@ -143,9 +145,9 @@ class Batches:
         return draw.permuted(np.concatenate(kinds, axis=1), axis=1)
 
     def in_order(self, limit: int | None = None, *, split_over_ranks: bool = False) -> Iterator[Batch]:
-        """All slices once, unshuffled; the last batch may be small. With `limit` so many, always the same,
-        drawn at random: a regular step could meet the same slice of every stack. With `split_over_ranks` each
-        rank gets its share of a batch; slices that do not divide by the ranks are dropped.
+        """All slices once, unshuffled; the last batch may be small. `limit`: so many, always the same, drawn
+        at random (a regular step could meet one slice of every stack). `split_over_ranks`: only this rank's
+        share.
         """
         count = min(limit or len(self.slices), len(self.slices))
         if split_over_ranks:
@@ -197,13 +199,14 @@ def describe(store: Store, places: Sequence[tuple[int, int, int]]) -> Batch:
     cines = [store.cines[subject] for subject, _, _ in places]
     subjects, frames, slices = torch.tensor(places).T
     depths = torch.tensor([cine.shape[1] for cine in cines])
+    statistics = {
+        name: torch.tensor([getattr(cine, name) for cine in cines])
+        for name in ("centre", "mean", "std", "max")
+    }
     return {
         "size": torch.tensor([cine.shape[2:] for cine in cines]),
         "spacing_mm": torch.tensor([cine.geometry.spacing_mm for cine in cines]),
-        **{
-            name: torch.tensor([getattr(cine, name) for cine in cines])
-            for name in ("centre", "mean", "std", "max")
-        },
+        **statistics,
         "position": torch.where(depths > 1, slices / depths, torch.nan),
         "subject": subjects,
         "frame": frames,

@@ -16,7 +16,6 @@ from cmrssp.data.subject import CORRECTED, NOT_MEASURED, PLAIN, USED, BrokenSubj
 
 _MAX_STORED = 32767
 _FEW_VALUES = 4  # a label map has at most so many values beside 0
-_MIN_LEVELS = 32  # that 98 % of the voxels must span
 _MAX_NOT_FINITE = 0.01  # of the voxels
 
 
@@ -49,10 +48,6 @@ class Cine(CineFacts):
 
     stored: np.ndarray  # (T, Z, H, W) int16, not negative
     motion: np.ndarray  # (Z, H, W) float16, see `motion_map`
-
-    @property
-    def arrays(self) -> list[np.ndarray]:
-        return [self.stored, self.motion]
 
 
 @np.errstate(all="ignore")
@@ -126,10 +121,6 @@ def _stored(path: Path, array: np.ndarray) -> tuple[np.ndarray, float, float]:
     stored = np.empty(array.shape, np.int16)  # filled a frame at a time, to save memory
     for frame, out in zip(array, stored, strict=True):
         out[...] = np.round((frame.astype(np.float64) - minimum) * scale)
-    levels = float(np.ptp(np.percentile(stored[:, :, ::2, ::2], (1, 99))))
-    if scale != 1 and levels < _MIN_LEVELS:
-        few = f"a few voxels so far from all others ({minimum:g} to {maximum:g})"
-        raise BrokenSubject(f"{path}: expected an image, got {few} that {levels:.0f} grey levels remain")
     return stored, minimum, scale
 
 

@@ -1,6 +1,5 @@
 """The same images under two names, and other images under one name: found by the digests of the images."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 from cmrssp.data.store import Store
@@ -10,33 +9,34 @@ from cmrssp.errors import UserError
 
 def problems(store: Store) -> list[Problem]:
     """One for each subject that has the images of an earlier one."""
-    same = defaultdict(list)
+    first: dict[str, str] = {}
+    found = []
     for subject, record in zip(store.subjects, store.cines, strict=True):
-        same[record.digest, record.shape].append(subject)
-    what = "the same images as {}: one of them may test what the other trained"
-    pairs = [(first, copy) for first, *copies in same.values() for copy in copies]
-    return [Problem(copy.key, copy.cine.name, what.format(first.key), USED) for first, copy in pairs]
+        if (other := first.setdefault(record.digest, subject.key)) != subject.key:
+            what = f"the same images as {other}: one of them may test what the other trained"
+            found.append(Problem(subject.key, subject.cine.name, what, USED))
+    return found
 
 
 def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[str]]:
     """Drop, and print, training copies of validation or test and validation copies of test subjects."""
     images = store.digests()
     held_out: dict[str, str] = {}  # {digest: the subject of a later part that has these images}
-    kept: dict[str, list[str]] = {}
+    kept = dict(split)
     for part in ("test", "validation", "train"):
         copies = {key: held_out[images[key]] for key in split[part] if images.get(key) in held_out}
         for key, other in copies.items():
             print(f"not used: {key} ({part}), the same images as {other}")
         kept[part] = [key for key in split[part] if key not in copies]
         held_out |= {images[key]: f"{key} ({part})" for key in kept[part] if key in images}
-    return {part: kept[part] for part in split}
+    return kept
 
 
 def refuse_other_images(
     store: Store, recorded: dict[str, str], trained: Iterable[str], held_out: Iterable[str]
 ) -> None:
-    """Raise UserError if a subject's images are not those that a checkpoint `recorded` ({subject key:
-    digest}), or if a subject of `held_out` has the images of another one that it was `trained` on.
+    """Raise UserError for a subject with other images than `recorded` by a checkpoint ({subject key:
+    digest}), and for a `held_out` one with the images of another that it was `trained` on.
     """
     now = store.digests()
     if other := sorted(key for key, image in now.items() if recorded.get(key, image) != image):
@@ -48,7 +48,5 @@ def refuse_other_images(
     present = sorted(key for key in held_out if key in now)
     if copies := [key for key in present if seen.get(now[key], key) != key]:
         first = f"the first is {copies[0]}, as {seen[now[copies[0]]]}; leave them out with --split-file"
-        raise UserError(
-            f"--data: {len(copies)} of {len(present)} validation or test subjects have the images of "
-            f"subjects that the checkpoint has been trained on, {first}"
-        )
+        what = f"{len(copies)} of {len(present)} validation or test subjects have the images of subjects"
+        raise UserError(f"--data: {what} that the checkpoint has been trained on, {first}")

@@ -29,12 +29,9 @@ def default_cache() -> Path:
 def find(
     paths: Sequence[str], cache: Path, label_suffix: str = LABEL_SUFFIX, *, ignore_split: bool = False
 ) -> tuple[list[Subject], list[Problem]]:
-    """The subjects of all data sets, sorted by key, and what is odd about their files. `phantom` is the
-    synthetic set, which is written below the cache on first use. A folder without a known layout is a plain
-    one. DICOM studies may lie beside any layout. Opens no NIfTI image, and the headers of DICOM files.
-    `ignore_split` ignores the splits in a subjects.csv.
-
-    Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
+    """The subjects of all data sets, sorted by key, and what is odd about their files. Opens tables and the
+    headers of DICOM files alone. `ignore_split`: without the splits of a subjects.csv. Raises
+    FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
     """
     subjects, problems = [], []
     for path in paths:
@@ -54,16 +51,26 @@ def find(
 def _in_folder(
     path: str, cache: Path, label_suffix: str, ignore_split: bool
 ) -> tuple[list[Subject], list[Problem]]:
-    root = _phantom_folder(cache) if path == PHANTOM else Path(os.path.expanduser(path))
+    suffixes = (".nii.gz", ".nii", ".csv")
+    if path == PHANTOM:
+        root = Path(cache) / f"phantom-{_PHANTOM_VERSION}"
+        if not root.is_dir():
+            check_writable("--cache", root)
+            print(f"writing the phantom to {root} (once, under a minute)", flush=True)
+            phantom.write(root)
+        return mnms.subjects_among(below(root, suffixes), PHANTOM)
+    root = Path(os.path.expanduser(path))
     if not root.is_dir():
         raise FileNotFoundError(f"--data {path}: no such folder; give the cines' folder, or '{PHANTOM}'")
-    files = below(root, (".nii.gz", ".nii", ".csv"), skip=cache)
-    if path == PHANTOM:
-        return mnms.subjects_among(files, PHANTOM)
+    files = below(root, suffixes, skip=cache)
     found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
     known = [layout for layout, (subjects, _) in found.items() if subjects]
     if not known:
-        _refuse_frames_without_cines(path, files)
+        if frames := [
+            *found[mnms2][1],
+            *found[acdc][1],
+        ]:  # as plain cines two of a patient could train and test
+            raise UserError(f"--data {path}: {frames[0]}; add the cines of these frames")
         found = {folder: folder.subjects_among(files, root, label_suffix, ignore_split=ignore_split)}
     own_table = root / folder.TABLE
     for file in () if ignore_split else files:
@@ -83,14 +90,6 @@ def _in_folder(
         what = f"files that are not named as in the layouts found beside them: {listed(strangers)}"
         problems.append(Problem("", "", what, LEFT_OUT))
     return subjects, problems
-
-
-def _refuse_frames_without_cines(path: str, files: Sequence[Path]) -> None:
-    """Raise UserError for frames of M&Ms-2 or ACDC without cines: a patient's two could train and test."""
-    for layout, cine in ((mnms2, "_SA_CINE.nii.gz"), (acdc, "_4d.nii.gz")):
-        if parts := [f.name for f in files if layout.NAMES.fullmatch(f.name)]:
-            names = f"{parts[0]} and {len(parts) - 1} more files are named as in {layout.DATASET}"
-            raise UserError(f"--data {path}: {names}, but there is no cine *{cine}; add the cines")
 
 
 def absolute(paths: Sequence[str]) -> list[str]:
@@ -113,12 +112,3 @@ def name(paths: Sequence[str]) -> str:
     """For the name of a run folder."""
     names = [Path(path).resolve().name for path in paths]
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(names)) or "data"
-
-
-def _phantom_folder(cache: Path) -> Path:
-    root = Path(cache) / f"phantom-{_PHANTOM_VERSION}"
-    if not root.is_dir():
-        check_writable("--cache", root)
-        print(f"writing the phantom to {root} (once, under a minute)", flush=True)
-        phantom.write(root)
-    return root

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cmrssp.data.plausibility import mm, slice_axis
-from cmrssp.data.subject import CORRECTED, USED, Finding
+from cmrssp.data.subject import CORRECTED, Finding
 
 # Directions in RAS+ (nibabel's world): the apex lies to the patient's left, front and feet.
 _APEX = np.array([-1.0, 1.0, -1.0]) / np.sqrt(3)
@@ -35,21 +35,17 @@ class Geometry:
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
         unit = affine[:3, :3] / lengths
         low, high = (axis for axis in range(3) if axis != slices)
-
-        def fit(rows: int, columns: int) -> float:
-            return abs(unit[:, rows] @ _BACK_AND_FEET) + abs(unit[:, columns] @ _LEFT)
-
-        rows, columns = (high, low) if fit(high, low) >= fit(low, high) else (low, high)
-        to_apex = float(unit[:, slices] @ _APEX)
-        to_back, to_left = unit[:, rows] @ _BACK_AND_FEET, unit[:, columns] @ _LEFT
-        flip = (to_apex <= -_MIN_SLICE_COSINE, bool(to_back < 0), bool(to_left < 0))
+        to_apex, to_back, to_left = unit.T @ _APEX, unit.T @ _BACK_AND_FEET, unit.T @ _LEFT  # of each axis
+        swapped = abs(to_back[low]) + abs(to_left[high]) > abs(to_back[high]) + abs(to_left[low])
+        rows, columns = (low, high) if swapped else (high, low)
+        flip = (to_apex[slices] <= -_MIN_SLICE_COSINE, to_back[rows] < 0, to_left[columns] < 0)
         # Planes are nearer to each other than the step along an axis that is not normal to them.
         normal = np.cross(affine[:3, low], affine[:3, high])
         pitch = abs(affine[:3, slices] @ normal) / np.linalg.norm(normal)
         pitch = pitch if pitch < 0.9999 * lengths[slices] else lengths[slices]  # the rest is rounding
         spacing_mm = (float(lengths[rows]), float(lengths[columns]))
-        known = abs(to_apex) >= _MIN_SLICE_COSINE
-        return cls((slices, rows, columns), flip, spacing_mm, float(pitch), known)
+        known = bool(abs(to_apex[slices]) >= _MIN_SLICE_COSINE)
+        return cls((slices, rows, columns), tuple(map(bool, flip)), spacing_mm, float(pitch), known)
 
     def to_canonical(self, array: np.ndarray) -> np.ndarray:
         """(X, Y, Z, T) -> (T, Z, H, W), a view."""
@@ -63,8 +59,8 @@ class Geometry:
 def from_header(
     affine: np.ndarray, zooms: np.ndarray, shape: Sequence[int]
 ) -> tuple[Geometry, list[Finding]]:
-    """The geometry of a file of this shape from its 4x4 affine and its voxel sizes (3,), both in mm, and what
-    is odd about them. The affine wins if both have a spacing; raises ValueError if neither has.
+    """The geometry of a file from its 4x4 affine and voxel sizes (3,), both in mm, and what is odd about
+    them. The affine wins if both have a spacing; raises ValueError if neither has.
     """
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     zooms_set = _usable(zooms) and not (zooms == 1).all()
@@ -82,10 +78,6 @@ def from_header(
         odd.append((f"pixdim says {mm(zooms)}, the affine {mm(lengths)}: the affine was used", CORRECTED))
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     slices, moved = slice_axis(shape, lengths)
-    unit = affine[:3, :3] / lengths
-    if (skew := float(np.abs(unit.T @ unit - np.eye(3)).max())) > 0.01:
-        what = f"the direction cosines are not orthogonal (cosine {skew:.2f}): axes kept as stored"
-        odd.append((what, USED))
     return Geometry.from_affine(affine, slices), odd + moved
 
 

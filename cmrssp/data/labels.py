@@ -12,19 +12,9 @@ from nibabel import orientations
 
 from cmrssp.data.cine import CineFacts
 from cmrssp.data.nifti import cine_image, grid, load, voxels
-from cmrssp.data.subject import (
-    CLASSES,
-    CORRECTED,
-    LEFT_OUT,
-    USED,
-    BrokenSubject,
-    LabelFile,
-    Problem,
-    Subject,
-    listed,
-)
+from cmrssp.data.subject import CLASSES, CORRECTED, LEFT_OUT, USED, BrokenSubject, Problem, Subject, listed
 
-_SAME, _ALIKE = 0.9999, 0.9  # correlation of a labelled image with a frame of its cine
+_ALIKE = 0.9  # correlation of a labelled image with its frame of the cine
 _STRIDE = 3  # of the pixels that are compared
 
 
@@ -57,17 +47,13 @@ class Labels(LabelFacts):
 
     masks: np.ndarray  # (F, Z, H, W) uint8 with ids 0 to 3, one per labelled frame
 
-    @property
-    def arrays(self) -> list[np.ndarray]:
-        return [self.masks]
-
 
 @np.errstate(all="ignore")
 def read_labels(subject: Subject, cine: CineFacts, stored: np.ndarray) -> Labels:
     """Read the label files of a subject whose `stored` cine is (T, Z, H, W). Raises BrokenSubject.
 
-    A frame is labelled if any of its voxels is. ED is the labelled frame with the largest LV blood pool, ES
-    the one with the smallest; if the data set says otherwise, that is a problem of the subject.
+    ED is the labelled frame with the largest LV blood pool, ES that with the smallest, whatever the table
+    says.
     """
     reader = _Reader(subject, cine, stored)
     for file in subject.labels:
@@ -88,8 +74,8 @@ class _Reader:
         name = (file or self.subject.labels[0].path).name
         self.problems.append(Problem(self.subject.key, name, what, done))
 
-    def add(self, file: LabelFile) -> None:
-        """Read a label file of one frame, or of all."""
+    def add(self, file) -> None:
+        """Read a LabelFile of one frame, or of all."""
         array = self._with_our_ids(file.path)
         table = [frame for frame in (self.subject.ed, self.subject.es) if frame is not None]
         frame = table[0] if file.frame is None and len(table) == 1 else file.frame
@@ -108,11 +94,7 @@ class _Reader:
             got = f"{len(array)} volumes, frame {frame}"
             raise BrokenSubject(f"{file.path}: expected {expected}, {more}; got {got}")
         for frame, mask in zip(frames, array, strict=False):
-            if mask.any() and frame in self.masks:
-                self.note(
-                    f"belongs to frame {frame}, which has labels already: not used", LEFT_OUT, file.path
-                )
-            elif mask.any():
+            if mask.any():
                 self.masks[frame] = mask
                 self.told |= {file.phase: frame} if file.phase else {}
 
@@ -129,8 +111,8 @@ class _Reader:
         return np.array(self.subject.label_ids, np.uint8)[array.astype(np.uint8, copy=False)]
 
     def _on_grid(self, path: Path) -> np.ndarray:
-        """The voxels of a file in the canonical axes of its cine, (frames, Z, H, W). Used as stored unless by
-        its affine the file has the cine's grid with axes swapped or reversed. Raises BrokenSubject.
+        """A file in its cine's canonical axes, (frames, Z, H, W): as stored, unless its affine says that they
+        are swapped or reversed on the cine's grid. Raises BrokenSubject.
         """
         image = load(path)
         array = voxels(path, image, scaled=True)
@@ -165,9 +147,6 @@ class _Reader:
             what = f"no frame of the cine looks like {path.name} (best correlation {best:.2f}): not used"
             self.note(what, LEFT_OUT, path)
             return []
-        if best < _SAME:
-            what = f"frame {frame} is the most alike (correlation {best:.4f})"
-            self.note(f"{path.name} is not in the cine; {what}", CORRECTED, path)
         return [frame]
 
     def labels(self) -> Labels:

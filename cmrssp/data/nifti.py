@@ -11,7 +11,7 @@ import numpy as np
 
 from cmrssp.data import plausibility
 from cmrssp.data.geometry import Geometry
-from cmrssp.data.subject import BrokenSubject, Finding, Subject
+from cmrssp.data.subject import CORRECTED, USED, BrokenSubject, Finding, Subject
 from cmrssp.files import atomic
 
 nibabel.imageglobals.logger.setLevel("CRITICAL")  # the data report names what is odd in a header, once
@@ -28,7 +28,7 @@ def cine_image(subject: Subject) -> nibabel.Nifti1Image:
 @np.errstate(all="ignore")
 def load(path: Path) -> nibabel.Nifti1Image:
     """Open a NIfTI file without reading its voxels. Raises BrokenSubject for anything but a 3D or 4D image of
-    numbers (further axes may have length 1) and for a header that claims more than the file holds.
+    numbers, and for a header that claims more than the file holds.
     """
     with _readable(path):
         image = nibabel.load(path, mmap=False)
@@ -43,9 +43,7 @@ def load(path: Path) -> nibabel.Nifti1Image:
 
 @np.errstate(all="ignore")
 def voxels(path: Path, image: nibabel.Nifti1Image, *, scaled: bool) -> np.ndarray:
-    """(X, Y, Z, T), a 3D file with T = 1; `scaled` by the header's slope and intercept, or as stored. Raises
-    BrokenSubject.
-    """
+    """(X, Y, Z, T), `scaled` by the header's slope and intercept, or as stored. Raises BrokenSubject."""
     with _readable(path):
         array = np.asanyarray(image.dataobj) if scaled else image.dataobj.get_unscaled()
         return array.reshape(*image.shape[:3], -1)
@@ -82,10 +80,17 @@ def grid(image: nibabel.Nifti1Image) -> tuple[np.ndarray, np.ndarray, list[Findi
 
 def time_step(image: nibabel.Nifti1Image) -> tuple[float | None, list[Finding]]:
     """Seconds between frames (None for a 3D file or an implausible step), and what is odd about them."""
-    zooms = image.header.get_zooms()
-    if len(zooms) < 4:
+    if image.ndim < 4:
         return None, []
-    return plausibility.time_step(float(zooms[3]), _SECONDS.get(int(image.header["xyzt_units"]) & 56, 1.0))
+    number, unit_s = float(image.header["pixdim"][4]), _SECONDS.get(int(image.header["xyzt_units"]) & 56, 1.0)
+    low, high = plausibility.STEP_S
+    for unit in (unit_s, 1.0, 1e-3, 1e-6):
+        if low <= number * unit <= high:
+            what = f"a time step of {number:.4g} does not fit its unit: read as {number * unit:.4g} s"
+            return number * unit, [] if unit == unit_s else [(what, CORRECTED)]
+    unset = number in (0, 1) or not np.isfinite(number)  # 0 and 1 are defaults of writers
+    what = f"a time step of {number * unit_s:.4g} s is not a cine's: no heart rate is given"
+    return None, [] if unset else [(what, USED)]
 
 
 def write_labels(path: Path, labels: np.ndarray, geometry: Geometry, image: nibabel.Nifti1Image) -> None:

@@ -59,17 +59,6 @@ def unwrapped(raw: np.ndarray) -> np.ndarray | None:
     return unsigned if roughness(unsigned) < _SMOOTHER * roughness(raw) else None
 
 
-def time_step(number: float, unit_s: float) -> tuple[float | None, list[Finding]]:
-    """Seconds between frames from the header's number and unit; None if no unit gives a plausible step."""
-    for unit in (unit_s, 1.0, 1e-3, 1e-6):
-        if _within(number * unit, STEP_S):
-            what = f"a time step of {number:.4g} does not fit its unit: read as {number * unit:.4g} s"
-            return number * unit, [] if unit == unit_s else [(what, CORRECTED)]
-    unset = number in (0, 1) or not np.isfinite(number)  # 0 and 1 are defaults of writers
-    what = f"a time step of {number * unit_s:.4g} s is not a cine's: no heart rate is given"
-    return None, [] if unset else [(what, USED)]
-
-
 def judge(
     cine: np.ndarray, spacing_mm: tuple[float, float], pitch_mm: float, time_step_s: float | None
 ) -> tuple[list[Finding], list[int], float | None]:

@@ -1,26 +1,16 @@
 """What every script does first: find, split and store subjects, and refuse splits that leak."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from cmrssp.data import copies, dataset, quality, splits, store
 from cmrssp.data.splits import Split
 from cmrssp.data.store import Store
-from cmrssp.data.subject import Subject
+from cmrssp.data.subject import Subject, listed
 from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
-
-
-class Trained(Protocol):
-    """A checkpoint's memory of its trainings, such as `weights.checkpoints.Checkpoint`."""
-
-    path: Path
-    digests: dict[str, str]  # {subject key: digest of its images}
-
-    def seen(self) -> dict[str, str]:
-        """{subject key: method that trained on it}."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ def prepare(
     keep_overlap: bool = False,
     skip_broken: bool = False,
     vendors: Collection[str] | None = None,
-    checkpoints: Sequence[Trained] = (),
+    checkpoints: Sequence[Any] = (),  # weights.checkpoints.Checkpoint, which this package does not import
     held_out: Sequence[str] = (),
 ) -> Prepared:
     """Find the subjects of `paths`, split them, store those of `parts`, and print what was found.
@@ -87,18 +77,14 @@ def prepare(
 
 def _refuse_empty(subjects: Sequence[Subject], split: Split, needed: str) -> None:
     """Raise UserError if the part is empty; names the official test subjects."""
-    if split[needed]:
-        return
-    counts, why = ", ".join(f"{len(keys)} {part}" for part, keys in split.items()), ""
-    if official := sorted(s.key for s in subjects if s.part == "test"):
-        why = f"; {len(official)} are test subjects by their data set's own list, the first is {official[0]}"
-    raise UserError(
-        f"--data: no {needed} subject among {len(subjects)} ({counts}){why}; add the data set's other "
-        f"subjects, or give a --split-file with {needed} subjects"
-    )
+    if not split[needed]:
+        official = sorted(s.key for s in subjects if s.part == "test")
+        why = f"; of its data set's own test list are {listed(official)}" if official else ""
+        more = f"add other subjects, or give a --split-file with {needed} subjects"
+        raise UserError(f"--data: no {needed} subject ({splits.describe(split)}){why}; {more}")
 
 
-def refuse_trained(checkpoint: Trained, split: Split, held_out: Iterable[str]) -> None:
+def refuse_trained(checkpoint: Any, split: Split, held_out: Sequence[str]) -> None:
     """Raise UserError if the checkpoint was trained on a subject of these parts."""
     seen = checkpoint.seen()
     for part in held_out:
@@ -115,7 +101,6 @@ def _of_vendors(subjects: Sequence[Subject], split: Split, part: str, vendors: C
     known = {s.key: s.vendor or "unknown" for s in subjects}
     kept = [key for key in split[part] if known[key] in vendors]
     if not kept:
-        present = ", ".join(sorted({known[key] for key in split[part]}))
-        none = f"none of the {len(split[part])} {part} subjects; their vendors are {present}"
-        raise UserError(f"--vendors {' '.join(vendors)}: {none}")
+        present = listed(sorted({known[key] for key in split[part]}))
+        raise UserError(f"--vendors {' '.join(vendors)}: no {part} subject; their vendors are {present}")
     return {**split, part: kept}

@@ -99,14 +99,14 @@ def read(path: Path) -> Split:
         text = read_text(path)
         lists = _published(text) if path.suffix.lower() in (".yaml", ".yml") else json.loads(text)
         split = {part: [str(key) for key in lists[part]] for part in PARTS}
+        counts = Counter(chain(*split.values()))
+        if twice := [key for key, count in counts.items() if count > 1]:
+            raise ValueError(f"more than once: {listed(twice)}")
     except OSError as error:
         raise UserError(f"--split-file {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         expected = f"the lists {', '.join(PARTS)} of subject keys, or the YAML of the paper"
         raise UserError(f"--split-file {path}: expected {expected} ({error!r})") from None
-    counts = Counter(chain(*split.values()))
-    if twice := [key for key, count in counts.items() if count > 1]:
-        raise UserError(f"--split-file {path}: expected every subject once, got more of {listed(twice)}")
     return split
 
 
@@ -115,13 +115,13 @@ def _published(text: str) -> Split:
     lists: Split = {part: [] for part in PARTS}
     part = dataset = None
     for number, line in enumerate(text.splitlines(), 1):
-        word = line.strip().translate({ord(quote): None for quote in "\"'"})
-        if word.rstrip(":") in _YAML_PARTS:
-            part, dataset = _YAML_PARTS[word.rstrip(":")], None
-        elif word.rstrip(":") in _YAML_DATASETS:
-            dataset = _YAML_DATASETS[word.rstrip(":")]
-        elif word.startswith("- ") and word[2:].isalnum() and part and dataset:
-            lists[part].append(f"{dataset}/{word[2:].zfill(3)}")
+        word = line.strip("\"' :-")
+        if word in _YAML_PARTS:
+            part, dataset = _YAML_PARTS[word], None
+        elif word in _YAML_DATASETS:
+            dataset = _YAML_DATASETS[word]
+        elif line.strip().startswith("-") and word.isalnum() and part and dataset:
+            lists[part].append(f"{dataset}/{word.zfill(3)}")
         elif word:
             raise ValueError(f"line {number}: {line[:60]}")
     return lists

@@ -24,7 +24,7 @@ from cmrssp.files import atomic, check_writable, sweep
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 
-_FORMAT = 9  # in the hash of the files' names
+_FORMAT = 10  # in the hash of the files' names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,6 @@ def build(
     labels: bool,
     skip_broken: bool = False,
     name_broken: bool = True,
-    progress: bool = True,
 ) -> Store:
     """Open the store of these subjects; first write, on all cores, what is missing or out of date in it.
 
@@ -119,23 +118,20 @@ def build(
     def prepare(subject: Subject, write: bool) -> bool:
         """Whether the subject is stored, or broken."""
         try:
-            cine = _cine(folder, subject, write)
-            label = _labels(folder, subject, cine, write) if labels and cine else None
+            cine, label = found[subject.key] = _records(folder, subject, labels, write)
         except BrokenSubject as error:
             broken[subject.key] = str(error)
             return True
-        found[subject.key] = cine, label
         return bool(cine and (label or not labels))
 
     if missing := [subject for subject in subjects if not prepare(subject, write=False)]:
         check_writable("--cache", folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if progress:
-            print(f"storing {len(missing)} subjects in {folder}", flush=True)
-        hidden = distributed.hide_bar() if progress else True
+        print(f"storing {len(missing)} subjects in {folder}", flush=True)
         with ThreadPoolExecutor(available_cores()) as pool:
             done = pool.map(lambda subject: prepare(subject, write=True), missing)
-            list(tqdm(done, "building the store", len(missing), unit="subject", disable=hidden))
+            hide = distributed.hide_bar()
+            list(tqdm(done, "building the store", len(missing), unit="subject", disable=hide))
     if broken:
         names = "".join(f"\n  {key}: {why}" for key, why in sorted(broken.items()))
         verdict = f"{len(broken)} of {len(subjects)} subjects cannot be used"
@@ -144,68 +140,56 @@ def build(
         if name_broken:
             print(f"{verdict}, left out:{names}")
     kept = [s for s in subjects if s.key not in broken]
-    cines, label_records = [found[s.key][0] for s in kept], [found[s.key][1] for s in kept]
-    left_out = [Problem(key, "", why, LEFT_OUT) for key, why in sorted(broken.items())]
+    cines, label_records = ([found[s.key][i] for s in kept] for i in (0, 1))
+    left_out = [Problem(key, "", why, LEFT_OUT) for key, why in broken.items()]
     return Store(kept, cines, label_records if labels else None, left_out)
 
 
-def _cine(folder: Path, subject: Subject, write: bool) -> CineRecord | None:
-    path = _path(folder, subject, _fingerprint(subject.files), ".cine")
-    return _record(CineRecord, path, lambda: read_cine(subject), write)
-
-
-def _labels(folder: Path, subject: Subject, cine: CineRecord, write: bool) -> LabelRecord | None:
+def _records(
+    folder: Path, subject: Subject, labels: bool, write: bool
+) -> tuple[CineRecord | None, LabelRecord | None]:
+    """The records of the stored cine and labels; what has no valid file is written, or is None."""
+    path = _path(folder, subject, subject.files, [], ".cine")
+    cine = _record(CineRecord, path, lambda: read_cine(subject), ["stored", "motion"], write)
+    if not labels or not cine:
+        return cine, None
     files = [*subject.files, *(p for f in subject.labels for p in (f.path, f.image) if p)]
     # The cine decides the labels' shape and axes, the layout their ids and frames.
     layout = [subject.label_ids, subject.ed, subject.es, [[f.frame, f.phase] for f in subject.labels]]
-    path = _path(folder, subject, [*_fingerprint(files), layout], ".labels")
-    return _record(LabelRecord, path, lambda: read_labels(subject, cine, _map(cine, "<i2")), write)
+    path = _path(folder, subject, files, layout, ".labels")
+    return cine, _record(
+        LabelRecord, path, lambda: read_labels(subject, cine, _map(cine, "<i2")), ["masks"], write
+    )
 
 
-def _path(folder: Path, subject: Subject, sources: list, suffix: str) -> Path:
-    made_from = json.dumps([_FORMAT, subject.key, str(subject.cine.resolve()), sources])
+def _path(folder: Path, subject: Subject, files: Sequence[Path], layout: list, suffix: str) -> Path:
+    """Where something is stored that is made from the files; sizes and times tell whether they changed."""
+    try:
+        stats = [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
+    except OSError as error:
+        raise BrokenSubject(f"{error.filename}: {error.strerror}") from None
+    made_from = json.dumps([_FORMAT, subject.key, str(subject.cine.resolve()), stats, layout])
     name = subject.file_name.encode()[:80].decode(errors="ignore")
     return folder / f"{name}-{sha256(made_from.encode()).hexdigest()[:16]}{suffix}"
 
 
-def _fingerprint(paths: Sequence[Path]) -> list[list]:
-    """Name, size and time of change of each file: they tell whether a source has changed."""
-    try:
-        return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
-    except OSError as error:
-        raise BrokenSubject(f"{error.filename}: {error.strerror}") from None
-
-
-def _record(kind: type, path: Path, read: Callable[[], Cine | Labels], write: bool) -> Any:
-    """The record (CineRecord, LabelRecord) in the first line of a complete file; without one, `write` what is
-    read, else return None.
-    """
-    try:
-        with open(path, "rb") as file:
-            line = file.readline()
-        if path.stat().st_size == len(line) + json.loads(line)["bytes"]:
-            return _parsed(kind, path, line)
-    except (OSError, ValueError):
-        pass
-    if not write:
-        return None
-    content = read()
-    size = sum(array.nbytes for array in content.arrays)
-    header = {"bytes": size, "shape": content.arrays[0].shape}
-    header |= {f.name: getattr(content, f.name) for f in fields(kind) if hasattr(content, f.name)}
-    text = json.dumps(header, default=asdict).encode()
-    line = text + b" " * (-(len(text) + 1) % 64) + b"\n"
-    with atomic(path) as file:
-        file.write(line)
-        for array in content.arrays:
-            file.write(np.ascontiguousarray(array).data)
-    return _parsed(kind, path, line)
-
-
-def _parsed(kind: type, path: Path, line: bytes) -> Any:
-    """The record of that kind in the first line of a file."""
+def _record(
+    kind: type, path: Path, read: Callable[[], Cine | Labels], arrays: Sequence[str], write: bool
+) -> Any:
+    """The record in the first line of a file. Without the file `write` what is read, or return None."""
+    if not path.exists():
+        if not write:
+            return None
+        content = read()
+        header = {f.name: getattr(content, f.name) for f in fields(kind) if hasattr(content, f.name)}
+        header["shape"] = getattr(content, arrays[0]).shape
+        text = json.dumps(header, default=asdict).encode()
+        with atomic(path) as file:
+            file.write(text + b" " * (-(len(text) + 1) % 64) + b"\n")
+            file.writelines(np.ascontiguousarray(getattr(content, name)).data for name in arrays)
+    with open(path, "rb") as file:
+        line = file.readline()
     header = json.loads(line, object_hook=_tuples)
-    del header["bytes"]
     header["problems"] = tuple(Problem(**problem) for problem in header["problems"])
     if kind is CineRecord:
         header["geometry"] = Geometry(**header["geometry"])

@@ -4,9 +4,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import nibabel
+from typing import Any
 
 from cmrssp.errors import UserError
 
@@ -51,17 +49,6 @@ class LabelFile:
     phase: str = ""  # ED or ES, from the file's name
 
 
-class Source(Protocol):
-    """A cine that does not lie in one NIfTI file."""
-
-    files: tuple[Path, ...]
-    heart_rate_per_min: float | None
-    notes: tuple[Finding, ...]
-
-    def image(self) -> nibabel.Nifti1Image:
-        """The cine as a NIfTI image, whose voxels are read on access; that raises BrokenSubject."""
-
-
 @dataclass(frozen=True)
 class Subject:
     """What a layout knows of a subject without opening an image. Nothing here is read from a label file."""
@@ -76,7 +63,7 @@ class Subject:
     ed: int | None = None  # 0-based frames according to the data set's table
     es: int | None = None
     part: str = ""  # train, validation or test where the data set itself says so
-    source: Source | None = None  # of the voxels if `cine` is a folder
+    source: Any = None  # if `cine` is a folder: the layouts.dicom_stack.Stack of its voxels
     height_m: float | None = None
     weight_kg: float | None = None
 

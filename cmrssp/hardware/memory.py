@@ -46,7 +46,7 @@ def check(
         raise UserError(f"--batch-size {size}: {sizes}; try {hint}" + ", or --amp fp16" * (amp == "off"))
     if device_cache == "on" or (device_cache == "auto" and device.type == "cuda"):
         kinds = {"labelled": batches.labelled, "motion": batches.motion}
-        slices = DeviceCache.needs(batches.store, batches.slices, **kinds)
+        slices = DeviceCache.needs(batches.slices, **kinds)
         room = free(device) - _MARGIN * needed - _RESERVE
         sizes = (
             f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"

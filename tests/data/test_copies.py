@@ -10,7 +10,7 @@ def test_a_copy_of_a_test_subject_is_not_trained_on(tmp_path, write_mnms, beatin
     for id, i in (("A", 0), ("B", 0), ("C", 1), ("D", 1), ("E", 2), ("F", 2)):
         folder = write_mnms(id, *beating(i))
     subjects, _ = dataset.find([folder], tmp_path)
-    cines = store.build(subjects, tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(subjects, tmp_path / "cache", labels=False)
     split = {"train": ["mnms/A", "mnms/C", "mnms/E", "mnms/F"], "validation": ["mnms/D"], "test": ["mnms/B"]}
     cleaned = copies.without_copies(cines, split)
     assert cleaned == {"train": ["mnms/E", "mnms/F"], "validation": ["mnms/D"], "test": ["mnms/B"]}
@@ -23,7 +23,7 @@ def test_a_copy_of_a_test_subject_is_not_trained_on(tmp_path, write_mnms, beatin
 def three_subjects(write_mnms, beating, tmp_path):
     for i, id in enumerate("ABC"):
         folder = write_mnms(id, *beating(i))
-    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False)
+    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=False)
 
 
 def test_the_images_that_a_checkpoint_knows_are_accepted(three_subjects):

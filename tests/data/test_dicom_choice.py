@@ -133,7 +133,7 @@ def test_subjects_are_called_by_their_folders(tmp_path):
     ids = [s.id for s in subjects]
     assert ids[:4] == ["a", "b/st/1", "b/st/2", "c"] and len({*ids}) == 6
     assert all(id.startswith("d/subject-") for id in ids[4:])
-    assert sum("several patients" in problem.what for problem in problems) == 2
+    assert not problems
 
 
 @pytest.mark.parametrize("where", ["Sorgenfrei_M", "x HX-4471-09", "b1953-02-17", "acc770815"])
@@ -182,19 +182,6 @@ def test_a_changed_and_a_new_file_are_read_again(tmp_path):
     assert len(subject.source.grid) == 4 and not problems
 
 
-def unknown_syntax(folder: Path) -> None:
-    for path in write(folder / "b", small(**series(2))):
-        path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.8\0"))
-
-
-def jpeg(folder: Path) -> None:
-    for path in write(folder / "b", small(**series(2))):
-        file = pydicom.dcmread(path)
-        file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
-        file.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(60)])
-        file.save_as(path, enforce_file_format=False, overwrite=True)
-
-
 def short_header(folder: Path) -> None:
     (folder / "broken.dcm").write_bytes((folder / "IM00003").read_bytes()[:200])
 
@@ -202,16 +189,12 @@ def short_header(folder: Path) -> None:
 BAD = {
     "nothing but a name": (lambda folder: (folder / "empty.dcm").write_bytes(b""), "cannot be read"),
     "short header": (short_header, "cannot be read"),
-    "unknown compression": (unknown_syntax, "compression"),
-    "no plug-in": (jpeg, "pylibjpeg"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_row(tmp_path, what):
     make, words = BAD[what]
-    if what == "no plug-in" and pydicom.pixels.get_decoder(pydicom.uid.JPEGLSLossless).is_available:
-        pytest.skip("a plug-in for JPEG-LS is installed")
     write(tmp_path / "study", small())
     make(tmp_path / "study")
     (subject,), (problem,) = find(tmp_path / "study")
@@ -254,16 +237,17 @@ def test_a_truncated_file_leaves_a_missing_frame(tmp_path):
     assert "slice 1 has 8 frames" in note and "frame 3 is missing" in note
 
 
-def test_pixels_that_are_damaged_are_one_line(tmp_path):
+@pytest.mark.parametrize("syntax", ["RLELossless", "JPEGLSLossless"])
+def test_pixels_that_are_damaged_or_need_a_plug_in_are_one_line(tmp_path, syntax):
     for path in write(tmp_path / "study", small()):
         file = pydicom.dcmread(path)
-        file.file_meta.TransferSyntaxUID = pydicom.uid.RLELossless
+        file.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
         file.PixelData = pydicom.encaps.encapsulate([bytes(200)])
         file.save_as(path, enforce_file_format=False, overwrite=True)
     subjects, _ = find(tmp_path / "study")
     with pytest.raises(UserError, match="1 of 1 subjects") as error:
         store.build(subjects, tmp_path / "cache", labels=False)
-    assert "series 1" in str(error.value)
+    assert "series 1" in str(error.value) and "pylibjpeg" in str(error.value)
 
 
 def test_a_folder_without_a_cine_tells_what_it_holds(tmp_path):

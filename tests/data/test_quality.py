@@ -98,7 +98,7 @@ def test_hearts_far_from_the_crop(tmp_path, write_mnms, beating):
     labels[20:31, 215:226, :, 0] = 1
     write_mnms("A", cine, labels)
     subjects, _ = dataset.find([tmp_path / "mnms"], tmp_path)
-    cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(subjects, tmp_path / "cache", labels=True)
     (record,) = cines.labels
     distance, reach = record.distance_mm, record.reach_mm
     assert distance == pytest.approx((220 - 25) * 1.5, abs=6) and reach == pytest.approx(

@@ -95,7 +95,7 @@ def test_a_split_file_decides(tmp_path):
     [
         ("[1]", "expected the lists"),
         ("{", "expected the lists"),
-        ('{"train": ["a"], "validation": ["a"], "test": []}', "more of a"),
+        ('{"train": ["a"], "validation": ["a"], "test": []}', "more than once: a"),
         ('{"train": ["a"], "validation": ["b"], "test": []}', "names none of the 4 subjects"),
     ],
 )

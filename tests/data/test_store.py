@@ -27,7 +27,7 @@ def built(path):
 
 
 def test_slices_are_those_of_the_files(three, tmp_path):
-    cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=True)
     for i, subject in enumerate(three):
         stored = read_cine(subject).stored
         for t, z in np.ndindex(3, 3):
@@ -40,7 +40,7 @@ def test_slices_are_those_of_the_files(three, tmp_path):
 
 
 def test_a_batch_holds_the_motion_maps_of_its_slices(three, tmp_path):
-    cines = store.build(three, tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=False)
     batch = collate(cines, [(0, 2, 0), (0, 1, 0), (2, 0, 2)], labelled=False, motion=True)
     maps = [motion_map(temporal_deviation(read_cine(s).stored), (1.5, 1.5)) for s in three]
     assert batch["motion"].dtype == torch.float16 and batch["motion"].shape == batch["image"].shape
@@ -51,26 +51,16 @@ def test_a_batch_holds_the_motion_maps_of_its_slices(three, tmp_path):
 
 def test_a_built_store_is_not_built_again_and_a_changed_source_is(three, tmp_path, beating, write_mnms):
     cache = tmp_path / "cache"
-    store.build(three, cache, labels=True, progress=False)
+    store.build(three, cache, labels=True)
     first = built(cache)
-    store.build(three, cache, labels=True, progress=False)
+    store.build(three, cache, labels=True)
     assert built(cache) == first
     write_mnms("A", *beating(9))
-    cines = store.build(three, cache, labels=True, progress=False)
+    cines = store.build(three, cache, labels=True)
     now = built(cache)
     assert first.items() <= now.items()  # a training that reads the old ones is not disturbed
     assert {name[0] for name in now.keys() - first} == {"A"} and len(now) == 8
     assert (cines.volume(0, 0) == read_cine(three[0]).stored[0]).all()
-
-
-def test_half_written_files_are_built_again(three, tmp_path):
-    cache = tmp_path / "cache"
-    store.build(three, cache, labels=True, progress=False)
-    whole = {p: p.read_bytes() for p in (cache / "store").iterdir()}
-    for path, content in whole.items():
-        path.write_bytes(content[: len(content) // 2])
-    store.build(three, cache, labels=True, progress=False)
-    assert {p: p.read_bytes() for p in (cache / "store").iterdir()} == whole
 
 
 def test_what_killed_processes_left_is_swept_after_a_day(three, tmp_path):
@@ -79,7 +69,7 @@ def test_what_killed_processes_left_is_swept_after_a_day(three, tmp_path):
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (1, 1))
-    store.build(three, tmp_path / "cache", labels=False, progress=False)
+    store.build(three, tmp_path / "cache", labels=False)
     assert not old.exists() and new.exists()
 
 
@@ -96,7 +86,7 @@ def test_two_that_write_the_phantom_at_once_both_end_well(tmp_path):
 def test_images_alone_open_no_label_file(three, tmp_path):
     """A label file that cannot be read disturbs nobody who asks for no labels."""
     three[0].labels[0].path.write_bytes(b"nonsense")
-    cines = store.build(three, tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=False)
     assert cines.labels is None and all(name.endswith(".cine") for name in built(tmp_path / "cache"))
 
 
@@ -106,14 +96,14 @@ def test_all_broken_subjects_are_named_at_once(three, tmp_path, capsys):
     with pytest.raises(
         BrokenSubject, match=r"2 of 3 subjects cannot be used(.|\n)*mnms/A: .*truncated(.|\n)*mnms/B: "
     ):
-        store.build(three, tmp_path / "cache", labels=False, progress=False)
-    cines = store.build(three, tmp_path / "cache", labels=False, skip_broken=True, progress=False)
+        store.build(three, tmp_path / "cache", labels=False)
+    cines = store.build(three, tmp_path / "cache", labels=False, skip_broken=True)
     assert [s.id for s in cines.subjects] == ["C"]
     assert "left out" in capsys.readouterr().out
 
 
 def test_a_batch_holds_native_slices_padded(three, tmp_path):
-    cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=True)
     batch = collate(cines, [(0, 2, 0), (2, 0, 2)], labelled=True)
     assert batch["image"].shape == batch["label"].shape == (2, 1, 64, 64)
     assert batch["image"].dtype == torch.int16 and batch["label"].dtype == torch.uint8
@@ -127,14 +117,14 @@ def test_a_batch_holds_native_slices_padded(three, tmp_path):
 
 def test_position_of_a_single_slice_is_nan(write_mnms, beating, tmp_path):
     folder = write_mnms("S", beating()[0][:, :, :1])
-    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=False)
     assert torch.isnan(collate(cines, [(0, 0, 0)], labelled=False)["position"]).all()
 
 
 @pytest.fixture
 def batches_of_four(three, tmp_path):
     """The batches of all 27 slices of three subjects."""
-    cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=True)
     slices = Slices(cines, [s.key for s in three])
     return Batches(cines, slices, batch_size=4, seed=1, labelled=False, device=torch.device("cpu"))
 
@@ -147,7 +137,7 @@ def test_slices_are_numbered_without_a_gap(batches_of_four):
 
 def test_slices_of_labelled_frames_alone(three, tmp_path):
     """Two of three subjects have labels, in two of three frames of three slices."""
-    cines = store.build(three, tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=True)
     assert len(Slices(cines, [s.key for s in three], phases="both")) == 2 * 2 * 3
     assert len(Slices(cines, [s.key for s in three], phases="ed")) == 2 * 3
 
@@ -174,7 +164,7 @@ def test_slices_in_order_are_all_or_a_sample_that_stays(batches_of_four):
 
 
 def test_a_batch_larger_than_the_data_is_the_only_one(three, tmp_path):
-    cines = store.build(three, tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=False)
     loader = Batches(
         cines, Slices(cines, ["mnms/A"]), batch_size=64, seed=0, labelled=False, device=torch.device("cpu")
     )
@@ -182,7 +172,7 @@ def test_a_batch_larger_than_the_data_is_the_only_one(three, tmp_path):
 
 
 def test_the_reader_hands_its_errors_over_and_ends_with_the_consumer(three, tmp_path):
-    cines = store.build(three, tmp_path / "cache", labels=False, progress=False)
+    cines = store.build(three, tmp_path / "cache", labels=False)
     loader = Batches(
         cines, Slices(cines, ["mnms/A"]), batch_size=1, seed=0, labelled=False, device=torch.device("cpu")
     )

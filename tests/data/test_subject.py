@@ -212,7 +212,6 @@ def header_of(tmp_path, **fields):
 UNSET = [1, 1, 1, 1, 1, 1, 1, 1]
 NO_AFFINE = {"srow_x": 0, "srow_y": 0, "srow_z": 0}
 IDENTITY = {"srow_x": [1, 0, 0, 0], "srow_y": [0, 1, 0, 0], "srow_z": [0, 0, 1, 0]}
-SKEW = {"srow_x": [1.2, 0.14, 0, 0]}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +232,6 @@ SKEW = {"srow_x": [1.2, 0.14, 0, 0]}
             (1, 1, 1),
             "spacing of 1 x 1 x 1 mm (rows, columns, slices) is unusual",
         ),
-        (SKEW, (np.hypot(1.4, 0.14), 1.2, 8), "the direction cosines are not orthogonal (cosine 0.10)"),
     ],
 )
 def test_affine_and_voxel_sizes(tmp_path, fields, spacing, said):
@@ -291,7 +289,7 @@ def test_the_same_heart_in_every_storage_order(tmp_path, beating):
             for name, array in (("h_sa", cine), ("h_sa_gt", labels)):
                 nibabel.save(nibabel.Nifti1Image(restored(array), first @ turn), folder / f"{name}.nii.gz")
             subjects, _ = dataset.find([folder], CACHE)
-            cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+            cines = store.build(subjects, tmp_path / "cache", labels=True)
             record = cines.cines[0]
             batch = collate(cines, [(0, 2, z) for z in range(3)], labelled=True)
             (predicted,) = predict_frames([method], cines, 0, [2], torch.device("cpu"))
@@ -367,16 +365,6 @@ def test_layouts_ignore_what_is_not_theirs(tmp_path):
     Path(tmp_path / "notes.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"no cine found; expected \.nii or"):
         dataset.find([tmp_path], CACHE)
-
-
-@pytest.mark.parametrize(("value", "high"), [(1e9, 1000), (1e308, 1000), (1e4, 1)])
-def test_an_image_that_one_voxel_spoils_is_refused(tmp_path, value, high):
-    """1000 values among 32768 levels up to 1e9: none is left; 0 to 1 among them up to 1e4: three."""
-    cine = high * np.random.default_rng(0).random((12, 10, 3, 4))
-    cine[3, 4, 1] = value
-    nibabel.save(nibabel.Nifti1Image(cine, np.diag([1.5, 1.5, 8, 1])), tmp_path / "a.nii")
-    with pytest.raises(BrokenSubject, match=r"a.nii: .* a few voxels so far from all"):
-        read_cine(Subject("folder", "a", tmp_path / "a.nii"))
 
 
 def test_borders_of_zeros_are_left_out_where_zero_is_not_the_smallest_value(tmp_path):

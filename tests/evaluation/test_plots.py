@@ -265,7 +265,7 @@ def test_contour_sheet_draws_the_outline_of_each_class(write_mnms, tmp_path, mon
     folder = write_mnms("A", image.T, reference[None].T, affine)
     subjects, _ = dataset.find([folder], tmp_path)
     for labels, columns in ((True, 3), (False, 3)):
-        cines = store.build(subjects, tmp_path / "cache", labels=labels, progress=False)
+        cines = store.build(subjects, tmp_path / "cache", labels=labels)
         contours.contour_sheet(cines, [(0, 0, "a $x_{$", prediction)], tmp_path / "a.png", columns=columns)
     with_reference, without = (figure.axes for figure in figures)
     blue, orange = with_reference[0].lines  # the only slice that the reference labels, half a pixel out

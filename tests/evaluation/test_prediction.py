@@ -20,7 +20,7 @@ from cmrssp.segmentation import keep_largest, predict_frames
 @pytest.fixture
 def one(write_mnms, beating, tmp_path):
     subjects, _ = dataset.find([write_mnms("A", *beating())], tmp_path)
-    return store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    return store.build(subjects, tmp_path / "cache", labels=True)
 
 
 def test_the_largest_component_of_each_class_stays():

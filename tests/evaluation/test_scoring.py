@@ -44,7 +44,7 @@ def three(write_mnms, beating, tmp_path) -> store.Store:
         cine, labels = beating(seed)
         folder = write_mnms(name, cine, np.where(labels == 3, 0, labels))
     subjects, _ = dataset.find([str(folder)], tmp_path)
-    return store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    return store.build(subjects, tmp_path / "cache", labels=True)
 
 
 def test_a_subject_that_fails_is_named_and_the_others_are_scored(three):
@@ -81,7 +81,7 @@ def test_a_class_that_no_reference_has_is_neither_missed_nor_measured(three):
 def test_a_cine_that_cannot_be_measured_has_dice_but_no_volumes(write_mnms, beating, tmp_path):
     cine, labels = (np.repeat(array, 2, axis=2) for array in beating())
     subjects, _ = dataset.find([str(write_mnms("A", cine, labels))], tmp_path)
-    cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(subjects, tmp_path / "cache", labels=True)
     scores = scoring.score(predicting(cines), cines, phases="both")
     assert not cines.cines[0].measurable and all(0 <= row["dice"] <= 1 for row in scores.rows)
     assert all(math.isnan(row[n]) for row in scores.rows for n in ("volume_ml", "reference_ml", "hd95_mm"))
@@ -130,7 +130,7 @@ def test_label_maps_of_two_data_sets_keep_apart(write_mnms, beating, tmp_path):
     for name, array in (("A", np.pad(cine, pads)), ("A_gt", np.pad(labels, pads))):
         nibabel.save(nibabel.Nifti1Image(array, np.diag((1.5, 1.5, 10, 1))), plain / f"{name}.nii.gz")
     subjects, _ = dataset.find([str(tmp_path / "mnms"), str(plain)], tmp_path)
-    cines = store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(subjects, tmp_path / "cache", labels=True)
     scoring.score(predicting(cines), cines, phases="both", save=tmp_path / "maps")
     shapes = {p.name: nibabel.load(p).shape[:2] for p in (tmp_path / "maps").iterdir()}
     assert set(shapes) == {"folder__A.nii.gz", "mnms__A.nii.gz"}

@@ -11,10 +11,7 @@ from cmrssp.segmentation import Segmentation
 @pytest.fixture
 def loader(write_mnms, beating, tmp_path):
     cines = store.build(
-        dataset.find([write_mnms("A", *beating())], tmp_path)[0],
-        tmp_path / "cache",
-        labels=True,
-        progress=False,
+        dataset.find([write_mnms("A", *beating())], tmp_path)[0], tmp_path / "cache", labels=True
     )
     return Batches(
         cines,

@@ -36,7 +36,7 @@ def hearts(write_mnms, beating, tmp_path):
     cine, labels = beating(1)
     pads = ((20, 10), (13, 20), (0, 0), (0, 0))
     folder = write_mnms("B", np.pad(cine, pads), np.pad(labels, pads))
-    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True)
 
 
 def batches(cines, *, labelled=True, batch_size=5, motion=False):
@@ -87,7 +87,10 @@ def test_what_the_device_has_no_room_for_is_read_or_refused(hearts, monkeypatch,
         memory.check(method, loader, amp="off", device=CPU, device_cache="on")
     monkeypatch.setattr(memory, "free", lambda device: training + needed + 1)
     memory.check(method, loader, amp="off", device=CPU, device_cache="on")
-    assert loader.on_device.image.numel() * 2 == needed and "device cache: on" in capsys.readouterr().out
+    assert (
+        loader.on_device.pixels["image"].numel() * 2 == needed
+        and "device cache: on" in capsys.readouterr().out
+    )
 
 
 def test_where_slices_lie_and_what_is_recomputed_change_no_bit(phantom_folder, tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def make_batches(cines: store.Store, *, labelled: bool, kind: type[Batches] = Ba
 
 
 def make_store(hearts: Path, cache: Path) -> store.Store:
-    return store.build(dataset.find([str(hearts)], cache)[0], cache, labels=True, progress=False)
+    return store.build(dataset.find([str(hearts)], cache)[0], cache, labels=True)
 
 
 def mean_dice(method: Segmentation, cines: store.Store, subjects: Sequence[int]) -> dict[str, float]:

@@ -114,7 +114,7 @@ def test_a_resumed_training_equals_an_unbroken_one(name, write_mnms, beating, tm
     """Stopped in the first step, in the middle of an epoch, in the last step of all."""
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    cines = store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True)
     labelled = name == "segmentation"
     slices = Slices(cines, ["mnms/A", "mnms/B"], phases="both" if labelled else None)
     size = 3 if labelled else 4
@@ -353,7 +353,7 @@ def test_two_processes_build_one_store(phantom_folder, tmp_path):
     subjects, _ = dataset.find([phantom_folder], tmp_path)
     files = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "store").iterdir()}
     assert len(files) == 16
-    store.build(subjects, tmp_path / "cache", labels=True, progress=False)
+    store.build(subjects, tmp_path / "cache", labels=True)
     assert {
         p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache" / "store").iterdir()
     } == files  # all valid

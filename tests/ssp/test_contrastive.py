@@ -133,7 +133,7 @@ def test_pcl_attracts_near_positions_of_any_subject():
 
 def test_position_0_is_the_base_in_real_patients(acdc70, tmp_path):
     """Mean labelled LV area of the first third of the stack against the last third."""
-    cines = store.build(dataset.find([acdc70], tmp_path)[0], tmp_path, labels=True, progress=False)
+    cines = store.build(dataset.find([acdc70], tmp_path)[0], tmp_path, labels=True)
     right = 0
     for i, record in enumerate(cines.labels):
         areas = (cines.label_volume(i, record.ed) == 1).sum(axis=(1, 2))

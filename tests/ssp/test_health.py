@@ -52,9 +52,7 @@ def test_position_probe_of_noise_is_not_above_zero():
 
 @pytest.mark.parametrize("collapsed", [True, False])
 def test_a_collapse_is_said_when_it_happens(phantom_folder, tmp_path, capsys, collapsed):
-    cines = store.build(
-        dataset.find([phantom_folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False
-    )
+    cines = store.build(dataset.find([phantom_folder], tmp_path)[0], tmp_path / "cache", labels=False)
     loader = Batches(
         cines,
         Slices(cines, list(cines.index)),

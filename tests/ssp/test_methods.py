@@ -15,7 +15,7 @@ SMALL = {"channels": (4, 8, 8), "norm": "batch", "image_size": 32, "spacing_mm":
 def hearts(write_mnms, beating, tmp_path):
     for i, id in enumerate("AB"):
         folder = write_mnms(id, *beating(i))
-    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True, progress=False)
+    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=True)
 
 
 def mim(**changes):

@@ -21,7 +21,7 @@ def hearts(write_mnms, beating, tmp_path):
     for i, id in enumerate("ABC"):
         cine, labels = beating(i)
         folder = write_mnms(id, *((cine[..., :1], labels[..., :1]) if id == "C" else (cine, labels)))
-    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=False, progress=False)
+    return store.build(dataset.find([folder], tmp_path)[0], tmp_path / "cache", labels=False)
 
 
 def make(seed=0):

@@ -14,8 +14,8 @@ Rows = dict[str, dict[str, str]]  # {subject: its row}
 
 
 def read(path: Path, key: str) -> list[dict[str, str]] | None:
-    """The rows of a CSV that have a `key`, column names in small letters, cells stripped; None without such a
-    column. Raises UserError for a file that is no CSV.
+    """The rows that have a `key`, cells stripped, column names in small letters; None without the column.
+    Raises UserError for a file that is no CSV.
     """
     lines = io.StringIO(read_text(path), newline="").readlines()
     while lines and (not lines[0].strip() or lines[0].startswith("sep=")):
@@ -51,9 +51,7 @@ def composed(name: str) -> str:
 def topmost(
     files: Sequence[Path], key: str, cines: Mapping[str, Path], dataset: str, digits: int = 0
 ) -> tuple[Rows, list[Problem]]:
-    """The rows of the topmost CSV with a column `key`, whose cells are filled with zeros to `digits`, and how
-    its subjects differ from those of `cines`.
-    """
+    """The topmost CSV with a column `key` (zeros up to `digits`), and how it differs from `cines`."""
     for path in sorted((f for f in files if f.suffix == ".csv"), key=lambda f: (len(f.parts), f)):
         if (rows := read(path, key)) is not None:
             by_subject = {row[key].zfill(digits): row for row in rows}

@@ -11,13 +11,12 @@ from typing import NamedTuple
 import numpy as np
 import pydicom
 from pydicom.multival import MultiValue
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import ImplicitVRLittleEndian
 
 _NOT_MAGNITUDE = {"P", "R", "I", "PHASE", "PHASE MAP", "VELOCITY", "VELOCITY MAP", "REAL", "IMAGINARY"}
 _GE_COMPONENT, _PHILIPS_SLOPE, _PHILIPS_INTERCEPT = 0x0043102F, 0x2005100E, 0x2005100D
 _RR_MS = (250.0, 2500.0)
 _ANYBODY = {"anon", "anonymous", "anonymized", "anonymised", "patient", "subject", "unknown", "none"}
-_PLAIN = {ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian}
 # a warning of pydicom may cite a header's value
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 warnings.filterwarnings("ignore", module="pydicom")
@@ -45,7 +44,6 @@ class Image(NamedTuple):
     axes: tuple[float, ...] = ()  # directions along a row and along a column, LPS
     slope: float = 1.0
     intercept: float = 0.0
-    syntax: str = ""  # transfer syntax UID
     vendor: str = ""
     height_m: float | None = None
     weight_kg: float | None = None
@@ -104,37 +102,20 @@ def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
     """One image a frame, or one with the reason why none can be in a cine. `room`: bytes of the pixels."""
     rows, columns, bits = (_number(header, name) or 0 for name in ("Rows", "Columns", "BitsAllocated"))
     count, modality = int(_number(header, "NumberOfFrames") or 1), _texts(header, "Modality")[0] or "MR"
-    syntax = str(header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian))
-    reason = ""
     if modality != "MR":
-        reason = f"no MR image (modality {modality})"
-    elif not rows:
+        return [_image(path, 0, header, f"no MR image (modality {modality})")]
+    if not rows:
         raise ValueError("expected an image")
-    elif _number(header, "SamplesPerPixel") not in (None, 1):
-        reason = "colour image"
-    elif syntax in _PLAIN and room < rows * columns * count * bits / 8:
-        reason = "truncated file"
-    study, patient = _texts(header, "StudyInstanceUID")[0], _texts(header, "PatientID", "PatientName")[0]
-    image = Image(
-        path,
-        "",
-        reason=reason,
-        study=hashed(f"{study or path.parent} {patient}"),
-        series=hashed(_texts(header, "SeriesInstanceUID")[0]),
-        number=int(_number(header, "SeriesNumber") or -1),
-        instance=int(_number(header, "InstanceNumber") or -1),
-        syntax=syntax,
-        vendor=_texts(header, "Manufacturer")[0],
-        height_m=_number(header, "PatientSize", low=0.3, high=2.5),
-        weight_kg=_number(header, "PatientWeight", low=1, high=400),
-    )
-    if reason:
-        return [image]
+    if _number(header, "SamplesPerPixel") not in (None, 1):
+        return [_image(path, 0, header, "colour image")]
+    compressed = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian).is_compressed
+    if not compressed and room < rows * columns * count * bits / 8:
+        return [_image(path, 0, header, "truncated file")]
     groups = header.get("PerFrameFunctionalGroupsSequence", ())
     if len(groups) != count:
-        return [_frame(image, k, header) for k in range(count)]
+        return [_image(path, k, header) for k in range(count)]
     shared = header.get("SharedFunctionalGroupsSequence", ())
-    return [_frame(image, k, _flat(header, *shared, group)) for k, group in enumerate(groups)]
+    return [_image(path, k, _flat(header, *shared, group)) for k, group in enumerate(groups)]
 
 
 def _flat(header: pydicom.Dataset, *groups: pydicom.Dataset) -> pydicom.Dataset:
@@ -147,19 +128,26 @@ def _flat(header: pydicom.Dataset, *groups: pydicom.Dataset) -> pydicom.Dataset:
     return flat
 
 
-def _frame(image: Image, index: int, header: pydicom.Dataset) -> Image:
-    """`image` with what is said of a frame."""
+def _image(path: Path, index: int, header: pydicom.Dataset, reason: str = "") -> Image:
+    """What is said of a frame."""
+    study, patient = _texts(header, "StudyInstanceUID")[0], _texts(header, "PatientID", "PatientName")[0]
+    clock = _texts(header, "FrameAcquisitionDateTime", "AcquisitionDateTime", "AcquisitionTime", "SeriesTime")
     rate = _number(header, "HeartRate", low=60000 / _RR_MS[1], high=60000 / _RR_MS[0])
     rr = _number(header, "NominalInterval", "RRIntervalTimeNominal", low=_RR_MS[0], high=_RR_MS[1])
     slope, intercept = _number(header, "RescaleSlope"), _number(header, "RescaleIntercept")
     if slope is None and (private := _number(header, _PHILIPS_SLOPE)):
         # (stored - intercept) / slope: Chenevert et al., Transl Oncol 7(1), 2014
         slope, intercept = 1 / private, -(_number(header, _PHILIPS_INTERCEPT) or 0.0) / private
-    clock = _texts(header, "FrameAcquisitionDateTime", "AcquisitionDateTime", "AcquisitionTime", "SeriesTime")
     grid = [n for name in ("Rows", "Columns") for n in _numbers(header, name)]
-    image = image._replace(
+    image = Image(
+        path,
+        place="",
         index=index,
+        study=hashed(f"{study or path.parent} {patient}"),
+        series=hashed(_texts(header, "SeriesInstanceUID")[0]),
+        number=int(_number(header, "SeriesNumber") or -1),
         acquisition=int(_number(header, "AcquisitionNumber") or -1),
+        instance=int(_number(header, "InstanceNumber") or -1),
         clock_ms=_clock_ms(clock[0]),
         trigger_ms=_number(header, "TriggerTime", "NominalCardiacTriggerDelayTime"),
         temporal=_number(header, "TemporalPositionIndex", "TemporalPositionIdentifier"),
@@ -170,8 +158,11 @@ def _frame(image: Image, index: int, header: pydicom.Dataset) -> Image:
         axes=_numbers(header, "ImageOrientationPatient", count=6),
         slope=slope or 1.0,
         intercept=intercept or 0.0,
+        vendor=_texts(header, "Manufacturer")[0],
+        height_m=_number(header, "PatientSize", low=0.3, high=2.5),
+        weight_kg=_number(header, "PatientWeight", low=1, high=400),
     )
-    return image._replace(reason=_why_no_cine(header, image))
+    return image._replace(reason=reason or _why_no_cine(header, image))
 
 
 def _why_no_cine(header: pydicom.Dataset, image: Image) -> str:

@@ -6,13 +6,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import pydicom
 
 from cmrssp.data.layouts.dicom_header import Image
 from cmrssp.data.subject import listed
 
 _MIN_FRAMES, _MIN_SLICES = 8, 3  # of a short-axis cine
-SAME_MM = 1.0  # positions that are nearer are the same slice
+_SAME_MM = 1.0  # positions that are nearer are the same slice
 CYCLE_MS = 200.0  # trigger times of a cine span more
 _BEAT_MS = 250.0  # frames of different heartbeats are further apart
 _PARALLEL = np.cos(np.deg2rad(1.0))
@@ -33,17 +32,12 @@ class Scan(NamedTuple):
 
 
 def choose(images: Sequence[Image]) -> tuple[list[Scan], list[tuple[str, str]]]:
-    """The scans of the short-axis cine of a study, none where it has no such cine; and what was left out, as
-    (series, reason).
-    """
+    """The scans of a study's short-axis cine, if it has one; and what was left out, as (series, reason)."""
     left: dict[str, list[Image]] = defaultdict(list)
-    unreadable = {syntax: _unreadable(syntax) for syntax in {image.syntax for image in images}}
-    usable = []
     for image in images:
-        why = image.reason or unreadable[image.syntax]
-        (left[why] if why else usable).append(image)
+        left[image.reason].append(image)
     stacks = []
-    for group in _grids(usable):
+    for group in _grids(left.pop("", [])):
         cines = []
         for scan in _scans(group):
             if why := _no_cine(scan.images):
@@ -66,18 +60,6 @@ def numbers(images: Sequence[Image]) -> str:
     return listed([n if n >= 0 else "without number" for n in found])
 
 
-def _unreadable(syntax: str) -> str:
-    """Why pixels in a transfer syntax cannot be read; "" where they can."""
-    uid = pydicom.uid.UID(syntax)
-    try:
-        if not uid.is_compressed or pydicom.pixels.get_decoder(uid).is_available:
-            return ""
-    except (ValueError, NotImplementedError):
-        return "unknown compression of the pixels"
-    packages = "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-    return f"compressed as {uid.name}, which needs plug-ins: pip install {packages}"
-
-
 def _grids(images: Sequence[Image]) -> list[list[Image]]:
     """Images with the same pixel grid and parallel planes; the last digits of the header do not count."""
     exact = defaultdict(list)
@@ -85,22 +67,19 @@ def _grids(images: Sequence[Image]) -> list[list[Image]]:
         exact[image.grid, image.axes].append(image)
     groups: list[list[Image]] = []
     for members in sorted(exact.values(), key=len, reverse=True):
-        group = next((group for group in groups if _same_grid(group[0], members[0])), None)
-        if group:
-            group += members
+        for group in groups:
+            cosines = np.multiply(group[0].axes, members[0].axes).reshape(2, 3).sum(axis=1)
+            if cosines.min() >= _PARALLEL and np.allclose(group[0].grid, members[0].grid, rtol=1e-3):
+                group += members
+                break
         else:
             groups.append(members)
     return groups
 
 
-def _same_grid(one: Image, other: Image) -> bool:
-    cosines = np.sum(np.multiply(one.axes, other.axes).reshape(2, 3), axis=1)
-    return bool(np.allclose(one.grid, other.grid, rtol=1e-3) and cosines.min() >= _PARALLEL)
-
-
 def _scans(group: Sequence[Image]) -> list[Scan]:
     at = np.array([image.position for image in group]) @ group[0].normal
-    slices = _levels(at)
+    slices = _numbered(at, _SAME_MM)
     parts = defaultdict(list)
     for image, z in zip(group, slices.tolist(), strict=True):
         parts[image.series, z].append(image)
@@ -150,43 +129,41 @@ def _stacks(scans: Sequence[Scan]) -> list[list[Scan]]:
     for scan in scans:
         series[scan.images[0].series].append(scan)
     parts = sorted(series.values(), key=lambda part: (-_depth(part), _begin(part)))
+    if not parts or _depth(parts[0]) < _MIN_SLICES:
+        return [list(scans)] if parts else []
     stacks: list[list[Scan]] = []
-    for part in (part for part in parts if _depth(part) >= _MIN_SLICES):
-        for stack in stacks:
-            joined = _depth(stack + part)
-            repeats = joined == _depth(stack) and _depth(part) < _COMPLETE * joined
-            low, high = sorted(([scan.at for scan in half] for half in (stack, part)), key=min)
-            if repeats or (max(low) < min(high) and _even(stack + part)):
-                stack += part
-                break
-        else:
-            stacks.append(part)
-    if not stacks:
-        return [list(scans)] if scans else []
-    for part in (part for part in parts if _depth(part) < _MIN_SLICES):
-        fitting = [s for s in stacks if _depth(s + part) == _depth(s) or _even(s + part)]
+    for part in parts:
+        fitting = [stack for stack in stacks if _belongs(part, stack)]
         if fitting:
-            max(fitting, key=lambda s: (_begin(s) <= _begin(part), _begin(s))).extend(part)
+            max(fitting, key=lambda stack: (_begin(stack) <= _begin(part), _begin(stack))).extend(part)
         else:
             stacks.append(part)
     return stacks
 
 
+def _belongs(part: list[Scan], stack: list[Scan]) -> bool:
+    """Whether scans repeat a part of a stack, or extend it evenly."""
+    if _depth(stack + part) == _depth(stack):
+        return _depth(part) < _COMPLETE * _depth(stack)
+    at, slices = np.array([scan.at for scan in stack + part]), levels(stack + part)
+    gaps = np.diff([at[slices == z].mean() for z in range(slices.max() + 1)])
+    even = gaps.max() < 1.5 * np.median(gaps) and gaps.min() > 0.5 * np.median(gaps)
+    low, high = sorted(([scan.at for scan in half] for half in (stack, part)), key=min)
+    return bool(even and (_depth(part) < _MIN_SLICES or max(low) < min(high)))
+
+
 def levels(scans: Sequence[Scan]) -> np.ndarray:
-    """The number of the slice that each scan shows, along the normal; the slice may have moved a little from
-    scan to scan.
-    """
+    """The number of the slice that each scan shows; the slice may have moved a little from scan to scan."""
     at = np.array([scan.at for scan in scans])
     gaps = np.diff(np.sort(at))
-    gaps = gaps[gaps > SAME_MM]
-    return _levels(at, max(SAME_MM, 0.4 * np.median(gaps)) if len(gaps) else SAME_MM)
+    gaps = gaps[gaps > _SAME_MM]
+    return _numbered(at, max(_SAME_MM, 0.4 * np.median(gaps)) if len(gaps) else _SAME_MM)
 
 
-def _levels(at: np.ndarray, apart_mm: float = SAME_MM) -> np.ndarray:
-    order = np.argsort(at)
-    found = np.zeros(len(at), int)
-    found[order[1:]] = np.cumsum(np.diff(at[order]) > apart_mm)
-    return found
+def _numbered(at: np.ndarray, apart_mm: float) -> np.ndarray:
+    """For each position (N,) in mm how many others, further apart than that, lie before it."""
+    bounds = np.sort(at)[1:][np.diff(np.sort(at)) > apart_mm]
+    return np.searchsorted(bounds, at, side="right")
 
 
 def _depth(scans: Sequence[Scan]) -> int:
@@ -194,37 +171,28 @@ def _depth(scans: Sequence[Scan]) -> int:
     return int(levels(scans).max()) + 1
 
 
-def _even(scans: Sequence[Scan]) -> bool:
-    at, slices = np.array([scan.at for scan in scans]), levels(scans)
-    gaps = np.diff([at[slices == z].mean() for z in range(slices.max() + 1)])
-    return bool(gaps.max() < 1.5 * np.median(gaps) and gaps.min() > 0.5 * np.median(gaps))
-
-
 def _begin(scans: Sequence[Scan]) -> tuple:
     return min(scan.order for scan in scans)
 
 
-def _short_axis(stack: Sequence[Scan]) -> bool:
-    return abs(stack[0].images[0].normal @ _APEX) >= _SHORT_AXIS
+def _normal(stack: Sequence[Scan]) -> np.ndarray:
+    return stack[0].images[0].normal
 
 
 def _best(stacks: Sequence[list[Scan]]) -> list[Scan]:
     """Short-axis before others, complete before others, then the latest; [] where none has enough slices."""
     found = [stack for stack in stacks if _depth(stack) >= _MIN_SLICES]
-    found = [stack for stack in found if _short_axis(stack)] or found
+    found = [stack for stack in found if abs(_normal(stack) @ _APEX) >= _SHORT_AXIS] or found
     complete = _COMPLETE * max(map(_depth, found), default=0)
     found = [stack for stack in found if _depth(stack) >= complete]
     return max(found, key=lambda stack: max(scan.order for scan in stack), default=[])
 
 
 def _why_not(stack: list[Scan], chosen: list[Scan]) -> str:
-    if _depth(stack) < _MIN_SLICES:
-        what = f"fewer than {_MIN_SLICES} parallel slices"
-        if not chosen:
-            return what
-        cosine = abs(stack[0].images[0].normal @ chosen[0].images[0].normal)
-        return f"{what}, {np.rad2deg(np.arccos(min(cosine, 1.0))):.1f} degrees off the short axis"
-    if _short_axis(chosen) and not _short_axis(stack):
-        return "planes that are not a short axis's"
+    if not chosen:
+        return f"fewer than {_MIN_SLICES} parallel slices"
+    cosine = abs(_normal(stack) @ _normal(chosen))
+    if cosine < _PARALLEL:
+        return f"planes {np.rad2deg(np.arccos(cosine)):.1f} degrees off the chosen ones"
     complete = _depth(stack) >= _COMPLETE * _depth(chosen)
     return "another complete stack: the later one is used" if complete else "fewer slices than another stack"

@@ -11,7 +11,7 @@ import numpy as np
 import pydicom
 
 from cmrssp.data.layouts.dicom_header import Image
-from cmrssp.data.layouts.dicom_series import CYCLE_MS, SAME_MM, Scan, levels, numbers
+from cmrssp.data.layouts.dicom_series import CYCLE_MS, Scan, levels, numbers
 from cmrssp.data.subject import CORRECTED, NOT_MEASURED, USED, BrokenSubject, Finding, listed
 
 
@@ -53,16 +53,16 @@ class _Voxels:
 
     def get_unscaled(self) -> np.ndarray:
         """Raises BrokenSubject, without a word of what the files say."""
-        read = lru_cache(1)(
-            lambda path: pydicom.pixels.pixel_array(path, raw=True)
-        )  # of all frames of a file
+        read = lru_cache(1)(pydicom.pixels.pixel_array)  # of all frames of a file
         planes = []
         for image in (image for line in self.grid for image in line):
             try:
-                plane = read(image.path).reshape(-1, *self.shape[1::-1])[image.index]
+                plane = read(image.path, raw=True).reshape(-1, *self.shape[1::-1])[image.index]
             except Exception:  # the decoders raise all kinds
-                what = "the pixels of a file cannot be read (truncated? damaged?)"
-                raise BrokenSubject(f"series {numbers([image])}: {what}: {image.place}") from None
+                raise BrokenSubject(
+                    f"series {numbers([image])}: the pixels of {image.place} cannot be read; damaged, or "
+                    "compressed? then pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+                ) from None
             plane = np.float32(plane * image.slope + image.intercept) if self.scaled else plane
             planes.append(plane[::-1])
         return np.stack(planes).reshape(*self.shape[2:], *self.shape[1::-1]).transpose(3, 2, 0, 1)
@@ -79,8 +79,7 @@ def assemble(scans: Sequence[Scan]) -> Stack:
         slices[z].append(scan)
     lines = [max(slices[z], key=lambda scan: scan.order).images for z in sorted(slices)]
     if again := sorted(z for z, found in slices.items() if len(found) > 1):
-        what = f"scanned again, the later scan is used: slice {listed(again)} (counted from 0)"
-        notes.append((what, USED))
+        notes.append((f"scanned again, the later scan is used: slice {listed(again)}, from 0", USED))
     counts = Counter(map(len, lines))
     frames = max(counts, key=lambda n: (counts[n], n))
     usual = [images for images in lines if len(images) == frames]
@@ -127,8 +126,7 @@ def _affine(grid: list[list[Image]]) -> tuple[np.ndarray, list[Finding]]:
     columns = np.stack([along_row * between_columns, -along_column * between_rows, step], axis=1)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ nibabel.affines.from_matvec(columns, corner)  # LPS to RAS
     gaps = np.diff(at @ image.normal)
-    off = np.linalg.norm(at[0] + np.arange(len(at))[:, None] * step - at, axis=1).max()
-    if gaps.max() > 1.5 * np.median(gaps):
-        what = f"a slice seems to be missing: they are {gaps.min():.1f} to {gaps.max():.1f} mm apart"
-        return affine, [(what + "; their mean distance is used", NOT_MEASURED)]
-    return affine, [(f"the slices are up to {off:.1f} mm off an even stack", USED)] if off > SAME_MM else []
+    if gaps.max() <= 1.5 * np.median(gaps):
+        return affine, []
+    what = f"a slice seems to be missing: they are {gaps.min():.1f} to {gaps.max():.1f} mm apart"
+    return affine, [(what + "; their mean distance is used", NOT_MEASURED)]

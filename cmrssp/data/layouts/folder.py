@@ -13,18 +13,16 @@ from cmrssp.errors import UserError
 
 TABLE = "subjects.csv"
 _LIKE_LABELS = re.compile(r"(.+)([_-](?:gt|seg|mask|labels?|contour))", re.IGNORECASE | re.DOTALL)
-_PARTS = {"": "", "train": "train", "validation": "validation", "valid": "validation", "val": "validation",
-          "test": "test"}  # fmt: skip
+_PARTS = ("", "train", "validation", "test")
 
 
 def subjects_among(
     files: Sequence[Path], root: Path, label_suffix: str, *, ignore_split: bool = False
 ) -> tuple[list[Subject], list[Problem]]:
     """The cines among the files below `root`, and what is odd about them. Files whose name ends in
-    `label_suffix` are labels. A subject's id is its file's name, or its path below `root` if two folders hold
-    the name. Opens the CSV only; `ignore_split` ignores its column `split`.
-
-    Raises UserError for files that look like labels with another suffix: pretraining must not see them.
+    `label_suffix` are labels. A subject's id is its file's name, or its path if two folders hold the name.
+    Opens the CSV only; `ignore_split` ignores its column `split`. Raises UserError for files that look like
+    labels with another suffix: pretraining must not see them.
     """
     at = {(path.parent, stem): path for path in files if (stem := stem_of(path.name)) is not None}
     cines = [place for place in at if not place[1].endswith(label_suffix)]
@@ -38,9 +36,7 @@ def subjects_among(
     rows = _rows(root / TABLE, ignore_split)
     subjects, problems = [], []
     for folder, stem in cines:
-        id = stem
-        if same[stem] > 1:
-            id = csv_table.composed((folder / stem).relative_to(root).as_posix())
+        id = stem if same[stem] == 1 else csv_table.composed((folder / stem).relative_to(root).as_posix())
         row, label = rows.get(id, {}), at.get((folder, stem + label_suffix))
         labels, known = (LabelFile(label),) if label else (), csv_table.about(row)
         part = row.get("split", "")
@@ -71,12 +67,13 @@ def _rows(path: Path, ignore_split: bool) -> csv_table.Rows:
     by_subject: csv_table.Rows = {}
     for row in rows:
         subject, part = row["subject"], "" if ignore_split else row.get("split", "").lower()
+        part = "validation" if part in ("val", "valid") else part
         if subject in by_subject:
             raise UserError(f"{path}: expected one row a subject, got several of {subject}")
         if part not in _PARTS:
             expected = "expected train, validation, test or nothing"
-            raise UserError(f"{path}: {expected} as split of {subject}, got {row['split']}")
-        by_subject[subject] = {**row, "split": _PARTS[part]}
+            raise UserError(f"{path}: {expected} as split of {subject}, got {part}")
+        by_subject[subject] = {**row, "split": part}
     return by_subject
 
 

@@ -21,14 +21,8 @@ def subjects_among(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[
     if not found:
         return [], problems
     rows, odd = topmost(files, "external code", {id: parts["sa"] for id, parts in found}, dataset)
-    subjects = [
-        Subject(
-            dataset,
-            id,
-            parts["sa"],
-            (LabelFile(parts["sa_gt"]),) if "sa_gt" in parts else (),
-            **about(rows.get(id, {})),
-        )
-        for id, parts in found
-    ]
+    subjects = []
+    for id, parts in found:
+        labels = (LabelFile(parts["sa_gt"]),) if "sa_gt" in parts else ()
+        subjects.append(Subject(dataset, id, parts["sa"], labels, **about(rows.get(id, {}))))
     return subjects, problems + odd
