@@ -91,7 +91,7 @@ def write_mnms(tmp_path):
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def beating():
     """beating(seed) -> (cine (X, Y, Z, T) int16, labels with ED in frame 2 and ES in frame 0); 40 x 32 x 3 x
     3.

@@ -17,14 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = entry.Parser(prog=PROG, description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATH", help=f"folders, or '{dataset.PHANTOM}'")
     flags.add_reading(parser)
-    sheet = "write a contact sheet: a slice of each subject, its crop centre and crop square"
-    parser.add_argument("--figure", type=Path, metavar="PNG", help=sheet)
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="a slice of each subject and its crop")
     args = parser.parse_args(argv)
     if args.figure and not args.figure.absolute().parent.is_dir():
         raise UserError(f"--figure {args.figure}: there is no folder {args.figure.absolute().parent}")
     _, label_suffix = dataset.source(vars(args))
     subjects, problems = dataset.find(args.paths, args.cache, label_suffix)
-    cines = store.build(subjects, args.cache, labels=True, skip_broken=True, name_broken=False)
+    cines = store.build(subjects, args.cache, labels=True, skip_broken=True, quiet=True)
     print(quality.report(cines, problems))
     if args.figure:
         figures.centre_sheet(cines, args.figure, quality.CROP_MM)

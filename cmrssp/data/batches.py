@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from cmrssp.hardware.device import available_cores
 #   weight      (B,) float32        with `predicted_weight` alone: factor of the slice's loss, on average 1
 Batch = dict[str, torch.Tensor]
 Frames = Mapping[str, Sequence[int]]  # {subject key: frames}
-_NONE: Frames = MappingProxyType({})
 _PAD_TO = 64  # so that shapes repeat
 _AHEAD = 3  # batches that are being read, or wait
 _READERS = 4  # threads that feed a GPU; a CPU that trains has no core to spare for more than one
@@ -40,11 +38,12 @@ class Slices:
     """The slices to use, numbered from 0. Holds a few numbers per subject, none per slice."""
 
     def __init__(
-        self, store: Store, keys: Sequence[str], *, phases: str | None = None, predicted: Frames = _NONE
+        self, store: Store, keys: Sequence[str], *, phases: str | None = None, predicted: Frames | None = None
     ) -> None:
         """All slices of the subjects `keys`: of all frames, or of the labelled `phases` (ed, es, both). Then
         those with predicted labels: {subject key: frames}.
         """
+        predicted = predicted or {}
         self.subjects = np.array([store.index[key] for key in (*keys, *predicted)], np.int64)
         shapes = np.array([store.cines[i].shape for i in self.subjects], np.int64).reshape(-1, 4)
         self.frames = [range(frames) for frames in shapes[:, 0]]
@@ -87,9 +86,9 @@ class Batches:
         predicted_weight: float = 1.0,
         predicted_share: float | None = None,
     ) -> None:
-        """`labelled`, `motion`: the batches hold labels, motion maps. `predicted_weight`: of a slice with
-        predicted labels, where one with true labels counts 1. `predicted_share`: what part of each batch such
-        slices are; an epoch keeps its number of steps, so that slices of one kind repeat.
+        """`predicted_weight`: of a slice with predicted labels, where one with true labels counts 1.
+        `predicted_share`: what part of a batch they are; slices of one kind repeat, an epoch is as long as
+        before.
         """
         ranks = distributed.world_size()
         if batch_size % ranks:

@@ -71,8 +71,7 @@ def read_cine(subject: Subject) -> Cine:
         finite = np.isfinite(raw)
         bad = raw.size - int(np.count_nonzero(finite))
         if bad > _MAX_NOT_FINITE * raw.size:
-            what = f"NaN or infinity in {bad} of {raw.size}"
-            raise BrokenSubject(f"{path}: expected finite voxels, got {what}")
+            raise BrokenSubject(f"{path}: NaN or infinity in {bad} of {raw.size} voxels")
         raw = np.where(finite, raw, raw[finite].min())
         odd.append((f"{bad} voxels are NaN or infinite: set to the minimum", CORRECTED))
     stored, minimum, scale = _stored(path, geometry.to_canonical(raw))
@@ -143,9 +142,8 @@ def heart_centre(deviation: np.ndarray, spacing_mm: tuple[float, float]) -> tupl
     rows, columns = deviation.shape[1:]
     middle = ((rows - 1) / 2, (columns - 1) / 2)
     motion = gaussian_filter(deviation.mean(axis=0).astype(np.float64), [4 / s for s in spacing_mm])
-    distance = [(np.arange(n) - m) * s for n, m, s in zip((rows, columns), middle, spacing_mm, strict=True)]
-    prior = np.exp(-(distance[0][:, None] ** 2 + distance[1][None, :] ** 2) / (2 * 50.0**2))
-    weight = motion**2 * prior
+    v, u = ((np.arange(n) - m) * s for n, m, s in zip((rows, columns), middle, spacing_mm, strict=True))
+    weight = motion**2 * np.exp(-(v[:, None] ** 2 + u**2) / (2 * 50.0**2))
     if not weight.sum() > 0:
         return middle
     weight /= weight.sum()

@@ -33,19 +33,15 @@ def find(
     headers of DICOM files alone. `ignore_split`: without the splits of a subjects.csv. Raises
     FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
     """
-    subjects, problems = [], []
-    for path in paths:
-        found, odd = _in_folder(path, cache, label_suffix, ignore_split)
-        subjects += found
-        problems += odd
-    subjects.sort(key=lambda s: s.key)
+    found = [_in_folder(path, cache, label_suffix, ignore_split) for path in paths]
+    subjects = sorted((s for members, _ in found for s in members), key=lambda s: s.key)
     for one, other in pairwise(subjects):
         if one.key == other.key:
             raise UserError(
                 f"--data: {one.key} was found more than once ({one.cine}, {other.cine}); remove the copies "
                 "or give a smaller folder (of several plain folders: the folder that holds them)"
             )
-    return subjects, problems
+    return subjects, [problem for _, odd in found for problem in odd]
 
 
 def _in_folder(

@@ -77,12 +77,12 @@ class _Reader:
     def add(self, file) -> None:
         """Read a LabelFile of one frame, or of all."""
         array = self._with_our_ids(file.path)
-        table = [frame for frame in (self.subject.ed, self.subject.es) if frame is not None]
-        frame = table[0] if file.frame is None and len(table) == 1 else file.frame
+        table = {self.subject.ed, self.subject.es} - {None}
+        frame = table.pop() if file.frame is None and len(table) == 1 else file.frame
         if not array.any():
             self.note("holds no label", USED, file.path)
-            return
-        if file.image:
+            frames = []
+        elif file.image:
             frames = self._frames_that_show(file.image)
         elif file.frame is None and len(array) == len(self.stored):
             frames = range(len(array))
@@ -142,12 +142,11 @@ class _Reader:
         volumes = (self._on_grid(path)[0], *self.stored)
         wanted, *frames = (volume[:, ::_STRIDE, ::_STRIDE].ravel() for volume in volumes)
         alike = np.nan_to_num([np.corrcoef(pixels, wanted)[0, 1] for pixels in frames])
-        frame, best = int(alike.argmax()), alike.max()
-        if best < _ALIKE:
-            what = f"no frame of the cine looks like {path.name} (best correlation {best:.2f}): not used"
-            self.note(what, LEFT_OUT, path)
-            return []
-        return [frame]
+        if alike.max() >= _ALIKE:
+            return [int(alike.argmax())]
+        what = f"no frame of the cine looks like {path.name} (best correlation {alike.max():.2f}): not used"
+        self.note(what, LEFT_OUT, path)
+        return []
 
     def labels(self) -> Labels:
         """What all files together say."""

@@ -12,9 +12,9 @@ def temporal_deviation(cine: np.ndarray) -> np.ndarray:
 def motion_map(deviation: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
     """Temporal deviation (Z, H, W) -> motion map (Z, H, W) float16; all 0 if nothing moves.
 
-    The deviation is blurred in plane (sigma 2 mm). Its square root is taken, because a few pixels change far
-    more than the others. It is standardised over the stack without empty borders, so that the scanner's
-    intensity scale does not matter and 0, which also pads images, is the mean motion.
+    The deviation is blurred in plane (sigma 2 mm). Its square root is taken (a few pixels change far more
+    than others), and standardised over the stack without empty borders: 0, which also pads images, is the
+    mean.
     """
     root = np.sqrt(gaussian_filter(deviation, [0, *(2 / s for s in spacing_mm)]))
     if not root.any():

@@ -65,34 +65,37 @@ def judge(
     """Of a canonical cine (T, Z, H, W): (what is odd; the whole frames, all if none is; beats a minute where
     the frames are one beat of plausible length).
     """
+    found = list(_odd_sizes(cine.shape, spacing_mm, pitch_mm))
     flat = cine.min(axis=(2, 3)) == cine.max(axis=(2, 3))  # (T, Z): constant images
     padding = flat[~flat.all(axis=1)].all(axis=0)  # (Z,): slices that are constant in all frames
+    found += _odd_slices(cine, flat, padding)
     likeness, of_slices = _likeness(cine, flat)
-    rate, about_time = _heart_rate(likeness, time_step_s)
+    if cine.shape[1] >= _FEWEST_SLICES:
+        of_frames = float(np.median(np.diag(likeness, 1))) if len(cine) > 1 else 1.0
+        alike = f"slices are more alike than frames (correlation {of_slices:.2f}, {of_frames:.2f})"
+        if of_slices > of_frames + _MORE_ALIKE:
+            found.append((f"{alike}: exchanged?", NOT_MEASURED))
+        elif len(cine) == 1 and of_slices > _LIKE_FRAMES and pitch_mm >= PITCH_MM[0]:
+            what = f"its slices are as alike as frames (correlation {of_slices:.2f}): is the third axis time?"
+            found.append((what, NOT_MEASURED))
     whole = np.flatnonzero(~(flat & ~padding).any(axis=1)).tolist()
-    found = [
-        *_sizes(cine.shape, spacing_mm, pitch_mm),
-        *_constant(flat, padding),
-        *_repeated(cine, padding),
-        *_exchanged(cine.shape, likeness, of_slices, pitch_mm),
-        *([] if whole else [("no frame is whole", NOT_MEASURED)]),
-        *about_time,
-    ]
-    return found, whole or list(range(len(cine))), rate
+    if not whole:
+        found.append(("no frame is whole", NOT_MEASURED))
+    rate, about_time = _heart_rate(likeness, time_step_s)
+    return found + about_time, whole or list(range(len(cine))), rate
 
 
-def _sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: float) -> Iterator[Finding]:
+def _odd_sizes(shape: Sequence[int], spacing_mm: tuple[float, float], pitch_mm: float) -> Iterator[Finding]:
     frames, slices, rows, columns = shape
     if not (all(_within(s, PIXEL_MM) for s in spacing_mm) and _within(pitch_mm, PITCH_MM)):
         sizes = mm((*spacing_mm, pitch_mm))
         yield f"a spacing of {sizes} (rows, columns, slices) is unusual for a short-axis cine", USED
     height, sides = slices * pitch_mm, (rows * spacing_mm[0], columns * spacing_mm[1])
     if not _within(height, STACK_MM):
-        what = f"{slices} slices of {pitch_mm:.4g} mm make {height:.4g} mm, a heart takes {_to(STACK_MM)}"
-        time = "; is the third axis time?" if frames == 1 and slices >= _FEWEST_SLICES else ""
-        yield what + time, NOT_MEASURED
+        what = f"{slices} slices of {pitch_mm:.4g} mm make {height:.4g} mm, more or less than a heart"
+        yield what + "; is the third axis time?" * (frames == 1), NOT_MEASURED
     if not all(_within(side, FIELD_MM) for side in sides):
-        yield f"a field of view of {mm(sides)} is not a heart's, expected {_to(FIELD_MM)}", NOT_MEASURED
+        yield f"a field of view of {mm(sides)} is not a heart's", NOT_MEASURED
     if slices > min(rows, columns):
         yield f"{slices} slices of {rows} x {columns} pixels: is another axis the slices?", NOT_MEASURED
 
@@ -101,35 +104,23 @@ def _within(value: float, limits: tuple[float, float]) -> bool:
     return limits[0] <= value <= limits[1]
 
 
-def _to(limits: tuple[float, float]) -> str:
-    return f"{limits[0]:.0f} to {limits[1]:.0f} mm"
-
-
-def _where(flags: np.ndarray) -> str:
-    """The places where a bool array (N,) is True, counted from 0."""
-    return listed(np.flatnonzero(flags))
-
-
-def _constant(flat: np.ndarray, padding: np.ndarray) -> Iterator[Finding]:
+def _odd_slices(cine: np.ndarray, flat: np.ndarray, padding: np.ndarray) -> Iterator[Finding]:
+    """Constant frames and slices, and slices with exactly the images of another; all counted from 0."""
     empty = flat.all(axis=1)
     if empty.any():
-        yield f"constant frames: {_where(empty)} of {len(flat)}, counted from 0", USED
+        yield f"constant frames: {listed(np.flatnonzero(empty))} of {len(flat)}", USED
     if padding.any():
         inside = np.ptp(np.flatnonzero(~padding)) + 1 > np.count_nonzero(~padding)
-        what = f"constant slices: {_where(padding)} of {len(padding)}, counted from 0 at the base"
+        what = f"constant slices: {listed(np.flatnonzero(padding))} of {len(padding)}"
         yield (what + ", within the stack", NOT_MEASURED) if inside else (what, USED)
-    partly = flat & ~padding & ~empty[:, None]
-    if partly.any():
-        frames, slices = _where(partly.any(axis=1)), _where(partly.any(axis=0))
-        yield f"slices {slices} are constant in the frames {frames}: these are not measured", USED
-
-
-def _repeated(cine: np.ndarray, padding: np.ndarray) -> Iterator[Finding]:
-    """Slices with exactly the images of another slice in all frames."""
+    frames, slices = np.nonzero(flat & ~padding & ~empty[:, None])
+    if len(frames):
+        what = f"slices {listed(np.unique(slices))} are constant in the frames {listed(np.unique(frames))}"
+        yield f"{what}: these are not measured", USED
     marks = [hash(cine[:, z].tobytes()) for z in range(cine.shape[1])]
-    twice = np.array([mark in marks[:z] for z, mark in enumerate(marks)]) & ~padding
-    if twice.any():
-        yield f"slices that repeat another one: {_where(twice)}, counted from 0 at the base", NOT_MEASURED
+    twice = [z for z in np.flatnonzero(~padding) if marks[z] in marks[:z]]
+    if twice:
+        yield f"slices that repeat another one: {listed(twice)}", NOT_MEASURED
 
 
 def _likeness(cine: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, float]:
@@ -143,21 +134,6 @@ def _likeness(cine: np.ndarray, flat: np.ndarray) -> tuple[np.ndarray, float]:
     table = signs.reshape(len(cine), -1)
     filled = max(1, np.count_nonzero(~flat.all(axis=0)))
     return table @ table.T / filled, float(pairs.mean()) if pairs.size else 0.0
-
-
-def _exchanged(
-    shape: Sequence[int], likeness: np.ndarray, of_slices: float, pitch_mm: float
-) -> Iterator[Finding]:
-    frames, slices = shape[:2]
-    of_frames = float(np.median(np.diag(likeness, 1))) if frames > 1 else 1.0
-    if slices < _FEWEST_SLICES:
-        return
-    if frames == 1 and of_slices > _LIKE_FRAMES and pitch_mm >= PITCH_MM[0]:
-        what = f"its slices are as alike as frames (correlation {of_slices:.2f}): is the third axis time?"
-        yield what, NOT_MEASURED
-    elif of_slices > of_frames + _MORE_ALIKE:
-        alike = f"correlation {of_slices:.2f}, {of_frames:.2f}"
-        yield f"slices are more alike than frames ({alike}): exchanged?", NOT_MEASURED
 
 
 def _heart_rate(likeness: np.ndarray, time_step_s: float | None) -> tuple[float | None, list[Finding]]:

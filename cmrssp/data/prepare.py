@@ -43,45 +43,41 @@ def prepare(
 
     With `labelled`, `Prepared.cines` holds these parts alone, with labels. The part `needed` must have a
     subject; `vendors` restricts it. The split is that of `split_file`, else `inherited`, else drawn with
-    `split_seed`. No checkpoint may have seen a subject of the parts `held_out`. Training subjects with the
-    images of a held-out one are dropped. Under torchrun rank 0 writes and the others wait.
-
-    Raises UserError, FileNotFoundError for missing data, BrokenSubject for broken cines unless `skip_broken`.
+    `split_seed`. No checkpoint may have seen a subject of the parts `held_out`; copies of them are not
+    trained on. Raises UserError, FileNotFoundError for missing data, BrokenSubject unless `skip_broken`.
     """
     with distributed.main_first():
         subjects, problems = dataset.find(paths, cache, label_suffix)
     split = splits.choose(
         subjects, split_file=split_file, split_seed=split_seed, inherited=inherited, keep_overlap=keep_overlap
     )
-    _refuse_empty(subjects, split, needed)
+    if not split[needed]:
+        official = sorted(s.key for s in subjects if s.part == "test")
+        why = f"; of its data set's own test list are {listed(official)}" if official else ""
+        more = f"add other subjects, or give a --split-file with {needed} subjects"
+        raise UserError(f"--data: no {needed} subject ({splits.describe(split)}){why}; {more}")
     for checkpoint in checkpoints:
         refuse_trained(checkpoint, split, held_out)
     if vendors is not None:
         split = _of_vendors(subjects, split, needed, vendors)
-    used = splits.named(subjects, split, parts)
-    with distributed.main_first():
-        cines = store.build(used, cache, labels=False, skip_broken=skip_broken)
+
+    def stored(found: Sequence[Subject], parts: Collection[str], labels: bool) -> Store:
+        keys = {key for part in parts for key in split[part]}
+        with distributed.main_first():
+            used = [s for s in found if s.key in keys]
+            return store.build(used, cache, labels=labels, skip_broken=skip_broken)
+
+    cines = stored(subjects, parts, labels=False)
     held = [key for part in held_out for key in split[part]]
     for checkpoint in checkpoints:
         copies.refuse_other_images(cines, checkpoint.digests, checkpoint.seen() if held else (), held)
     digests = cines.digests()
     split = copies.without_copies(cines, splits.keep(split, cines.index, parts))
     if labelled:
-        used = splits.named(cines.subjects, split, labelled)
-        with distributed.main_first():
-            cines = store.build(used, cache, labels=True, skip_broken=skip_broken)
-        split = splits.keep(split, cines.index, tuple(labelled))
+        cines = stored(cines.subjects, labelled, labels=True)
+        split = splits.keep(split, cines.index, labelled)
     print(quality.summary(cines, problems))
     return Prepared(cines, split, digests)
-
-
-def _refuse_empty(subjects: Sequence[Subject], split: Split, needed: str) -> None:
-    """Raise UserError if the part is empty; names the official test subjects."""
-    if not split[needed]:
-        official = sorted(s.key for s in subjects if s.part == "test")
-        why = f"; of its data set's own test list are {listed(official)}" if official else ""
-        more = f"add other subjects, or give a --split-file with {needed} subjects"
-        raise UserError(f"--data: no {needed} subject ({splits.describe(split)}){why}; {more}")
 
 
 def refuse_trained(checkpoint: Any, split: Split, held_out: Sequence[str]) -> None:
@@ -99,8 +95,7 @@ def refuse_trained(checkpoint: Any, split: Split, held_out: Sequence[str]) -> No
 def _of_vendors(subjects: Sequence[Subject], split: Split, part: str, vendors: Collection[str]) -> Split:
     """The split with only these vendors' subjects in `part`. Raises UserError if none is left."""
     known = {s.key: s.vendor or "unknown" for s in subjects}
-    kept = [key for key in split[part] if known[key] in vendors]
-    if not kept:
-        present = listed(sorted({known[key] for key in split[part]}))
-        raise UserError(f"--vendors {' '.join(vendors)}: no {part} subject; their vendors are {present}")
-    return {**split, part: kept}
+    if kept := [key for key in split[part] if known[key] in vendors]:
+        return {**split, part: kept}
+    present = listed(sorted({known[key] for key in split[part]}))
+    raise UserError(f"--vendors {' '.join(vendors)}: no {part} subject; their vendors are {present}")

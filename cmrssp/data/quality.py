@@ -63,13 +63,12 @@ def _overview(store: Store) -> list[str]:
     frames, slices = sum(t for t, *_ in shapes), sum(t * z for t, z, *_ in shapes)
     sizes = [_span(lengths) for lengths in zip(*shapes, strict=True)]
     pixels = _span([spacing for g in geometries for spacing in g.spacing_mm])
-    pitches = _span([g.slice_pitch_mm for g in geometries])
     known = sum(g.order_known for g in geometries)
     order = f"slice order from the affine in {known}, taken as base first in {len(shapes) - known}"
     return [
         f"cines: {len(shapes)} subjects ({sets}; vendors: {vendors}), {frames} frames, {slices} slices",
         f"sizes: {sizes[2]} x {sizes[3]} px of {pixels} mm; {sizes[1]} slices, {sizes[0]} frames; "
-        f"pitch {pitches} mm; {order}",
+        f"pitch {_span([g.slice_pitch_mm for g in geometries])} mm; {order}",
     ]
 
 

@@ -6,7 +6,7 @@ A hash of (seed, subject key) orders the subjects of a stratum: every machine dr
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -25,9 +25,9 @@ _YAML_DATASETS = {"mm1": mnms.DATASET, "mm2": mnms2.DATASET}
 
 def assign(subjects: Sequence[Subject], seed: int, *, keep_overlap: bool = False) -> Split:
     """A split with sorted keys. A data set's own parts are kept (ACDC 101-150, M&Ms-2 201-360). The whole
-    M&Ms gives 15 test subjects of each of its four vendors (the paper's rule). Another data set without test
-    subjects gives 25 %, stratified by vendor and pathology. 20 % of the rest validates. Without
-    `keep_overlap`, M&Ms-2 subjects that may repeat M&Ms subjects get no part beside M&Ms.
+    M&Ms gives 15 test subjects of each vendor (the paper's rule), another data set without test subjects 25
+    %, stratified by vendor and pathology. 20 % of the rest validates. Unless `keep_overlap`, M&Ms-2 subjects
+    that may repeat M&Ms subjects get no part beside M&Ms.
     """
     if not keep_overlap:
         subjects = _without_overlap(subjects)
@@ -144,32 +144,25 @@ def choose(
     Prints how many subjects of the split are missing, and how many subjects it does not name.
     """
     keys = {s.key for s in subjects}
-    split = read(split_file) if split_file else inherited
-    listed_keys = set(chain(*split.values())) if split else set()
-    if not keys & listed_keys:
+    split = (read(split_file) if split_file else inherited) or {}
+    named = set(chain(*split.values()))
+    if not keys & named:
         if split_file:
-            names = f"names none of the {len(keys)} subjects found; expected keys such as {min(keys)}"
-            raise UserError(f"--split-file {split_file}: {names}")
+            expected = f"expected keys such as {min(keys)}"
+            raise UserError(f"--split-file {split_file}: names none of the {len(keys)} subjects; {expected}")
         if split:
             print(f"the run's split names none of these subjects: drawn anew (--split-seed {split_seed})")
         return assign(subjects, split_seed, keep_overlap=keep_overlap)
-    if missing := len(listed_keys - keys):
-        print(f"not found: {missing} of the {len(listed_keys)} subjects that the split names")
-    if unnamed := len(keys - listed_keys):
+    if missing := len(named - keys):
+        print(f"not found: {missing} of the {len(named)} subjects that the split names")
+    if unnamed := len(keys - named):
         print(f"not used, because the split does not name them: {unnamed} of {len(keys)} subjects")
     return keep(split, keys)
 
 
-def keep(split: Split, keys: Iterable[str], parts: Sequence[str] = PARTS) -> Split:
+def keep(split: Split, keys: Collection[str], parts: Collection[str] = PARTS) -> Split:
     """The split with only these keys in the given parts."""
-    keys = set(keys)
     return {part: [key for key in split[part] if part not in parts or key in keys] for part in PARTS}
-
-
-def named(subjects: Sequence[Subject], split: Split, parts: Sequence[str]) -> list[Subject]:
-    """The subjects that are in these parts of the split."""
-    keys = {key for part in parts for key in split[part]}
-    return [s for s in subjects if s.key in keys]
 
 
 def describe(split: Split) -> str:

@@ -98,17 +98,12 @@ def _slice(record: CineRecord | LabelRecord, dtype: str, volume: int, slice: int
 
 
 def build(
-    subjects: Sequence[Subject],
-    cache: Path,
-    *,
-    labels: bool,
-    skip_broken: bool = False,
-    name_broken: bool = True,
+    subjects: Sequence[Subject], cache: Path, *, labels: bool, skip_broken: bool = False, quiet: bool = False
 ) -> Store:
     """Open the store of these subjects; first write, on all cores, what is missing or out of date in it.
 
     Without `labels` no label file is opened. Raises BrokenSubject that names all broken subjects; with
-    `skip_broken` leaves them out, and prints them if `name_broken`. Raises UserError for a read-only cache.
+    `skip_broken` leaves them out, and prints them unless `quiet`. Raises UserError for a read-only cache.
     """
     folder = Path(cache) / "store"
     sweep(folder, older_than_s=86400)
@@ -137,7 +132,7 @@ def build(
         verdict = f"{len(broken)} of {len(subjects)} subjects cannot be used"
         if not skip_broken:
             raise BrokenSubject(f"{verdict}; repair, remove or leave them out with --skip-broken:{names}")
-        if name_broken:
+        if not quiet:
             print(f"{verdict}, left out:{names}")
     kept = [s for s in subjects if s.key not in broken]
     cines, label_records = ([found[s.key][i] for s in kept] for i in (0, 1))

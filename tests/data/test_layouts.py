@@ -6,6 +6,7 @@ import argparse
 import csv
 import gzip
 import os
+import shutil
 import tempfile
 import unicodedata
 from collections import Counter
@@ -44,15 +45,17 @@ def stored(tmp_path, *folders, **options):
 MNMS_HEADER = ",External code,VendorName,Vendor,Centre,ED,ES,Age,Pathology,Sex,Height,Weight"
 
 
-def test_mnms_as_distributed(tmp_path, beating):
-    root = tmp_path / "MnM"
+@pytest.fixture(scope="module")
+def mnms(tmp_path_factory, beating):
+    """Four subjects as distributed: labelled, with empty labels, with a wrong table, without a row."""
+    root = tmp_path_factory.mktemp("mnms") / "MnM"
     _, labels = beating()  # ED is frame 2, ES frame 0
     for i, (id, place) in enumerate(
         {"A0": "Training/Labeled", "B1": "Training/Unlabeled", "C2": "Validation", "D3": "Testing"}.items()
     ):
         save(root / place / id / f"{id}_sa.nii.gz", beating(i)[0])
     save(root / "Training/Labeled/A0/A0_sa_gt.nii.gz", labels)
-    save(root / "Training/Unlabeled/B1/B1_sa_gt.nii.gz", np.zeros_like(labels))  # exists, and is empty
+    save(root / "Training/Unlabeled/B1/B1_sa_gt.nii.gz", np.zeros_like(labels))
     save(root / "Validation/C2/C2_sa_gt.nii.gz", labels)
     table(
         root / "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv",
@@ -62,28 +65,38 @@ def test_mnms_as_distributed(tmp_path, beating):
         "2,C2,Canon,D,5,1,0,,NOR,M,,",
         "3,E9,GE,C,4,0,1,,NOR,M,,",
     )
-    cines, problems = stored(tmp_path, root)
-    assert [(s.key, s.vendor, s.pathology, s.ed, s.es) for s in cines.subjects] == [
+    return stored(root.parent, root)
+
+
+def test_mnms_subjects_are_described_by_the_table(mnms):
+    assert [(s.key, s.vendor, s.pathology, s.ed, s.es) for s in mnms[0].subjects] == [
         ("mnms/A0", "Siemens", "HCM", 2, 0),
-        ("mnms/B1", "Philips", "", None, None),  # the letter says it where the name is missing
+        ("mnms/B1", "Philips", "", None, None),  # by the letter, where the name is missing
         ("mnms/C2", "Canon", "NOR", 1, 0),
         ("mnms/D3", "", "", None, None),
     ]
-    assert [record.phases for record in cines.labels] == [{"ED": 2, "ES": 0}, {}, {"ED": 2, "ES": 0}, {}]
+
+
+def test_mnms_phases_are_those_of_the_labels(mnms):
+    assert [r.phases for r in mnms[0].labels] == [{"ED": 2, "ES": 0}, {}, {"ED": 2, "ES": 0}, {}]
+    ((what, done),) = mnms[1]["mnms/C2"]
+    assert "ED is frame 2" in what and "says ED 1" in what and done == "used with correction"
+
+
+def test_mnms_problems(mnms):
+    _, problems = mnms
     assert set(problems) == {"mnms/B1", "mnms/C2", "mnms/D3", ""}
     assert problems["mnms/B1"] == [("holds no label", "used")]
-    ((what, done),) = problems["mnms/C2"]
-    assert "ED is frame 2" in what and "says ED 1" in what and done == "used with correction"
-    assert [done for _, done in problems["mnms/D3"]] == ["used"]
+    assert [done for _, done in problems["mnms/D3"]] == ["used"]  # no row
     assert problems[""] == [("the table names subjects that have no cine here: E9", "left out")]
 
 
-@pytest.fixture
-def mnms2(tmp_path, beating):
+@pytest.fixture(scope="module")
+def mnms2(tmp_path_factory, beating):
     """Four subjects whose ED and ES images are: exact, rescaled and noisy, those of another heart, without
     ED.
     """
-    root, rng = tmp_path / "MnM2", np.random.default_rng(3)
+    root, rng = tmp_path_factory.mktemp("mnms2") / "MnM2", np.random.default_rng(3)
     for code in ("001", "101", "210", "300"):
         cine, labels = beating(int(code))
         frames = {"ED": cine[..., 2], "ES": cine[..., 0]}
@@ -114,17 +127,29 @@ def mnms2(tmp_path, beating):
     return root
 
 
-def test_mnms2_frames_are_found_by_their_images(mnms2, tmp_path, beating):
-    cines, problems = stored(tmp_path, mnms2)
-    assert [(s.key, s.vendor, s.pathology, s.part) for s in cines.subjects] == [
+@pytest.fixture(scope="module")
+def mnms2_stored(mnms2):
+    return stored(mnms2.parent, mnms2)
+
+
+def test_mnms2_subjects_are_described_by_the_table(mnms2_stored):
+    assert [(s.key, s.vendor, s.pathology, s.part) for s in mnms2_stored[0].subjects] == [
         ("mnms2/001", "Siemens", "NOR", ""),
         ("mnms2/101", "Philips", "ARR", ""),
         ("mnms2/210", "GE", "HCM", "test"),
         ("mnms2/300", "Siemens", "FALL", "test"),
     ]
+
+
+def test_mnms2_frames_are_found_by_their_images(mnms2_stored):
+    cines, _ = mnms2_stored
     phases = [record.phases for record in cines.labels]
     assert phases[:2] == [{"ED": 2, "ES": 0}] * 2 and phases[2] == {} and len(phases[3]) == 1
     assert (cines.label_volume(1, 2) == 1).sum() == 3 * (np.hypot(*np.mgrid[-22:18, -14:18]) < 8).sum()
+
+
+def test_mnms2_problems(mnms2_stored):
+    _, problems = mnms2_stored
     assert set(problems) == {"mnms2/210", "mnms2/300"}
     assert [(what[:29], done) for what, done in problems["mnms2/210"]] == [
         ("no frame of the cine looks li", "left out")
@@ -132,20 +157,33 @@ def test_mnms2_frames_are_found_by_their_images(mnms2, tmp_path, beating):
     assert "no 300_SA_ED.nii.gz beside it" in problems["mnms2/300"][0][0]
 
 
-def test_the_overlap_of_mnms2_with_mnms_is_left_out_by_default(mnms2, tmp_path, beating, write_mnms, capsys):
+@pytest.fixture
+def both(mnms2, tmp_path, beating, write_mnms):
+    """One subject of M&Ms and the four of M&Ms-2."""
     write_mnms("A0", beating(7)[0])
-    subjects, _ = dataset.find([str(tmp_path / "mnms"), str(mnms2)], tmp_path)
-    split = splits.assign(subjects, 0)
+    return dataset.find([str(tmp_path / "mnms"), str(mnms2)], tmp_path)[0]
+
+
+def test_the_overlap_of_mnms2_with_mnms_is_left_out_by_default(both, capsys):
+    split = splits.assign(both, 0)
     assert sorted(k for keys in split.values() for k in keys) == ["mnms/A0", "mnms2/101", "mnms2/300"]
     assert "not used: 2 M&Ms-2 subjects with NOR, HCM, LV" in capsys.readouterr().out
-    split = splits.assign(subjects, 0, keep_overlap=True)
+
+
+def test_the_overlap_can_be_kept(both):
+    split = splits.assign(both, 0, keep_overlap=True)
     assert sum(map(len, split.values())) == 5 and {"mnms2/210", "mnms2/300"} <= set(split["test"])
-    alone = splits.assign([s for s in subjects if s.dataset == "mnms2"], 0)
+
+
+def test_without_mnms_there_is_no_overlap(both):
+    alone = splits.assign([s for s in both if s.dataset == "mnms2"], 0)
     assert sum(map(len, alone.values())) == 4 and alone["test"] == ["mnms2/210", "mnms2/300"]
 
 
-def test_the_papers_counts_on_a_tree_of_the_real_size(tmp_path):
-    """345 M&Ms and 360 M&Ms-2 subjects give 296 / 74 / 140 (paper, section 2.1)."""
+@pytest.fixture(scope="module")
+def real_size(tmp_path_factory):
+    """The subjects of trees like those of 345 M&Ms and 360 M&Ms-2 subjects."""
+    top = tmp_path_factory.mktemp("real")
     image = nibabel.Nifti1Image(np.zeros((2, 2, 1, 1), np.int16), AFFINE).to_bytes()
     rows = []
     for vendor, letter, count in (
@@ -156,40 +194,56 @@ def test_the_papers_counts_on_a_tree_of_the_real_size(tmp_path):
     ):
         for i in range(count):
             id = f"{letter}{i:03d}X"
-            folder = tmp_path / "MnM" / ("Testing" if i % 3 else "Training/Labeled") / id
+            folder = top / "MnM" / ("Testing" if i % 3 else "Training/Labeled") / id
             folder.mkdir(parents=True)
             (folder / f"{id}_sa.nii").write_bytes(image)
             (folder / f"{id}_sa_gt.nii").write_bytes(image)
             rows.append(f"{len(rows)},{id},{vendor},{letter},1,0,0,,{('NOR', 'HCM', 'DCM')[i % 3]},,,")
-    table(tmp_path / "MnM" / "information.csv", MNMS_HEADER, *rows)
+    table(top / "MnM" / "information.csv", MNMS_HEADER, *rows)
     rows = []
     for code in range(1, 361):
-        folder = tmp_path / "MnM2" / "dataset" / f"{code:03d}"
+        folder = top / "MnM2" / "dataset" / f"{code:03d}"
         folder.mkdir(parents=True)
         for name in ("CINE", "ED", "ES", "ED_gt", "ES_gt"):
             (folder / f"{code:03d}_SA_{name}.nii").write_bytes(image)
         may_repeat = code <= 100 or 161 <= code <= 175 or 201 <= code <= 280
         disease = ("NOR", "HCM", "LV")[code % 3] if may_repeat else ("ARR", "FALL", "CIA", "TRI")[code % 4]
         rows.append(f"{code:03d},{disease},{('SIEMENS', 'Philips Medical Systems')[code % 2]},X,1.5")
-    table(tmp_path / "MnM2" / "dataset_information.csv", "SUBJECT_CODE,DISEASE,VENDOR,SCANNER,FIELD", *rows)
-    subjects, problems = dataset.find([str(tmp_path / "MnM"), str(tmp_path / "MnM2")], tmp_path)
+    table(top / "MnM2" / "dataset_information.csv", "SUBJECT_CODE,DISEASE,VENDOR,SCANNER,FIELD", *rows)
+    subjects, problems = dataset.find([str(top / "MnM"), str(top / "MnM2")], top)
     assert len(subjects) == 705 and not problems
-    split = splits.choose(subjects, split_file=None, split_seed=0)
+    return subjects
+
+
+def test_the_papers_counts(real_size):
+    """296 / 74 / 140 (paper, section 2.1)."""
+    split = splits.choose(real_size, split_file=None, split_seed=0)
     assert {part: len(keys) for part, keys in split.items()} == {"train": 296, "validation": 74, "test": 140}
-    vendor = {s.key: s.vendor for s in subjects}
-    of_mnms = [key for key in split["test"] if key.startswith("mnms/")]
-    assert Counter(vendor[key] for key in of_mnms) == {"Siemens": 15, "Philips": 15, "GE": 15, "Canon": 15}
-    assert {k for k in split["test"] if k not in of_mnms} == {f"mnms2/{code}" for code in range(281, 361)}
-    developed = {
-        int(k.split("/")[1]) for p in ("train", "validation") for k in split[p] if k.startswith("mnms2")
-    }
-    assert developed == {*range(101, 161), *range(176, 201)}
-    # the same tree elsewhere, its files found in another order, gives the same split
-    assert splits.choose(subjects[::-1], split_file=None, split_seed=0) == split
 
 
-def test_acdc(tmp_path, beating):
-    root = tmp_path / "ACDC"
+def test_the_papers_test_subjects(real_size):
+    test = splits.choose(real_size, split_file=None, split_seed=0)["test"]
+    vendors = Counter(s.vendor for s in real_size if s.key in test and s.dataset == "mnms")
+    assert vendors == {"Siemens": 15, "Philips": 15, "GE": 15, "Canon": 15}
+    assert {k for k in test if k.startswith("mnms2")} == {f"mnms2/{code}" for code in range(281, 361)}
+
+
+def test_the_papers_development_subjects(real_size):
+    split = splits.choose(real_size, split_file=None, split_seed=0)
+    keys = (*split["train"], *split["validation"])
+    codes = {int(key.split("/")[1]) for key in keys if key.startswith("mnms2")}
+    assert codes == {*range(101, 161), *range(176, 201)}
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_subjects(real_size):
+    split = splits.choose(real_size, split_file=None, split_seed=0)
+    assert splits.choose(real_size[::-1], split_file=None, split_seed=0) == split
+
+
+@pytest.fixture(scope="module")
+def acdc(tmp_path_factory, beating):
+    """Three patients: with an affine of zeros and spacing in pixdim alone, without Info.cfg, of the test."""
+    root = tmp_path_factory.mktemp("acdc") / "ACDC"
     for number, i in ((1, 0), (101, 1), (7, 2)):
         cine, labels = beating(i)
         folder = root / ("testing" if number > 100 else "training") / f"patient{number:03d}"
@@ -209,27 +263,43 @@ def test_acdc(tmp_path, beating):
     raw = bytearray(gzip.decompress(path.read_bytes()))
     raw[: len(image.header.binaryblock)] = image.header.binaryblock
     path.write_bytes(gzip.compress(bytes(raw)))  # an affine of zeros, spacing in pixdim only
-    cines, problems = stored(tmp_path, root)
-    assert [(s.key, s.pathology, s.ed, s.es, s.part) for s in cines.subjects] == [
+    return stored(root.parent, root)
+
+
+def test_acdc_patients(acdc):
+    assert [(s.key, s.pathology, s.ed, s.es, s.part) for s in acdc[0].subjects] == [
         ("acdc/patient001", "MINF", 2, 0, ""),
         ("acdc/patient007", "", None, None, ""),
         ("acdc/patient101", "MINF", 2, 0, "test"),
     ]
+
+
+def test_acdc_labels_get_our_ids(acdc, beating):
+    cines, _ = acdc
     assert all(record.phases == {"ED": 2, "ES": 0} for record in cines.labels)
     assert all((cines.label_volume(i, 0) == 1).sum() == (beating()[1][..., 0] == 1).sum() for i in range(3))
-    assert cines.cines[0].geometry.spacing_mm == (1.25, 1.25) and cines.cines[0].geometry.slice_pitch_mm == 12
-    assert set(problems) == {"acdc/patient001", "acdc/patient007"}
-    assert problems["acdc/patient007"] == [
-        ("missing or empty: ED and ES are found by the labels alone", "used")
-    ]
+
+
+def test_acdc_spacing_is_in_pixdim_where_the_affine_is_empty(acdc):
+    cines, problems = acdc
+    geometry = cines.cines[0].geometry
+    assert geometry.spacing_mm == (1.25, 1.25) and geometry.slice_pitch_mm == 12
     ((what, done),) = problems["acdc/patient001"]
-    assert (
-        what.startswith("the affine is empty: spacing 1.25 x 1.25 x 12 mm") and done == "used with correction"
-    )
+    assert what.startswith("the affine is empty: spacing 1.25 x 1.25 x 12 mm")
+    assert done == "used with correction"
 
 
-def test_a_plain_folder(tmp_path, beating):
-    root = tmp_path / "scans"
+def test_acdc_without_info(acdc):
+    _, problems = acdc
+    assert set(problems) == {"acdc/patient001", "acdc/patient007"}
+    ((what, done),) = problems["acdc/patient007"]
+    assert "ED and ES are found by the labels" in what and done == "used"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, beating):
+    """(the folder, what is stored of it): two cines of one name, 3D and 4D cines and labels, and a table."""
+    root = tmp_path_factory.mktemp("plain") / "scans"
     cine, labels = beating()
     save(root / "a" / "rest.nii.gz", cine)
     save(root / "a" / "rest_seg.nii.gz", labels)
@@ -248,27 +318,39 @@ def test_a_plain_folder(tmp_path, beating):
         "phase;;;2;;val",
         "gone;;;;;",
     )
-    cines, problems = stored(tmp_path, root, label_suffix="_seg")
-    assert [(s.key, s.vendor, s.pathology, s.ed, s.part) for s in cines.subjects] == [
+    return root, *stored(root.parent, root, label_suffix="_seg")
+
+
+def test_a_plain_folder_and_its_table(plain):
+    assert [(s.key, s.vendor, s.pathology, s.ed, s.part) for s in plain[1].subjects] == [
         ("folder/a/rest", "Siemens", "HCM", 2, "train"),
         ("folder/b/rest", "", "", None, ""),
         ("folder/one", "GE", "", None, "test"),
         ("folder/phase", "", "", 2, "validation"),
     ]
-    assert [r.shape[0] for r in cines.cines] == [3, 3, 1, 3]
-    assert [r.phases for r in cines.labels] == [{"ED": 2, "ES": 0}, {}, {"ED": 0}, {"ED": 2}]
-    split = splits.assign(cines.subjects, 0)
-    assert split == {
-        "train": ["folder/a/rest", "folder/b/rest"],
-        "validation": ["folder/phase"],
-        "test": ["folder/one"],
-    }
+
+
+def test_frames_and_phases_in_a_plain_folder(plain):
+    assert [r.shape[0] for r in plain[1].cines] == [3, 3, 1, 3]
+    assert [r.phases for r in plain[1].labels] == [{"ED": 2, "ES": 0}, {}, {"ED": 0}, {"ED": 2}]
+
+
+def test_the_split_of_a_table_is_kept(plain):
+    split = splits.assign(plain[1].subjects, 0)
+    train = ["folder/a/rest", "folder/b/rest"]
+    assert split == {"train": train, "validation": ["folder/phase"], "test": ["folder/one"]}
+
+
+def test_labels_and_rows_without_a_cine_in_a_plain_folder(plain):
+    _, _, problems = plain
     assert problems["folder/lost"] == [("no cine lost.nii.gz beside it", "left out")]
     assert problems[""] == [("the table names subjects that have no cine here: gone", "left out")]
-    with pytest.raises(
-        UserError, match=r"rest_seg.nii.gz: looks like labels of rest; .* --label-suffix _seg"
-    ):
-        dataset.find([str(root)], tmp_path)
+
+
+def test_labels_with_another_suffix_are_no_cines(plain, tmp_path):
+    message = r"rest_seg.nii.gz: looks like labels of rest; .* --label-suffix _seg"
+    with pytest.raises(UserError, match=message):
+        dataset.find([str(plain[0])], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -304,20 +386,27 @@ def test_the_same_subject_twice(tmp_path, beating):
         dataset.find([str(tmp_path / "one"), str(tmp_path / "two")], tmp_path)
 
 
-def test_names_in_capitals(tmp_path, beating):
-    """Cines and labels in a plain folder; beside a layout that is known they are named."""
-    cine, labels = beating()
-    other, _ = beating(1)
-    for name, voxels in (("a.nii.gz", cine), ("a_gt.nii.gz", labels), ("b.nii", other)):
+@pytest.fixture
+def capitals(tmp_path, beating):
+    """A folder of a.NII.GZ with labels and b.NII."""
+    for name, voxels in (("a.nii.gz", beating()[0]), ("a_gt.nii.gz", beating()[1]), ("b.nii", beating(1)[0])):
         save(tmp_path / "scans" / name, voxels)
         stem, _, end = name.partition(".")
         (tmp_path / "scans" / name).rename(tmp_path / "scans" / f"{stem}.{end.upper()}")
-    cines, _ = stored(tmp_path, tmp_path / "scans")
+    return tmp_path / "scans"
+
+
+def test_names_in_capitals_are_read(capitals, tmp_path, beating):
+    cines, _ = stored(tmp_path, capitals)
     assert [(s.key, len(s.labels)) for s in cines.subjects] == [("folder/a", 1), ("folder/b", 0)]
-    for i, voxels in enumerate((cine, other)):
-        assert np.array_equal(np.sort(cines.volume(i, 1), axis=None), np.sort(voxels[..., 1], axis=None))
-    save(tmp_path / "scans" / "c_sa.nii.gz", cine)
-    ((subject,), problems) = dataset.find([str(tmp_path / "scans")], tmp_path)
+    for i in range(2):
+        voxels = beating(i)[0][..., 1]
+        assert np.array_equal(np.sort(cines.volume(i, 1), axis=None), np.sort(voxels, axis=None))
+
+
+def test_names_in_capitals_beside_a_layout_are_named(capitals, tmp_path, beating):
+    save(capitals / "c_sa.nii.gz", beating()[0])
+    ((subject,), problems) = dataset.find([str(capitals)], tmp_path)
     assert subject.key == "mnms/c"
     assert any("a.NII.GZ, a_gt.NII.GZ, b.NII" in problem.what for problem in problems)
 
@@ -341,10 +430,14 @@ def test_ids_of_a_table_lead_nowhere(tmp_path, beating, write_mnms):
     ((subject,), problems) = dataset.find([str(folder)], tmp_path)
     assert subject.key == "mnms/A" and subject.cine.parent == folder
     assert problems[0].what.endswith("no cine here: ../outside, /etc/passwd")
-    plain = tmp_path / "plain"
-    save(plain / "a.nii.gz", beating(2)[0])
-    table(plain / "subjects.csv", "subject,vendor", "../outside_sa,GE", "a,GE")
-    assert [s.cine for s in dataset.find([str(plain)], tmp_path)[0]] == [plain / "a.nii.gz"]
+
+
+def test_subjects_of_a_table_lead_nowhere(tmp_path, beating):
+    save(tmp_path / "outside.nii.gz", beating(1)[0])
+    save(tmp_path / "plain" / "a.nii.gz", beating(2)[0])
+    table(tmp_path / "plain" / "subjects.csv", "subject,vendor", "../outside,GE", "a,GE")
+    ((subject,), _) = dataset.find([str(tmp_path / "plain")], tmp_path)
+    assert subject.cine == tmp_path / "plain" / "a.nii.gz"
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -373,17 +466,21 @@ def test_labels_stored_in_other_axes_than_their_cine(tmp_path, beating, swap):
     assert "mnms/B" not in problems
 
 
-def test_what_looks_like_labels_is_no_cine(tmp_path, beating):
+def test_an_image_of_few_values_is_no_cine(tmp_path, beating):
     cine, labels = beating()
-    root = tmp_path / "scans"
-    save(root / "imagesTr" / "a.nii.gz", cine)
-    save(root / "labelsTr" / "a_drawn.nii.gz", labels)
-    cines, problems = stored(tmp_path, root)
+    save(tmp_path / "scans" / "imagesTr" / "a.nii.gz", cine)
+    save(tmp_path / "scans" / "labelsTr" / "a_drawn.nii.gz", labels)
+    cines, problems = stored(tmp_path, tmp_path / "scans")
     assert [s.key for s in cines.subjects] == ["folder/a"]
     assert "got the values 0, 1, 2, 3 alone: a label map?" in problems["folder/a_drawn"][0][0]
-    save(root / "imagesTr" / "a_GT.nii.gz", labels)
+
+
+def test_a_suffix_in_capitals_is_another_suffix(tmp_path, beating):
+    cine, labels = beating()
+    save(tmp_path / "scans" / "a.nii.gz", cine)
+    save(tmp_path / "scans" / "a_GT.nii.gz", labels)
     with pytest.raises(UserError, match=r"a_GT.nii.gz: looks like labels of a; .* --label-suffix _GT"):
-        dataset.find([str(root)], tmp_path)
+        dataset.find([str(tmp_path / "scans")], tmp_path)
 
 
 def test_files_beside_a_layout_are_named(tmp_path, beating):
@@ -416,59 +513,60 @@ def test_vendors_as_they_are_typed():
     ]  # fmt: skip
 
 
-def test_frames_without_their_cine_are_no_subjects(tmp_path, beating):
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (("patient001_frame01", "patient001_frame03"), r"patient001_4d\.nii\.gz"),
+        (("001_SA_ED", "001_SA_ES"), r"001_SA_CINE\.nii\.gz"),
+    ],
+)
+def test_frames_without_their_cine_are_refused(tmp_path, beating, names, missing):
     """As plain cines the two frames of a patient could land on both sides of the split."""
     cine, labels = beating()
-    for root, names in (("acdc", ("frame01", "frame03")), ("mnms2", ("SA_ED", "SA_ES"))):
-        for name, frame in zip(names, (2, 0), strict=True):
-            stem = f"patient001_{name}" if root == "acdc" else f"001_{name}"
-            save(tmp_path / root / f"{stem}.nii.gz", cine[..., frame])
-            save(tmp_path / root / f"{stem}_gt.nii.gz", labels[..., frame])
-    with pytest.raises(UserError, match=r"no patient001_4d\.nii\.gz"):
-        dataset.find([str(tmp_path / "acdc")], tmp_path)
-    with pytest.raises(UserError, match=r"no 001_SA_CINE\.nii\.gz"):
-        dataset.find([str(tmp_path / "mnms2")], tmp_path)
-    save(tmp_path / "acdc" / "patient002_4d.nii.gz", cine)
-    save(tmp_path / "acdc" / "patient002_4d.nii", beating(1)[0])
-    save(tmp_path / "acdc" / "other" / "patient003_frame01.nii.gz", cine[..., 0])
-    subjects, problems = dataset.find([str(tmp_path / "acdc")], tmp_path)
-    assert [s.key for s in subjects] == ["acdc/patient002"]
-    said = {(p.subject, p.what) for p in problems if p.done == "left out"}
-    assert said >= {
-        ("acdc/patient002", "not used, patient002_4d.nii.gz is"),
-        ("acdc/patient003", "no patient003_4d.nii.gz beside it"),
-    }
+    for name, frame in zip(names, (2, 0), strict=True):
+        save(tmp_path / "in" / f"{name}.nii.gz", cine[..., frame])
+        save(tmp_path / "in" / f"{name}_gt.nii.gz", labels[..., frame])
+    with pytest.raises(UserError, match=f"no {missing}"):
+        dataset.find([str(tmp_path / "in")], tmp_path)
 
 
-def test_a_table_of_splits_is_never_passed_over(tmp_path, beating):
-    rows = ("subject,split", "H01,test", "H02,test")
+def test_frames_without_their_cine_beside_a_cine_are_left_out(tmp_path, beating):
+    save(tmp_path / "acdc" / "patient002_4d.nii.gz", beating()[0])
+    save(tmp_path / "acdc" / "other" / "patient003_frame01.nii.gz", beating()[0][..., 0])
+    ((subject,), problems) = dataset.find([str(tmp_path / "acdc")], tmp_path)
+    assert subject.key == "acdc/patient002"
+    assert ("acdc/patient003", "left out") in {(p.subject, p.done) for p in problems}
 
-    def refused(root, message):
-        with pytest.raises(UserError, match=message):
-            dataset.find([str(root)], tmp_path)
 
-    for name in ("H01", "H02", "H03"):
-        save(tmp_path / "own" / f"{name}_sa.nii.gz", beating()[0])
-        save(tmp_path / "two" / "a" / f"{name}.nii.gz", beating()[0])
-        save(tmp_path / "capital" / f"{name}.nii.gz", beating()[0])
-        save(tmp_path / "zeros" / f"0{name[1:]}.nii.gz", beating()[0])
-    table(tmp_path / "own" / "subjects.csv", *rows)
-    table(tmp_path / "two" / "a" / "subjects.csv", *rows)
-    table(tmp_path / "capital" / "Subjects.csv", *rows)
-    table(tmp_path / "zeros" / "subjects.csv", "subject;split", "1;test", "002;train")
-    refused(tmp_path / "own", r"own/subjects.csv: would not be read, .* no file named as in M&Ms")
-    refused(tmp_path / "two", r"a/subjects.csv: would not be read, .* expected .*two/subjects.csv")
-    refused(tmp_path / "capital", r"Subjects.csv: would not be read")
-    refused(tmp_path / "zeros", r"gives a split to subjects that have no cine \(1\), .*mind leading zeros")
-    subjects, _ = dataset.find([str(tmp_path / "two" / "a")], tmp_path)
-    assert [s.part for s in subjects] == ["test", "test", ""]
+def test_of_two_files_with_one_name_one_is_used(tmp_path, beating):
+    for i, end in enumerate(("nii", "nii.gz")):
+        save(tmp_path / "acdc" / f"patient002_4d.{end}", beating(i)[0])
+    ((subject,), problems) = dataset.find([str(tmp_path / "acdc")], tmp_path)
+    assert subject.cine.name == "patient002_4d.nii.gz"
+    assert ("patient002_4d.nii", "left out") in {(p.file, p.done) for p in problems}
+
+
+@pytest.mark.parametrize(
+    ("cine", "name", "rows", "message"),
+    [
+        ("H01_sa", "subjects.csv", ("subject,split", "H01,test"), "no file named as in M&Ms"),
+        ("a/H01", "a/subjects.csv", ("subject,split", "H01,test"), r"expected .*in/subjects.csv"),
+        ("H01", "Subjects.csv", ("subject,split", "H01,test"), r"Subjects.csv: would not be read"),
+        ("001", "subjects.csv", ("subject;split", "1;test"), r"no cine \(1\), .*mind leading zeros"),
+    ],
+)
+def test_a_table_of_splits_is_never_passed_over(tmp_path, beating, cine, name, rows, message):
+    save(tmp_path / "in" / f"{cine}.nii.gz", beating()[0])
+    table(tmp_path / "in" / name, *rows)
+    with pytest.raises(UserError, match=message):
+        dataset.find([str(tmp_path / "in")], tmp_path)
 
 
 def test_the_overlap_cannot_be_left_out_without_diseases(mnms2, tmp_path, beating, write_mnms):
-    subjects, _ = dataset.find([str(mnms2), str(write_mnms("A", *beating(9)))], tmp_path)
-    splits.assign(subjects, 0)
-    table(mnms2 / "dataset_information.csv", "SUBJECT_CODE,DISEASE,VENDOR", "1,NOR,SIEMENS")
-    subjects, _ = dataset.find([str(mnms2), str(write_mnms("A", *beating(9)))], tmp_path)
+    shutil.copytree(mnms2, tmp_path / "MnM2")
+    table(tmp_path / "MnM2" / "dataset_information.csv", "SUBJECT_CODE,DISEASE,VENDOR", "1,NOR,SIEMENS")
+    folders = [str(tmp_path / "MnM2"), str(write_mnms("A", *beating(9)))]
+    subjects, _ = dataset.find(folders, tmp_path)
     with pytest.raises(UserError, match=r"3 M&Ms-2 subjects have no DISEASE .* say --keep-overlap"):
         splits.assign(subjects, 0)
     assert sum(map(len, splits.assign(subjects, 0, keep_overlap=True).values())) == 5

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmrssp.data.layouts import by_subject
 from cmrssp.data.layouts.csv_table import about, read_text
-from cmrssp.data.layouts.file_names import by_subject
 from cmrssp.data.subject import USED, LabelFile, Problem, Subject
 
 DATASET = "acdc"
@@ -26,9 +26,9 @@ def subjects_among(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]
         if not any(row.values()):
             what = "missing or empty: ED and ES are found by the labels alone"
             problems.append(Problem(f"{DATASET}/{patient}", info.name, what, USED))
-        drawn = sorted(name for name in parts if name.endswith("_gt"))
-        labels = tuple(LabelFile(parts[name], int(name[5:-3]) - 1) for name in drawn)
+        drawn = {name: path for name, path in sorted(parts.items()) if name.endswith("_gt")}
+        labels = tuple(LabelFile(path, int(name[5:-3]) - 1) for name, path in drawn.items())
         part = "test" if int(patient.removeprefix("patient")) in _OFFICIAL_TEST else ""
-        known = about(row, first_frame=1)
-        subjects.append(Subject(DATASET, patient, parts["4d"], labels, (0, 3, 2, 1), part=part, **known))
+        known = {"label_ids": (0, 3, 2, 1), "part": part, **about(row, first_frame=1)}
+        subjects.append(Subject(DATASET, patient, parts["4d"], labels, **known))
     return subjects, problems

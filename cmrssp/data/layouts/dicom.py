@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tqdm import tqdm
+
 from cmrssp.data.layouts import dicom_header
 from cmrssp.data.layouts.dicom_header import Image, hashed
 from cmrssp.data.layouts.dicom_series import choose
 from cmrssp.data.layouts.dicom_stack import assemble
 from cmrssp.data.subject import LEFT_OUT, Problem, Subject, vendor_name
 from cmrssp.files import atomic
+from cmrssp.hardware import distributed
 
 DATASET = "dicom"
-_FORMAT = 3  # of the index
+_FORMAT = 4  # of the index
 _MASKED = "..."
 
 
@@ -74,7 +77,9 @@ def _index(files: Sequence[Path], root: Path, cache: Path) -> list[Image]:
     for file in (file for file in files if file.is_file()):  # no pipe, no broken link
         stat, name = file.stat(), file.relative_to(root)  # the name may be the patient's: a hash
         keys[file] = hashed(f"{name} {stat.st_size} {stat.st_mtime_ns}")
-    read = {file: dicom_header.read(file) for file, key in keys.items() if key not in known}
+    new = [file for file, key in keys.items() if key not in known]
+    bar = tqdm(new, "DICOM headers", unit="file", disable=distributed.hide_bar())
+    read = {file: dicom_header.read(file) for file in bar}
     identity = set().union(*(words for _, words in read.values()))
     places = {file: (folder.name, *file.relative_to(root).parts) for file in read}
     masks = {part: _masked(part, identity) for part in set().union(*places.values())}

@@ -32,13 +32,11 @@ class Image(NamedTuple):
     study: str = ""  # hash of patient and study
     series: str = ""  # hash
     number: int = -1  # of the series
-    acquisition: int = -1
     instance: int = -1
     clock_ms: float = 0.0  # time of day of the acquisition
     trigger_ms: float | None = None  # since the R wave
     temporal: float | None = None  # position in time
     rr_ms: float | None = None
-    inversion_ms: float | None = None
     grid: tuple[float, ...] = ()  # rows, columns, distance of the rows, distance of the columns
     position: tuple[float, ...] = ()  # of the first pixel, LPS
     axes: tuple[float, ...] = ()  # directions along a row and along a column, LPS
@@ -51,7 +49,7 @@ class Image(NamedTuple):
     @property
     def order(self) -> tuple:
         """The order of acquisition."""
-        return self.clock_ms, self.number, self.acquisition, self.instance, self.index
+        return self.clock_ms, self.number, self.instance, self.index
 
     @property
     def normal(self) -> np.ndarray:
@@ -86,9 +84,7 @@ def _numbers(header: pydicom.Dataset, *names: str | int, count: int = 1) -> tupl
     return ()
 
 
-def _number(
-    header: pydicom.Dataset, *names: str | int, low: float = -np.inf, high: float = np.inf
-) -> float | None:
+def _number(header: pydicom.Dataset, *names: str | int, low=-np.inf, high=np.inf) -> float | None:
     return next((number for number in _numbers(header, *names) if low <= number <= high), None)
 
 
@@ -106,26 +102,20 @@ def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
         return [_image(path, 0, header, f"no MR image (modality {modality})")]
     if not rows:
         raise ValueError("expected an image")
-    if _number(header, "SamplesPerPixel") not in (None, 1):
-        return [_image(path, 0, header, "colour image")]
     compressed = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian).is_compressed
     if not compressed and room < rows * columns * count * bits / 8:
         return [_image(path, 0, header, "truncated file")]
     groups = header.get("PerFrameFunctionalGroupsSequence", ())
     if len(groups) != count:
         return [_image(path, k, header) for k in range(count)]
-    shared = header.get("SharedFunctionalGroupsSequence", ())
-    return [_image(path, k, _flat(header, *shared, group)) for k, group in enumerate(groups)]
-
-
-def _flat(header: pydicom.Dataset, *groups: pydicom.Dataset) -> pydicom.Dataset:
-    """The elements of a header and of the functional groups of a frame."""
-    flat = pydicom.Dataset()
-    flat.update(header)
-    for element in (element for group in groups for element in group):
-        if element.VR == "SQ" and element.value:
-            flat.update(element.value[0])
-    return flat
+    shared, images = header.get("SharedFunctionalGroupsSequence", ()), []
+    for k, group in enumerate(groups):
+        frame = pydicom.Dataset()
+        frame.update(header)
+        for element in (element for part in (*shared, group) for element in part):
+            frame.update(element.value[0] if element.VR == "SQ" and element.value else {})
+        images.append(_image(path, k, frame))
+    return images
 
 
 def _image(path: Path, index: int, header: pydicom.Dataset, reason: str = "") -> Image:
@@ -138,7 +128,7 @@ def _image(path: Path, index: int, header: pydicom.Dataset, reason: str = "") ->
     if slope is None and (private := _number(header, _PHILIPS_SLOPE)):
         # (stored - intercept) / slope: Chenevert et al., Transl Oncol 7(1), 2014
         slope, intercept = 1 / private, -(_number(header, _PHILIPS_INTERCEPT) or 0.0) / private
-    grid = [n for name in ("Rows", "Columns") for n in _numbers(header, name)]
+    size = (*_numbers(header, "Rows"), *_numbers(header, "Columns"))
     image = Image(
         path,
         place="",
@@ -146,14 +136,12 @@ def _image(path: Path, index: int, header: pydicom.Dataset, reason: str = "") ->
         study=hashed(f"{study or path.parent} {patient}"),
         series=hashed(_texts(header, "SeriesInstanceUID")[0]),
         number=int(_number(header, "SeriesNumber") or -1),
-        acquisition=int(_number(header, "AcquisitionNumber") or -1),
         instance=int(_number(header, "InstanceNumber") or -1),
         clock_ms=_clock_ms(clock[0]),
         trigger_ms=_number(header, "TriggerTime", "NominalCardiacTriggerDelayTime"),
         temporal=_number(header, "TemporalPositionIndex", "TemporalPositionIdentifier"),
         rr_ms=rr or (rate and 60000 / rate),
-        inversion_ms=_number(header, "InversionTime", "InversionTimes"),
-        grid=(*grid, *_numbers(header, "PixelSpacing", count=2)),
+        grid=(*size, *_numbers(header, "PixelSpacing", count=2)),
         position=_numbers(header, "ImagePositionPatient", count=3),
         axes=_numbers(header, "ImageOrientationPatient", count=6),
         slope=slope or 1.0,

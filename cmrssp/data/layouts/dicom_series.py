@@ -56,8 +56,7 @@ def choose(images: Sequence[Image]) -> tuple[list[Scan], list[tuple[str, str]]]:
 
 def numbers(images: Sequence[Image]) -> str:
     """The numbers of their series."""
-    found = sorted({image.number for image in images})
-    return listed([n if n >= 0 else "without number" for n in found])
+    return listed(sorted({image.number for image in images}))
 
 
 def _grids(images: Sequence[Image]) -> list[list[Image]]:
@@ -113,8 +112,6 @@ def _no_cine(images: Sequence[Image]) -> str:
     """Why the images of one position are no cine; "" for a cine."""
     if len(images) < _MIN_FRAMES:
         return f"fewer than {_MIN_FRAMES} frames at a position"
-    if len({image.inversion_ms for image in images}) > 2:
-        return "inversion times differ within a position: a mapping sequence"
     triggers = np.array([image.trigger_ms for image in images], float)
     clock = sorted(image.clock_ms for image in images)
     steps = np.diff(triggers if np.ptp(triggers) >= CYCLE_MS else clock)  # not where a trigger is NaN

@@ -78,7 +78,7 @@ def assemble(scans: Sequence[Scan]) -> Stack:
     for scan, z in zip(scans, levels(scans).tolist(), strict=True):
         slices[z].append(scan)
     lines = [max(slices[z], key=lambda scan: scan.order).images for z in sorted(slices)]
-    if again := sorted(z for z, found in slices.items() if len(found) > 1):
+    if again := [z for z in sorted(slices) if len(slices[z]) > 1]:
         notes.append((f"scanned again, the later scan is used: slice {listed(again)}, from 0", USED))
     counts = Counter(map(len, lines))
     frames = max(counts, key=lambda n: (counts[n], n))
@@ -86,12 +86,12 @@ def assemble(scans: Sequence[Scan]) -> Stack:
     target = np.median([_phases(images) for images in usual], axis=0)
     for z, images in enumerate(lines):
         if len(images) != frames:
-            distance = np.abs(_phases(images)[:, None] - target).round(6)
-            lines[z] = [images[k] for k in distance.argmin(axis=0)]
-            what = f"slice {z} has {len(images)} frames, most have {frames}: brought to {frames} by phase"
-            if lost := np.flatnonzero(distance.min(axis=0) > 0.75 / frames).tolist():
-                what += f"; frame {listed(lost)} is missing, a neighbour stands in"
-            notes.append((what + " (counted from 0)", CORRECTED))
+            nearest = np.abs(_phases(images)[:, None] - target).round(6).argmin(axis=0)
+            lines[z] = [images[k] for k in nearest]
+            what = (
+                f"slice {z} (from 0) has {len(images)} frames, most have {frames}: brought to these by phase"
+            )
+            notes.append((what, CORRECTED))
     affine, off = _affine(lines)
     return Stack(lines, affine, *_timing(usual), (*notes, *off))
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmrssp.data.layouts import by_subject
 from cmrssp.data.layouts.csv_table import about, topmost
-from cmrssp.data.layouts.file_names import by_subject
 from cmrssp.data.subject import LabelFile, Problem, Subject
 
 DATASET = "mnms"

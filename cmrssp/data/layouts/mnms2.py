@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmrssp.data.layouts import by_subject
 from cmrssp.data.layouts.csv_table import about, topmost
-from cmrssp.data.layouts.file_names import by_subject
 from cmrssp.data.subject import LEFT_OUT, LabelFile, Problem, Subject
 
 DATASET = "mnms2"
@@ -35,7 +35,6 @@ def subjects_among(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]
             elif drawn:
                 what = f"no {code}_SA_{phase}.nii.gz beside it, so its frame is not known: not used"
                 problems.append(Problem(f"{DATASET}/{code}", drawn.name, what, LEFT_OUT))
-        part = "test" if int(code) in _OFFICIAL_TEST else ""
-        known = about(rows.get(code, {}))
-        subjects.append(Subject(DATASET, code, cines[code], tuple(labels), part=part, **known))
+        known = {"part": "test" if int(code) in _OFFICIAL_TEST else "", **about(rows.get(code, {}))}
+        subjects.append(Subject(DATASET, code, cines[code], tuple(labels), **known))
     return subjects, problems + odd
