@@ -26,7 +26,6 @@ class Script:
         env: Mapping[str, str] | None = None,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:
-        self.status: int | None = None
         self._files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]  # noqa: SIM115
         sys.stdout.flush()
         sys.stderr.flush()
@@ -53,27 +52,19 @@ class Script:
             sys.stderr.flush()
             os._exit(code)
 
-    def poll(self) -> int | None:
-        """The exit status, minus the signal's number if one has ended the process; None while it runs."""
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
-        return self.status
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
     def end(self, timeout_s: float = 300) -> tuple[int, str, str]:
-        """(exit status, stdout, stderr) once the process has ended; one that does not end is killed."""
-        limit = time.monotonic() + timeout_s
-        while self.poll() is None:
-            time.sleep(0.005)
+        """(exit status, or minus the number of the signal that ended the process; stdout; stderr). Waits for
+        the end; a process that does not come to it is killed.
+        """
+        limit, (pid, status) = time.monotonic() + timeout_s, (0, 0)
+        while not pid:
+            time.sleep(0.01)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if time.monotonic() > limit:
-                self.send_signal(signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
         for file in self._files:
             file.seek(0)
-        return self.status, *(file.read() for file in self._files)
+        return os.waitstatus_to_exitcode(status), *(file.read() for file in self._files)
 
 
 def ranks(main: Callable, *words, name: str, cwd: Path, processes: int = 2) -> list[Script]:

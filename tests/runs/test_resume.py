@@ -8,7 +8,7 @@ import random
 import resource
 import shutil
 import signal
-import time
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -144,11 +144,11 @@ def test_a_resumed_training_equals_an_unbroken_one(name, write_mnms, beating, tm
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, phantom_folder):
-    """(folder, words) of a finished pretraining of 30 epochs; the words start the same one again."""
+    """(folder, words) of a finished pretraining of 12 epochs; the words start the same one again."""
     cwd = tmp_path_factory.mktemp("resume")
     words = ["--method", "mim", "--data", str(phantom_folder), "--cache", str(cwd / "cache"), *TINY,
-             "--epochs", "30", "--batch-size", "8", "--save-every", "1",
-             "--validate-every", "10"]  # fmt: skip
+             "--epochs", "12", "--batch-size", "8", "--save-every", "1",
+             "--validate-every", "4"]  # fmt: skip
     assert train_ssp.main([*words, "--out", str(cwd / "whole")]) == 0
     return cwd, words
 
@@ -157,22 +157,27 @@ def start(words: list, cwd: Path, **options) -> Script:
     return Script(train_ssp.main, *words, name="train_ssp.py", cwd=cwd, **options)
 
 
-def wait_for(condition, process: Script) -> bool:
-    """True when the condition has come true; False when the process has ended before."""
-    while process.poll() is None:
-        if condition():
-            return True
-        time.sleep(0.002)
-    return False
+def signal_at(number: int, event: str, part: str, count: int = 1) -> None:
+    """From here on this process gets a signal at the count-th `event` on a file with `part` in its path."""
+    left = [count]
+
+    def hook(name: str, args: tuple) -> None:
+        if name == event and part in str(args[0]):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+
+
+SAVING, LOGGING = ("os.rename", ".last.pt."), ("open", "log.jsonl")
 
 
 def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(undisturbed, tmp_path):
     cwd, words = undisturbed
     out = tmp_path / "run"
-    process = start([*words, "--out", out], tmp_path)
-    assert wait_for(lambda: (out / "last.pt").exists(), process)
-    process.send_signal(signal.SIGTERM)
-    status, _, errors = process.end()
+    prepare = partial(signal_at, signal.SIGTERM, *LOGGING, 3)
+    status, _, errors = start([*words, "--out", out], tmp_path, prepare=prepare).end()
     assert status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM and saved after epoch" in errors
     assert f"go on with: python train_ssp.py --resume {out}" in errors
@@ -183,38 +188,28 @@ def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(undisturbe
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_runs_go_on_to_the_same_end(undisturbed, tmp_path, kills):
-    """Every other kill falls into the middle of saving, the others anywhere after the first checkpoint."""
+    """Every other kill falls between a checkpoint's writing and its renaming, the others to the log."""
     cwd, words = undisturbed
-    out, draw, survived = tmp_path / "run", random.Random(kills), 0
+    out, draw, killed = tmp_path / "run", random.Random(kills), 0
     words = [*words, "--out", out, "--resume", "auto"]
     for number in range(kills):
-        process = start(words, tmp_path)
-        saving = number % 2 == 0
-        if saving:
-            found = wait_for(lambda: any(out.glob(".last.pt.*.tmp")), process)
-        else:
-            found = wait_for(lambda: (out / "log.jsonl").exists(), process)
-            time.sleep(draw.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.end()
-        survived += found
+        prepare = partial(signal_at, signal.SIGKILL, *(SAVING, LOGGING)[number % 2], draw.randint(1, 2))
+        killed += start(words, tmp_path, prepare=prepare).end()[0] == -signal.SIGKILL
         if (out / "last.pt").exists():
             checkpoints.read(out / "last.pt")  # whole, or not there
     status, _, errors = start(words, tmp_path).end()
     assert status == 0, errors
-    assert survived >= 1
+    assert killed >= 3
     assert_same(cwd / "whole", out)
 
 
 @pytest.fixture(scope="module")
 def interrupted(undisturbed):
-    """The run as a SIGINT has left it, after its second epoch or a few more."""
+    """The run as a SIGINT has left it, after its third epoch."""
     cwd, words = undisturbed
     out = cwd / "interrupted"
-    process = start([*words, "--out", out], cwd)
-    assert wait_for(lambda: len(logged(out)) > 2, process)
-    process.send_signal(signal.SIGINT)
-    assert process.end()[0] == 128 + signal.SIGINT
+    prepare = partial(signal_at, signal.SIGINT, *LOGGING, 3)
+    assert start([*words, "--out", out], cwd, prepare=prepare).end()[0] == 128 + signal.SIGINT
     return out
 
 
@@ -230,7 +225,7 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     unsaved = shutil.copytree(out, tmp_path / "unsaved", ignore=shutil.ignore_patterns("*.pt"))
     for typed, message in (
         (["--resume", out, "--lr", "0.5"], "--lr: the run in .* was started with 0.01, got 0.5"),
-        (["--resume", out, "--epochs", "40"], "--epochs: .* with 30, got 40"),
+        (["--resume", out, "--epochs", "40"], "--epochs: .* with 12, got 40"),
         (["--resume", out, "--method", "pcl", "--threshold", "0.1"], "--method: .* with mim, got pcl"),
         (["--resume", tmp_path / "nowhere"], "expected the folder of a run, with args.json"),
         (["--resume", out, "--out", tmp_path / "other"], "a resumed run stays in its folder"),
@@ -320,10 +315,9 @@ def test_labels_that_have_changed_are_refused(phantom_folder, tmp_path, monkeypa
 
 
 def test_a_signal_before_the_training_leaves_nothing_half_written(phantom_folder, tmp_path):
-    process = start(["--method", "mim", "--data", phantom_folder, "--cache", "cache", *TINY], tmp_path)
-    assert wait_for(lambda: (tmp_path / "cache").exists(), process)
-    process.send_signal(signal.SIGTERM)
-    status, _, errors = process.end()
+    words = ["--method", "mim", "--data", phantom_folder, "--cache", "cache", *TINY]
+    prepare = partial(signal_at, signal.SIGTERM, "open", ".cine")
+    status, _, errors = start(words, tmp_path, prepare=prepare).end()
     assert status == 128 + signal.SIGTERM and "Traceback" not in errors
     assert errors.strip().endswith("train_ssp.py: ended by SIGTERM")
     assert not list(tmp_path.rglob("*.tmp"))
