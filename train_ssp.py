@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--method {args.method} needs cines with more than one frame, got none among the "
             f"{len(split['train'])} training subjects, the first is {split['train'][0]}; use another --method"
         )
-    slices = {part: Slices(cines, keys) for part, keys in used.items() if keys or part == "train"}
-    print(f"{splits.describe(split)}; {len(slices['train'])} slices to train on, no label is read")
     options = {"batch_size": args.batch_size, "seed": args.seed, "device": device}
     options |= {"labelled": False, "motion": method.needs_motion}
-    batches = {part: Batches(cines, each, **options) for part, each in slices.items()}
+    parts = [part for part, keys in used.items() if keys or part == "train"]
+    batches = {part: Batches(cines, Slices(cines, used[part]), **options) for part in parts}
+    print(f"{splits.describe(split)}; {len(batches['train'].slices)} slices to train on, no label is read")
     if "validation" not in batches:
         print("no validation subject: there will be no validation loss")
 

@@ -75,9 +75,7 @@ def curves(records: Sequence[dict], path: Path) -> None:
 
 
 def centre_sheet(store: Store, path: Path, crop_mm: float) -> None:
-    """A middle slice of every subject on one scale, with the crop centre found without labels, the crop's
-    square, and the box around the labels of subjects that have them.
-    """
+    """A middle slice of every subject on one scale, with crop centre, crop square and box of the labels."""
     count = len(store.subjects)
     if not count:
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cmrssp.hardware import distributed
 from cmrssp.runs.progress import Progress
-from cmrssp.runs.signals import Inbox, Stopped
+from cmrssp.runs.signals import Stopped
 
 _WITHIN_EPOCH = 10  # within an epoch, saving waits for this many times the minutes of --save-every
 
@@ -27,8 +27,8 @@ class Request:
 class Requests:
     """Collects requests from signals and clocks. `save_every`: minutes ("1min") or epochs ("5")."""
 
-    def __init__(self, inbox: Inbox, progress: Progress, save_every: str) -> None:
-        self.inbox, self.progress = inbox, progress
+    def __init__(self, signals: list[int], progress: Progress, save_every: str) -> None:
+        self.signals, self.progress = signals, progress
         self.last_save, self.never_saved = time.monotonic(), True
         number, by_time = save_every.removesuffix("min"), save_every.endswith("min")
         self.seconds, self.epochs = (60 * float(number), math.inf) if by_time else (math.inf, int(number))
@@ -54,5 +54,6 @@ class Requests:
         return time.monotonic() - self.last_save
 
     def _agree(self, save: bool, read: bool) -> Request:
-        stop, save, read = distributed.maximum(self.inbox.number or 0, save, read)
+        first = self.signals[0] if self.signals else 0
+        stop, save, read = distributed.maximum(first, save, read)
         return Request(stop, bool(save or stop), bool(read))

@@ -18,12 +18,6 @@ class Stopped(Exception):
         self.number = number
 
 
-class Inbox:
-    """Holds the first signal that arrives; `number` is None before."""
-
-    number: int | None = None
-
-
 @contextmanager
 def interrupting() -> Iterator[None]:
     """In it a signal raises KeyboardInterrupt(number), so files are cleaned up. A second ends the process."""
@@ -37,19 +31,19 @@ def interrupting() -> Iterator[None]:
 
 
 @contextmanager
-def holding() -> Iterator[Inbox]:
-    """Within, the first signal goes to the inbox, so that the step can end. A second one ends the process."""
-    inbox = Inbox()
+def holding() -> Iterator[list[int]]:
+    """Within, the first signal goes to the list, so that the step can end. A second one ends the process."""
+    received: list[int] = []
 
     def hold(number: int, frame) -> None:
-        if inbox.number is None:
-            inbox.number = number
+        if not received:
+            received.append(number)
         elif distributed.world_size() == 1:  # torchrun forwards signals that a process has received already
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     with _handling(hold):
-        yield inbox
+        yield received
 
 
 @contextmanager

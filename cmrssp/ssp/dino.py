@@ -155,9 +155,7 @@ class DINO(Method):
 
 
 class Head(nn.Module):
-    """(B, C) -> (B, K): three layers with batch norm and GELU, an L2-normalised bottleneck of 256, and K
-    prototypes of unit length.
-    """
+    """(B, C) -> (B, K): three layers, batch norm, GELU; an L2-normalised bottleneck; K unit prototypes."""
 
     def __init__(self, inputs: int, hidden: int, outputs: int, bottleneck: int = 256) -> None:
         super().__init__()
