@@ -53,8 +53,8 @@ def topmost(
 ) -> tuple[Rows, list[Problem]]:
     """The topmost CSV with a column `key` (zeros up to `digits`), and how it differs from `cines`."""
     for path in sorted((f for f in files if f.suffix == ".csv"), key=lambda f: (len(f.parts), f)):
-        if (rows := read(path, key)) is not None:
-            by_subject = {row[key].zfill(digits): row for row in rows}
+        if (rows := read(path, key.lower())) is not None:
+            by_subject = {row[key.lower()].zfill(digits): row for row in rows}
             return by_subject, differences(path, by_subject, cines, dataset)
     what = f"{dataset}: no CSV has a column '{key}', so vendors and pathologies are unknown"
     return {}, [Problem("", "", what, USED)]

@@ -20,7 +20,7 @@ def subjects_among(files: Sequence[Path], dataset: str = DATASET) -> tuple[list[
     found, problems = by_subject(files, NAMES, dataset, "sa")
     if not found:
         return [], problems
-    rows, odd = topmost(files, "external code", {id: parts["sa"] for id, parts in found}, dataset)
+    rows, odd = topmost(files, "External code", {id: parts["sa"] for id, parts in found}, dataset)
     subjects = []
     for id, parts in found:
         labels = (LabelFile(parts["sa_gt"]),) if "sa_gt" in parts else ()

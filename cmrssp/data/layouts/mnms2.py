@@ -24,7 +24,7 @@ def subjects_among(files: Sequence[Path]) -> tuple[list[Subject], list[Problem]]
     if not found:
         return [], problems
     cines = {code: parts["SA_CINE"] for code, parts in found}
-    rows, odd = topmost(files, "subject_code", cines, DATASET, digits=3)
+    rows, odd = topmost(files, "SUBJECT_CODE", cines, DATASET, digits=3)
     subjects = []
     for code, parts in found:
         labels = []
