@@ -182,9 +182,11 @@ def test_a_folder_without_predictions_is_refused(maps, tmp_path):
 
 
 def test_a_map_that_is_gone_is_refused(maps, tmp_path):
-    gone = next((tmp_path / "maps").glob(f"*{label_maps.SUFFIX}"))
-    gone.unlink()
-    with pytest.raises(UserError, match=gone.name):
+    cines, split, _ = maps
+    for key in split["train"]:
+        name = cines.subjects[cines.index[key]].file_name
+        (tmp_path / "maps" / f"{name}{label_maps.SUFFIX}").unlink()
+    with pytest.raises(UserError, match=label_maps.SUFFIX):
         train()
 
 

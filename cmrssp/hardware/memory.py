@@ -45,12 +45,9 @@ def check(
         sizes = f"this training needs about {needed / _GB:.0f} GB, {device} has {present / _GB:.0f} GB"
         raise UserError(f"--batch-size {size}: {sizes}; try {hint}" + ", or --amp fp16" * (amp == "off"))
     if device_cache == "on" or (device_cache == "auto" and device.type == "cuda"):
-        kinds = {"labelled": batches.labelled, "motion": batches.motion}
-        slices = DeviceCache.needs(batches.slices, **kinds)
+        slices = DeviceCache.needs(batches.slices, labelled=batches.labelled, motion=batches.motion)
         room = free(device) - _MARGIN * needed - _RESERVE
-        sizes = (
-            f"the slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"
-        )
+        sizes = f"slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"
         if slices <= room:
             print(f"device cache: on, {sizes}")
             batches.keep_on_device()

@@ -83,7 +83,7 @@ def test_what_the_device_has_no_room_for_is_read_or_refused(hearts, monkeypatch,
     fixed, per_slice = memory.estimate(method, loader, amp="off")
     training = 1.3 * (fixed + 5 * per_slice) + 2e9
     monkeypatch.setattr(memory, "free", lambda device: training + needed - 1)
-    with pytest.raises(UserError, match=r"--device-cache on: the slices take 0\.0 GB, .* are free besides"):
+    with pytest.raises(UserError, match=r"--device-cache on: slices take 0\.0 GB, .* are free besides"):
         memory.check(method, loader, amp="off", device=CPU, device_cache="on")
     monkeypatch.setattr(memory, "free", lambda device: training + needed + 1)
     memory.check(method, loader, amp="off", device=CPU, device_cache="on")
