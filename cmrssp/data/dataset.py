@@ -15,7 +15,7 @@ from cmrssp.files import below, check_writable
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
-_PHANTOM_VERSION = 1  # in the folder's name: the phantom of another version is written beside it
+_PHANTOM_VERSION = 3  # in the folder's name: the phantom of another version is written beside it
 
 
 def default_cache() -> Path:
