@@ -56,10 +56,6 @@ class Segmentation(UNetMethod):
         views = self.crop(batch, generator)
         return {**views, "weight": batch["weight"]} if "weight" in batch else views
 
-    def outputs(self, views: Views) -> list[torch.Tensor]:
-        """Logits (B, 4, S / 2^i, S / 2^i) of each head i."""
-        return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
-
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.training and self.freeze_encoder:
             self.encoder.train(epoch >= self.freeze_encoder)  # frozen: its batch statistics stay fixed

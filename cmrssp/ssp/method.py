@@ -123,6 +123,10 @@ class UNetMethod(Method):
     def encoder(self) -> Encoder:
         return self.unet.encoder
 
+    def outputs(self, views: Views) -> list[torch.Tensor]:
+        """(B, outputs, S / 2^i, S / 2^i) of each head i, from `image`."""
+        return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
+
     def compile_networks(self, mode: str | None = None) -> None:
         self.unet.compile(dynamic=False, mode=mode)
 

@@ -13,15 +13,14 @@ from cmrssp.data.batches import Batch
 from cmrssp.errors import UserError
 from cmrssp.losses import masked_mse
 from cmrssp.ssp.flag_types import fraction, positive
-from cmrssp.ssp.method import UNetMethod, Views
+from cmrssp.ssp.method import NNUNETS_SGD, UNetMethod, Views
 from cmrssp.unet import UNet
 
 
 class MIM(UNetMethod):
     name = "mim"
     purpose = "masked patches are reconstructed (encoder and decoder)"
-    defaults = {"epochs": 100, "batch_size": 128, "lr": 0.01, "schedule": "cosine", "momentum": 0.99,
-                "nesterov": True, "weight_decay": 3e-5, "amp": "fp16"}  # fmt: skip
+    defaults = {"batch_size": 128, "lr": 0.01, **NNUNETS_SGD, "amp": "fp16"}
     quick = {"epochs": 3, "batch_size": 32, "patch_size": 16}
 
     def __init__(

@@ -11,15 +11,14 @@ import torch
 
 from cmrssp.data.store import Store
 from cmrssp.losses import deep_supervision, mse
-from cmrssp.ssp.method import UNetMethod, Views
+from cmrssp.ssp.method import NNUNETS_SGD, UNetMethod, Views
 from cmrssp.unet import UNet
 
 
 class Motion(UNetMethod):
     name = "motion"
     purpose = "the movement over the heart cycle is predicted from one frame (encoder and decoder)"
-    defaults = {"epochs": 100, "batch_size": 32, "lr": 0.01, "schedule": "cosine", "momentum": 0.99,
-                "nesterov": True, "weight_decay": 3e-5, "amp": "fp16"}  # fmt: skip
+    defaults = {"batch_size": 32, "lr": 0.01, **NNUNETS_SGD, "amp": "fp16"}
     quick = {"epochs": 3}
     finetuning = {"lr": 0.01, "transfer": "encoder"}
     needs_motion = True
@@ -34,10 +33,6 @@ class Motion(UNetMethod):
         if still:
             print(f"{len(still)} subjects left out, their cine has one frame: {', '.join(still)}")
         return [key for key in keys if key not in still]
-
-    def outputs(self, views: Views) -> list[torch.Tensor]:
-        """The predicted maps (B, 1, S / 2^i, S / 2^i) of each head i."""
-        return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Logs the fraction of the maps' variance over the batch that the finest output explains."""
