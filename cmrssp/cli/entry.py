@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) -> NoReturn:
     """Run a script's main and exit with its status. An error that a user can fix is one line and status 2."""
     prog, status, message = prog or Path(sys.argv[0]).name, 1, ""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed, as by `>&-`)
     sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show
     try:
         # torchrun must be able to end its processes itself

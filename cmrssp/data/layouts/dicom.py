@@ -9,7 +9,9 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, suppress
+from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,10 +23,12 @@ from cmrssp.data.layouts.dicom_stack import assemble
 from cmrssp.data.subject import LEFT_OUT, Problem, Subject, vendor_name
 from cmrssp.files import atomic
 from cmrssp.hardware import distributed
+from cmrssp.hardware.device import available_cores
 
 DATASET = "dicom"
 _FORMAT = 4  # of the index
 _MASKED = "..."
+_MANY = 4000  # headers that are worth the start of further processes
 
 
 def subjects_among(files: Sequence[Path], root: Path, cache: Path) -> tuple[list[Subject], list[Problem]]:
@@ -78,8 +82,11 @@ def _index(files: Sequence[Path], root: Path, cache: Path) -> list[Image]:
         stat, name = file.stat(), file.relative_to(root)  # the name may be the patient's: a hash
         keys[file] = hashed(f"{name} {stat.st_size} {stat.st_mtime_ns}")
     new = [file for file, key in keys.items() if key not in known]
-    bar = tqdm(new, "DICOM headers", unit="file", disable=distributed.hide_bar())
-    read = {file: dicom_header.read(file) for file in bar}
+    workers = ProcessPoolExecutor(available_cores(), get_context("spawn")) if len(new) >= _MANY else None
+    with workers or nullcontext() as pool:
+        headers = pool.map(dicom_header.read, new, chunksize=200) if pool else map(dicom_header.read, new)
+        bar = tqdm(headers, "DICOM headers", len(new), unit="file", disable=distributed.hide_bar())
+        read = dict(zip(new, bar, strict=True))
     identity = set().union(*(words for _, words in read.values()))
     places = {file: (folder.name, *file.relative_to(root).parts) for file in read}
     masks = {part: _masked(part, identity) for part in set().union(*places.values())}

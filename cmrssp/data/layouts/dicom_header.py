@@ -1,16 +1,23 @@
 """What a cine needs of the header of a DICOM file, without the patient's name."""
 
+import math
 import os
 import re
+import struct
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pydicom
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ImplicitVRLittleEndian
 
 _NOT_MAGNITUDE = {"P", "R", "I", "PHASE", "PHASE MAP", "VELOCITY", "VELOCITY MAP", "REAL", "IMAGINARY"}
@@ -74,13 +81,37 @@ def read(path: Path) -> tuple[list[Image], set[str]]:
         return [Image(path, "", reason="cannot be read as a DICOM image (truncated?)")], set()
 
 
+@cache
+def _tag(name: str | int) -> BaseTag:
+    return Tag(name)
+
+
+def _values(header: pydicom.Dataset, name: str | int) -> Sequence:
+    """What an element holds, as numbers or texts; () without one. Decoded here where pydicom has not done it
+    yet: its own conversion takes longer than to read the file.
+    """
+    tag = _tag(name)
+    element = header.get_item(tag) if tag in header else None
+    if element is None or element.value in (None, "", b""):
+        return ()
+    if not isinstance(element, RawDataElement):
+        return element.value if isinstance(element.value, MultiValue) else (element.value,)
+    kind, value = element.VR, element.value
+    if kind in (None, "UN"):
+        kind = dictionary_VR(tag) if dictionary_has_tag(tag) else "FL"
+    if code := {"US": "H", "SS": "h", "UL": "I", "FL": "f", "FD": "d"}.get(kind):
+        order = "<" if element.is_little_endian else ">"
+        return struct.unpack(f"{order}{len(value) // struct.calcsize(code)}{code}", value)
+    return [text.strip(" \0") for text in value.decode("latin-1").split("\\")]
+
+
 def _numbers(header: pydicom.Dataset, *names: str | int, count: int = 1) -> tuple[float, ...]:
     """The first `count` values of the first of these elements with so many finite numbers, else ()."""
     for name in names:
-        with suppress(Exception):  # absent, or what pydicom raises for a damaged value
-            numbers = np.array(header[name].value, float).ravel()[:count]
-            if len(numbers) == count and np.isfinite(numbers).all():
-                return tuple(numbers.tolist())
+        with suppress(TypeError, ValueError, struct.error):  # a damaged value
+            numbers = tuple(map(float, _values(header, name)[:count]))
+            if len(numbers) == count and all(map(math.isfinite, numbers)):
+                return numbers
     return ()
 
 
@@ -90,8 +121,8 @@ def _number(header: pydicom.Dataset, *names: str | int, low=-np.inf, high=np.inf
 
 def _texts(header: pydicom.Dataset, *names: str) -> list[str]:
     """The values of the first of these elements that has one."""
-    value = next((header[name].value for name in names if header.get(name)), "")
-    return list(map(str, value)) if isinstance(value, MultiValue) else [str(value)]
+    found = (list(map(str, _values(header, name))) for name in names)
+    return next((texts for texts in found if any(texts)), [""])
 
 
 def _images(path: Path, header: pydicom.Dataset, room: int) -> list[Image]:
