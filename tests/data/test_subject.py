@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import nibabel
@@ -14,7 +15,7 @@ from cmrssp.data.motion import temporal_deviation
 from cmrssp.data.subject import NOT_MEASURED, BrokenSubject, Subject
 from cmrssp.segmentation import Segmentation, predict_frames
 
-CACHE = Path()  # only the phantom is written there
+CACHE = Path(os.devnull)  # nothing can be written there
 
 
 def affine(columns, spacing=(1.2, 1.4, 8.0)):
