@@ -108,10 +108,10 @@ def _odd_slices(cine: np.ndarray, flat: np.ndarray, padding: np.ndarray) -> Iter
     """Constant frames and slices, and slices with exactly the images of another; all counted from 0."""
     empty = flat.all(axis=1)
     if empty.any():
-        yield f"constant frames: {listed(np.flatnonzero(empty))} of {len(flat)}", USED
+        yield f"constant frames: {listed(np.flatnonzero(empty))} of {len(flat)}, counted from 0", USED
     if padding.any():
         inside = np.ptp(np.flatnonzero(~padding)) + 1 > np.count_nonzero(~padding)
-        what = f"constant slices: {listed(np.flatnonzero(padding))} of {len(padding)}"
+        what = f"constant slices: {listed(np.flatnonzero(padding))} of {len(padding)}, counted from 0"
         yield (what + ", within the stack", NOT_MEASURED) if inside else (what, USED)
     frames, slices = np.nonzero(flat & ~padding & ~empty[:, None])
     if len(frames):

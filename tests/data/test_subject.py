@@ -181,7 +181,7 @@ def test_a_few_voxels_that_are_no_number_are_set_to_the_minimum(write_mnms, beat
     read = read_cine(subject)
     assert [(p.what, p.done) for p in read.problems] == [
         ("2 voxels are NaN or infinite: set to the minimum", "used with correction"),
-        ("constant frames: 2 of 3", "used"),
+        ("constant frames: 2 of 3, counted from 0", "used"),
     ]
     back = read.geometry.from_canonical(read.stored)
     assert back[3, 4, 1, 0] == back[5, 6, 2, 1] == 0 and back[5, 6, 2, 0] == cine[5, 6, 2, 0] - cine.min()
