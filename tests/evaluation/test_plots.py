@@ -20,6 +20,7 @@ CLASSES = ("LV", "MYO", "RV")
 def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what other tests left to the collector
         yield
 
 

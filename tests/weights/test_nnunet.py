@@ -222,7 +222,7 @@ def bad_files(folder):
     }
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
 def test_files_that_cannot_be_used_end_in_one_line(tmp_path, line):
     for name, expected in bad_files(tmp_path).items():
         for words in (("show", tmp_path / name), ("export", "--to", "nnunet", tmp_path / name, "out.pth")):
