@@ -1,7 +1,8 @@
-"""Files that are whole or absent, CSV tables among them, and finding files."""
+"""Files that are whole or absent, JSON and CSV among them, and finding files."""
 
 import csv
 import io
+import json
 import math
 import os
 import secrets
@@ -72,6 +73,12 @@ def check_writable(flag: str, folder: Path) -> None:
     present = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {folder}: {present} is no folder that can be written to; give another")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Raises ValueError for NaN, which JSON does not have; other values that it lacks become text."""
+    with atomic(path) as file:
+        file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:

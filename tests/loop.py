@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cmrssp.runs.folder import Run
 from cmrssp.runs.settings import Settings
+from cmrssp.segmentation import Segmentation
 from cmrssp.training import train
 from cmrssp.weights.provenance import Provenance
 
@@ -12,6 +13,12 @@ _SETTINGS = {"epochs": 3, "lr": 0.05, "schedule": "poly", "final_lr": 0.0, "warm
              "momentum": 0.9,
              "nesterov": True, "weight_decay": 0.01, "amp": "off", "seed": 4, "validate_every": 1,
              "save_every": "1min", "max_skipped": 25, "compile": False}  # fmt: skip
+
+
+def segmentation(**changes) -> Segmentation:
+    """A tiny one of new weights, without augmentation."""
+    network = {"channels": (4, 8), "norm": "batch", "image_size": 64, "spacing_mm": 1.5, "augment": False}
+    return Segmentation(**{**network, "freeze_encoder": 0.0, "encoder_lr_factor": 1.0, **changes})
 
 
 def settings(**changes) -> Settings:

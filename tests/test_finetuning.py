@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from loop import run_training
+from loop import run_training, segmentation
 
 import evaluate
 import finetune
@@ -21,7 +21,6 @@ from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.losses import deep_supervision, dice_cross_entropy
-from cmrssp.segmentation import Segmentation
 
 SMALL = {"channels": (4, 8, 8), "image_size": 32, "spacing_mm": 1.5, "augment": True, "norm": "batch"}
 
@@ -37,7 +36,7 @@ def loader(write_mnms, beating, tmp_path):
 
 def network(**changes):
     torch.manual_seed(0)
-    return Segmentation(**{**SMALL, "freeze_encoder": 0.0, "encoder_lr_factor": 1.0, **changes})
+    return segmentation(**{**SMALL, **changes})
 
 
 def train(method, loader, folder, **changes):

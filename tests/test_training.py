@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from loop import run_training, settings
+from loop import run_training, segmentation, settings
 
 from cmrssp import training
 from cmrssp.data import dataset, store
@@ -11,11 +11,9 @@ from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.runs.folder import Run
 from cmrssp.runs.settings import learning_rate
-from cmrssp.segmentation import Segmentation
 from cmrssp.ssp.mim import MIM
 
 SMALL = {"channels": (4, 8, 8), "norm": "batch", "image_size": 32, "spacing_mm": 1.5}
-UNCHANGED = {"freeze_encoder": 0.0, "encoder_lr_factor": 1.0}
 
 
 @pytest.fixture
@@ -61,9 +59,9 @@ def test_schedules_by_hand():
 def test_the_loop_equals_plain_steps(loaders, tmp_path):
     """Against SGD with Nesterov momentum and weight decay written out, over three epochs."""
     torch.manual_seed(0)
-    method = Segmentation(**SMALL, **UNCHANGED, augment=True)
+    method = segmentation(**SMALL, augment=True)
     torch.manual_seed(0)
-    slow = Segmentation(**SMALL, **UNCHANGED, augment=True).to(memory_format=torch.channels_last)
+    slow = segmentation(**SMALL, augment=True).to(memory_format=torch.channels_last)
     loader = loaders(labelled=True)
     run = run_training(method, loader, tmp_path / "run", validate=checked)
     velocity = {name: torch.zeros_like(p) for name, p in slow.named_parameters()}
@@ -112,7 +110,7 @@ def test_what_a_run_leaves(loaders, tmp_path, capsys):
 def test_the_loss_falls(loaders, tmp_path):
     torch.manual_seed(0)
     run = run_training(
-        Segmentation(**SMALL, **UNCHANGED, augment=False),
+        segmentation(**SMALL, augment=False),
         loaders(labelled=True),
         tmp_path / "run",
         epochs=30,
@@ -146,7 +144,7 @@ def test_batches_without_any_foreground(write_mnms, beating, tmp_path):
     foreground = [int(batch["label"].any()) for batch in one.epochs(0, 1)]
     assert len(foreground) == 6 and sum(foreground) == 2
     torch.manual_seed(0)
-    method = Segmentation(**SMALL, **UNCHANGED, augment=True)
+    method = segmentation(**SMALL, augment=True)
     run = run_training(method, one, tmp_path / "run", epochs=2, lr=0.001)
     records = run.records()
     assert all(0.5 * 4 / 6 < r["loss"] < 1.5 and math.isfinite(r["gradient_norm"]) for r in records)
@@ -158,7 +156,7 @@ def test_bf16_on_a_cpu_follows_float32(loaders, tmp_path):
     for amp in ("off", "bf16"):
         torch.manual_seed(0)
         run = run_training(
-            Segmentation(**SMALL, **UNCHANGED, augment=True), loaders(labelled=True), tmp_path / amp, amp=amp
+            segmentation(**SMALL, augment=True), loaders(labelled=True), tmp_path / amp, amp=amp
         )
         losses.append([r["loss"] for r in run.records()])
     assert losses[1] == pytest.approx(losses[0], abs=2e-2) and losses[1] != losses[0]

@@ -62,10 +62,8 @@ def _in_folder(
     found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
     known = [layout for layout, (subjects, _) in found.items() if subjects]
     if not known:
-        if frames := [
-            *found[mnms2][1],
-            *found[acdc][1],
-        ]:  # as plain cines two of a patient could train and test
+        if frames := found[mnms2][1] + found[acdc][1]:
+            # as plain cines two of a patient could train and test
             raise UserError(f"--data {path}: {frames[0]}; add the cines of these frames")
         found = {folder: folder.subjects_among(files, root, label_suffix, ignore_split=ignore_split)}
     own_table = root / folder.TABLE

@@ -125,12 +125,11 @@ class _Reader:
         if np.allclose(rest[:3, :3], np.eye(3), atol=0.02):
             if not np.allclose(rest[:3, 3], 0, atol=0.5):
                 first = ", ".join(f"{v:.1f}" for v in step[:3, 3])
-                what = f"is off its cine's grid by its affine (its first voxel is at {first} there)"
-                self.note(f"{path.name} {what}: the array was used as stored", USED, path)
+                what = f"off its cine's grid by its affine (its first voxel is at {first} there)"
+                self.note(f"{what}: the array was used as stored", USED, path)
             elif (turn != [[0, 1], [1, 1], [2, 1]]).any():
                 array = nibabel.apply_orientation(array, turn)
-                what = f"{path.name} is stored in other axes than its cine: turned by its affine"
-                self.note(what, CORRECTED, path)
+                self.note("stored in other axes than its cine: turned by its affine", CORRECTED, path)
         array = self.cine.geometry.to_canonical(array)
         if array.shape[1:] != self.stored.shape[1:] or len(array) not in (1, len(self.stored)):
             expected = f"the cine's shape (frames, slices, rows, columns) = {self.stored.shape}"

@@ -11,7 +11,7 @@ from typing import Any
 from cmrssp.data import store
 from cmrssp.data.subject import LabelFile
 from cmrssp.errors import UserError
-from cmrssp.runs.folder import Run
+from cmrssp.files import write_json
 from cmrssp.weights import checkpoints
 from cmrssp.weights.checkpoints import Checkpoint
 
@@ -55,7 +55,7 @@ def write(
     """cines: {name: {"digest": of the images, "frames": good enough to train on}}; options: of --predict."""
     made_by = [{"config": each.config, "provenance": each.provenance.to_dict()} for each in networks]
     content = {"cines": dict(sorted(cines.items())), "options": options, "networks": made_by}
-    Run(folder).write_json(_FILE, content)
+    write_json(folder / _FILE, content)
 
 
 def read(folder: Path) -> LabelMaps:

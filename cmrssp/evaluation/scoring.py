@@ -19,9 +19,8 @@ from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import one_line
 from cmrssp.evaluation import contours, plots, stats
-from cmrssp.files import write_csv
+from cmrssp.files import write_csv, write_json
 from cmrssp.hardware import distributed
-from cmrssp.runs.folder import Run
 from cmrssp.weights.checkpoints import Checkpoint
 from cmrssp.weights.provenance import Provenance
 
@@ -237,7 +236,7 @@ def write(
         "dice": dice,
         "missed": scores.missed,
     }
-    Run(out).write_json("summary.json", content)
+    write_json(out / "summary.json", content)
     names = [*(f"{name}.csv" for name in tables), "summary.json", *pictures]
     return [name for name in names if (out / name).is_file()]
 

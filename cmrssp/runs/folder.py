@@ -13,7 +13,7 @@ import torch
 
 import cmrssp
 from cmrssp.errors import UserError
-from cmrssp.files import atomic, check_writable, sweep
+from cmrssp.files import atomic, check_writable, sweep, write_json
 from cmrssp.hardware import distributed
 from cmrssp.weights import checkpoints
 
@@ -50,10 +50,10 @@ class Run:
         if not distributed.is_main():
             return
         (self.folder / "log.jsonl").unlink(missing_ok=True)  # of a start that left no checkpoint
-        self.write_json("split.json", split)
+        write_json(self.folder / "split.json", split)
         versions = {"cmrssp": cmrssp.__version__, "torch": torch.__version__}
         code = {"versions": versions, "git": _git_commit()}
-        self.write_json("args.json", {**args, **code, "processes": distributed.world_size()})
+        write_json(self.folder / "args.json", {**args, **code, "processes": distributed.world_size()})
 
     @cached_property
     def args(self) -> dict[str, Any]:
@@ -117,11 +117,6 @@ class Run:
     @property
     def saved(self) -> bool:
         return self.finished or (self.folder / "last.pt").is_file()
-
-    def write_json(self, name: str, content: Any) -> None:
-        if distributed.is_main():
-            with atomic(self.folder / name) as file:
-                file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON line in one write."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from cmrssp.augmentation import augment
 from cmrssp.data.batches import Batch
 from cmrssp.hardware import distributed
 from cmrssp.losses import nt_xent
@@ -40,8 +41,8 @@ class SimCLR(Method):
 
     def views(self, batch: Batch, generator: torch.Generator | None) -> Views:
         """image (2B, 1, S, S): the first views of all slices, then the second ones; position (2B,)."""
-        images = [self.crop(batch, generator)["image"] for _ in range(2)]
-        return {"image": torch.cat(images), "position": batch["position"].repeat(2)}
+        image = augment(batch, [self.ranges] * 2, generator, **self.grid)["image"]
+        return {"image": image, "position": batch["position"].repeat(2)}
 
     def view_sizes(self) -> list[tuple[int, int]]:
         return [(self.image_size, 2)]

@@ -99,10 +99,8 @@ def to_nnunet(file: str | Path, out: Path) -> str:
     weights, provenance = nnunet.network_weights(unet.state_dict()), checkpoint.provenance.to_dict()
     content = {"network_weights": weights, "config": config, "provenance": provenance, "transfer": report}
     checkpoints.save(out, content)
-    trainer, parts = (
-        nnunet.TRAINERS[checkpoint.norm],
-        "\n".join(f"{part}: {what}" for part, what in report.items()),
-    )
+    trainer = nnunet.TRAINERS[checkpoint.norm]
+    parts = "\n".join(f"{part}: {what}" for part, what in report.items())
     return f"""{checkpoint.path}: 2D U-Net, {_origin(checkpoint)}
 {parts}
 written: {out}, {len(weights)} keys

@@ -461,7 +461,7 @@ def test_labels_stored_in_other_axes_than_their_cine(tmp_path, beating, swap):
         back = cines.cines[i].geometry.from_canonical(cines.label_volume(i, 2)[None])[..., 0]
         assert (back == labels[..., 2]).all()
     assert problems["mnms/A"] == [
-        ("A_sa_gt.nii.gz is stored in other axes than its cine: turned by its affine", "used with correction")
+        ("stored in other axes than its cine: turned by its affine", "used with correction")
     ]
     assert "mnms/B" not in problems
 

@@ -5,6 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from loop import segmentation
 
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import collate
@@ -13,7 +14,7 @@ from cmrssp.data.geometry import Geometry
 from cmrssp.data.labels import read_labels
 from cmrssp.data.motion import temporal_deviation
 from cmrssp.data.subject import NOT_MEASURED, BrokenSubject, Subject
-from cmrssp.segmentation import Segmentation, predict_frames
+from cmrssp.segmentation import predict_frames
 
 CACHE = Path(os.devnull)  # nothing can be written there
 
@@ -263,15 +264,7 @@ def test_the_same_heart_in_every_storage_order(tmp_path, beating):
     first = affine((LEFT, BACK, APEX), (1.2, 1.4, 12.0))
     first[:3, 3] = (40, -20, 30)
     torch.manual_seed(1)
-    method = Segmentation(
-        channels=[4, 8, 8],
-        image_size=32,
-        spacing_mm=3.0,
-        augment=False,
-        norm="batch",
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    ).eval()
+    method = segmentation(channels=[4, 8, 8], image_size=32, spacing_mm=3.0).eval()
     seen, number = [], 0
     for swapped in (False, True):
         for flips in np.ndindex(2, 2, 2):

@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from loop import segmentation
 
 from cmrssp.data import dataset, store
 from cmrssp.evaluation import scoring, text
@@ -17,15 +18,7 @@ from cmrssp.weights.provenance import Provenance
 def network(seed: int, size: int = 32, spacing: float = 3.0) -> Segmentation:
     """Random weights; without biases the heads prefer no class, so all classes are predicted."""
     torch.manual_seed(seed)
-    method = Segmentation(
-        channels=[4, 8, 8],
-        image_size=size,
-        spacing_mm=spacing,
-        augment=False,
-        norm="batch",
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    ).eval()
+    method = segmentation(channels=[4, 8, 8], image_size=size, spacing_mm=spacing).eval()
     with torch.no_grad():
         for head in method.unet.heads:
             head.weight.mul_(20)

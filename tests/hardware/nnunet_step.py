@@ -25,7 +25,6 @@ import loop
 from cmrssp.cli.flags import PAPER_NETWORK, QUICK_NETWORK
 from cmrssp.hardware import benchmark
 from cmrssp.hardware.device import AMP_TYPES
-from cmrssp.segmentation import Segmentation
 from cmrssp.training import Step
 
 
@@ -115,12 +114,8 @@ def main() -> None:
 
     def ours(augment: bool, compile: bool) -> Step:
         torch.manual_seed(0)
-        method = Segmentation(
-            channels=network["channels"], image_size=network["image_size"], spacing_mm=network["spacing_mm"],
-            augment=augment, norm="batch", freeze_encoder=0.0, encoder_lr_factor=1.0,
-        )  # fmt: skip
         return Step(
-            method,
+            loop.segmentation(**network, augment=augment),
             FixedBatch(device),
             loop.settings(**settings, compile=compile, graph=compile and device.type == "cuda"),
         )

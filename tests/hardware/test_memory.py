@@ -1,11 +1,11 @@
 import pytest
 import torch
+from loop import segmentation
 
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.hardware import memory
-from cmrssp.segmentation import Segmentation
 
 
 @pytest.fixture
@@ -28,15 +28,7 @@ def test_the_estimate_against_a_count_by_hand(loader):
     norm and activation (in place); the decoder adds the concatenation's 16 channels; the losses a few maps of
     4 classes.
     """
-    method = Segmentation(
-        channels=(8, 16),
-        image_size=64,
-        spacing_mm=1.0,
-        augment=True,
-        norm="batch",
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    )
+    method = segmentation(channels=(8, 16), spacing_mm=1.0, augment=True)
     fixed, per_slice = memory.estimate(method, loader, amp="off")
     assert fixed == 3 * 4 * sum(p.numel() for p in method.parameters())
     pixels = 64 * 64
@@ -47,15 +39,7 @@ def test_the_estimate_against_a_count_by_hand(loader):
 
 
 def test_what_cannot_fit_is_refused_with_a_batch_size_that_does(loader, monkeypatch, capsys):
-    method = Segmentation(
-        channels=(8, 16),
-        image_size=64,
-        spacing_mm=1.0,
-        augment=True,
-        norm="batch",
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    )
+    method = segmentation(channels=(8, 16), spacing_mm=1.0, augment=True)
     fixed, per_slice = memory.estimate(method, loader, amp="off")
     cpu = torch.device("cpu")
     memory.check(method, loader, amp="off", device=cpu)

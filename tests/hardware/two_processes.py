@@ -18,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from loop import ORIGIN, settings
+from loop import ORIGIN, segmentation, settings
 
 from cmrssp import training
 from cmrssp.cli import entry
@@ -60,7 +60,7 @@ def make_method(name: str, seed: int = 0) -> Method:
         "dino": lambda: DINO(**common, **dino),
         "mim": lambda: MIM(**common, patch_size=8, mask_ratio=0.75),
         "motion": lambda: Motion(**common),
-        "segmentation": lambda: Segmentation(**common, freeze_encoder=0.0, encoder_lr_factor=1.0),
+        "segmentation": lambda: segmentation(**common),
     }[name]()
 
 

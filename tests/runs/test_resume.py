@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from loop import run_training, settings
+from loop import run_training, segmentation, settings
 from processes import Script
 
 import finetune
@@ -29,7 +29,6 @@ from cmrssp.errors import UserError
 from cmrssp.runs.folder import Run
 from cmrssp.runs.progress import Progress
 from cmrssp.runs.signals import Stopped
-from cmrssp.segmentation import Segmentation
 from cmrssp.ssp import METHODS
 from cmrssp.weights import checkpoints
 
@@ -91,8 +90,7 @@ OWN = {
 
 def make(name: str):
     if name == "segmentation":
-        return Segmentation(channels=(4, 8, 8), norm="batch", image_size=32, spacing_mm=1.5, augment=True,
-                            freeze_encoder=0.0, encoder_lr_factor=1.0)  # fmt: skip
+        return segmentation(channels=(4, 8, 8), image_size=32, augment=True)
     words = [
         "--method",
         name,

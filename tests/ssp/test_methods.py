@@ -1,10 +1,11 @@
 import pytest
 import torch
+from loop import segmentation
 
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import collate
 from cmrssp.errors import UserError
-from cmrssp.segmentation import Segmentation, predict_frames
+from cmrssp.segmentation import predict_frames
 from cmrssp.ssp.mim import MIM
 from cmrssp.training import step_generator
 
@@ -68,7 +69,7 @@ def test_mim_transfers_encoder_and_decoder(hearts):
 
 def test_views_depend_on_the_generator_and_validation_views_do_not(hearts):
     batch = collate(hearts, [(0, 0, 0)], labelled=True)
-    for method in (mim(), Segmentation(**SMALL, augment=True, freeze_encoder=0.0, encoder_lr_factor=1.0)):
+    for method in (mim(), segmentation(**SMALL, augment=True)):
         first, again, other = (method.views(batch, step_generator(0, 0, step)) for step in (0, 0, 1))
         assert all(torch.equal(first[k], again[k]) for k in first) and not torch.equal(
             first["image"], other["image"]
@@ -94,15 +95,7 @@ def test_prediction_lies_on_the_native_grid(hearts):
     """A network that thresholds the image must give the threshold of the native image, where the crop covers
     it.
     """
-    method = Segmentation(
-        channels=(4, 8),
-        image_size=64,
-        spacing_mm=1.5,
-        augment=False,
-        norm="batch",
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    ).eval()
+    method = segmentation().eval()
     level = (120 - hearts.cines[1].mean) / hearts.cines[1].std
     threshold = ThresholdAt(level)
     method.unet = threshold
@@ -126,15 +119,7 @@ class ThresholdAt(torch.nn.Module):
 
 
 def test_outside_the_crop_is_background(hearts):
-    method = Segmentation(
-        channels=(4, 8),
-        image_size=8,
-        spacing_mm=1.5,
-        augment=False,
-        norm="batch",
-        freeze_encoder=0.0,
-        encoder_lr_factor=1.0,
-    ).eval()
+    method = segmentation(image_size=8).eval()
     method.unet = ThresholdAt(-1e6)  # class 1 everywhere
     (labels,) = predict_frames([method], hearts, 0, [0], torch.device("cpu"))
     row, column = hearts.cines[0].centre
