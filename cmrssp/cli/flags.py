@@ -210,4 +210,5 @@ def settings(args: Namespace, batches: Batches) -> Settings:
         validate_every=args.validate_every or max(1, -(-args.epochs // 20)),
         compile=compile,
         graph=resolve_graph(args.graph, device, compiled=compile),
+        hint="; add --quick to finish in minutes" * (device.type == "cpu" and not args.quick),
     )

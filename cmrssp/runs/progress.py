@@ -20,7 +20,7 @@ class Progress:
     """Collects what the steps return, and reads it from the device about once a second."""
 
     def __init__(self, batches: Batches, settings: Settings) -> None:
-        self.settings, self.keys, self.device = settings, list(batches.store.index), batches.device
+        self.settings, self.keys = settings, list(batches.store.index)
         self.steps, self.batch_size = len(batches), batches.batch_size
         self.steps_left = self.steps * settings.epochs  # when this process starts
         self.estimated, self.count = False, 0
@@ -126,8 +126,7 @@ class Progress:
         if seconds > 1 or self.count == min(20, self.steps_left):
             self.estimated, each = True, seconds / (self.count - 1)
             left = each * (self.steps_left - self.count)
-            long = left > 3600 and self.device.type == "cpu"
-            hint = "; add --quick to finish in minutes on this CPU" if long else ""
+            hint = self.settings.hint * (left > 3600)
             how = f"{each:.3g} s a step, validation not counted"
             self.bar.write(f"estimated time: {duration(left)} ({how}){hint}")
 

@@ -23,6 +23,7 @@ class Settings:
     max_skipped: int  # steps in a row that fp16 may leave out
     compile: bool = False  # the networks, by torch.compile
     graph: bool = False  # replay the compiled networks as CUDA graphs
+    hint: str = ""  # what to try if the run turns out to take more than an hour
 
 
 def learning_rate(settings: Settings, epoch: float) -> float:

@@ -380,6 +380,12 @@ class FewSteps:
         return 10
 
 
+@pytest.mark.parametrize(("words", "suggested"), [([], True), (["--quick"], False)])
+def test_quick_is_suggested_for_a_long_training_without_it(words, suggested):
+    args, _ = train_ssp.parse(["--method", "mim", *words])
+    assert ("--quick" in flags.settings(args, FewSteps()).hint) is suggested
+
+
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
     fp16 = settings(amp="fp16", max_skipped=2)
     meter = Progress(FewSteps(), fp16)
