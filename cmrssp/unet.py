@@ -43,38 +43,39 @@ class Stage(nn.Sequential):
                 image = _recomputed(conv, norm, act, image)
             else:
                 image = act(_normalised(conv, norm, image))
-        return image
+        return _WithoutEffect.apply(image, self.conv1.bias, self.conv2.bias)
 
 
 def _normalised(conv: nn.Conv2d, norm: nn.Module, image: Tensor) -> Tensor:
     """norm(conv(image)), without the two passes over the features that add a bias and sum up its gradient.
     The norm subtracts each channel's mean, and so the bias. It enters only the running mean of batch norm,
-    and with fixed statistics (evaluation, a frozen encoder) the norm's own bias. Its gradient is exactly 0,
-    not None: SGD's momentum and weight decay move it towards 0 as before, which changes no output.
+    and with fixed statistics (evaluation, a frozen encoder) the norm's own bias.
     """
     features = F.conv2d(image, conv.weight, None, conv.stride, conv.padding)
     if isinstance(norm, nn.InstanceNorm2d):
-        return norm(_WithoutEffect.apply(features, conv.bias))
+        return norm(features)
     if not norm.training:
         shift = norm.bias + conv.bias * norm.weight * (norm.running_var + norm.eps).rsqrt()
         return F.batch_norm(features, norm.running_mean, norm.running_var, norm.weight, shift, eps=norm.eps)
-    normalised = norm(_WithoutEffect.apply(features, conv.bias))
+    normalised = norm(features)
     # through .data, because autograd refuses to change a tensor that batch norm has saved (and does not read)
     norm.running_mean.data.add_(conv.bias.detach(), alpha=norm.momentum)
     return normalised
 
 
 class _WithoutEffect(torch.autograd.Function):
-    """(features, bias) -> the features; the bias gets a gradient of zeros, and DDP sees that it was used."""
+    """(features, biases that they do not depend on) -> the features. The biases' gradient is 0, not None:
+    SGD's momentum and weight decay move them towards 0, which changes no output, and DDP sees them used.
+    """
 
     @staticmethod
-    def forward(ctx, features: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(bias)
+    def forward(ctx, features: Tensor, *biases: Tensor) -> Tensor:
+        ctx.save_for_backward(*biases)
         return features.view_as(features)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, torch.zeros_like(ctx.saved_tensors[0])
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *map(torch.zeros_like, ctx.saved_tensors)
 
 
 def _recomputed(conv: nn.Conv2d, norm: nn.Module, act: nn.Module, image: Tensor) -> Tensor:
