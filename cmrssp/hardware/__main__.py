@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines.append(f"{what:<24}{rates}{found.times_floor:>13.2f}{found.peak_memory / 1e9:>10.1f} GB")
         print(lines[-1], flush=True)
         del method, batches
+        torch.compiler.reset()  # else the graphs keep their memory
     print(f"\nall together; torch {torch.__version__}; slices/s, medians\n" + "\n".join(lines))
     return 0
 

@@ -1,6 +1,6 @@
 """Our supervised step against nnU-Net's recipe, on one machine in one run, alternating:
 
-    python tests/nnunet_step.py [--amp fp16] [--batch-size 32] [--rounds 5] [--steps 20] [--small]
+    python tests/hardware/nnunet_step.py [--amp fp16] [--batch-size 32] [--rounds 5] [--steps 20] [--small]
 
 nnU-Net's recipe: PlainConvUNet of dynamic-network-architectures (not among the requirements) with batch norm
 and deep supervision, NCHW, mixed precision, torch.compile, Dice over the batch + cross-entropy, gradients cut
@@ -138,7 +138,8 @@ def main() -> None:
             took = benchmark.timed(lambda step=step: [step() for _ in range(args.steps)], device)
             rates[name].append(args.steps * args.batch_size / took)
     first = rates["nnU-Net's recipe"]
-    print(f"{benchmark.device_name(device)}, torch {torch.__version__}, {args.amp}, batch {args.batch_size}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{name}, torch {torch.__version__}, {args.amp}, batch {args.batch_size}")
     for name, measured in rates.items():
         shares = [a / b for a, b in zip(measured, first, strict=True)]
         print(f"{name:<40}{statistics.median(measured):>10.1f} slices/s  {statistics.median(shares):>6.2f} x "
