@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if checkpoint:
         transferred = transfer(checkpoint, method.unet, PARTS if args.transfer == "all" else ("encoder",))
         print("\n".join(f"{part}: {what}" for part, what in transferred.items()))
-        if inherited.method == "mim" and args.transfer == "all":
-            print("note: MIM's decoder can hinder; try --transfer encoder --lr 0.01 (see README)")
+        if inherited.method in METHODS and vars(args).items() >= Method.finetuning.items():
+            print("note: the paper's settings; --transfer encoder --lr 0.01 did better (see README)")
 
     own_split = {}
     if inherited and not run and not flags.typed(argv, "--split-seed"):
