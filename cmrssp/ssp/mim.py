@@ -2,6 +2,24 @@
 
 75 % of the 32 px patches are set to 0.0 after standardisation and augmentation; mean squared error over the
 masked pixels. Pretrains encoder and decoder; the output convolution does not transfer.
+
+The decoder can hinder a short fine-tuning. Its features are as rich as others (effective rank 45 of 64, 20
+of 32 and 9 of 16 channels; after motion prediction 41, 17 and 8), but they come through the skips: the
+upsampled path gives 19, 10 and 2 % of the variance behind the stages' first convolutions, after motion
+prediction 35, 39 and 45 %, after segmentation from scratch 27, 55 and 82 %. What was tried (ACDC, 7 labelled
+patients, --quick, 1,360 steps, seed 0, validation Dice of 10 patients, every figure one run; in brackets with
+70 patients to pretrain on):
+
+    from scratch                                 0.758   (0.803)
+    all of MIM                                   0.643   (0.764)
+    1  its encoder alone                         0.745   (0.802)
+    2  its full-resolution stages alone                  (0.809)
+    3  all but its full-resolution stages                (0.771)
+    4  all, filters at the norm of fresh ones            (0.761)
+    5  all, pretrained with a loss on all pixels         (0.731)
+    6  all, pretrained with heads at every scale 0.608
+    7  all, pretrained with half the skips at 0  0.587
+    8  all, the decoder 0.4 of it + 0.6 fresh    0.719
 """
 
 import argparse
