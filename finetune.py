@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if checkpoint:
         transferred = transfer(checkpoint, method.unet, PARTS if args.transfer == "all" else ("encoder",))
         print("\n".join(f"{part}: {what}" for part, what in transferred.items()))
-        if inherited.method in METHODS and vars(args).items() >= Method.finetuning.items():
-            print("note: the paper's settings; --transfer encoder --lr 0.01 did better (see README)")
+        if inherited.method in METHODS and args.lr == Method.finetuning["lr"]:
+            better = "with few labels --transfer encoder --lr 0.01 did better (see README)"
+            print(f"note: --lr {args.lr:g} is the paper's; {better}")
 
     own_split = {}
     if inherited and not run and not flags.typed(argv, "--split-seed"):

@@ -64,8 +64,9 @@ def _normalised(conv: nn.Conv2d, norm: nn.Module, image: Tensor) -> Tensor:
 
 
 class _WithoutEffect(torch.autograd.Function):
-    """(features, biases that they do not depend on) -> the features. The biases' gradient is 0, not None:
-    SGD's momentum and weight decay move them towards 0, which changes no output, and DDP sees them used.
+    """(features, biases) -> the features. To the biases' gradient it adds 0, so that it is not None where a
+    norm takes them out: SGD's momentum and weight decay move them towards 0, which changes no output, and
+    DDP sees them used.
     """
 
     @staticmethod

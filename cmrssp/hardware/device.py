@@ -102,7 +102,7 @@ def report_graph_fallback() -> None:
     """Print how many parts of the networks torch runs without a CUDA graph, if any."""
     from torch._dynamo.utils import counters  # seconds that a run without torch.compile does not need
 
-    if skipped := counters["inductor"]["cudagraph_skips"]:
+    if skipped := counters["inductor"].pop("cudagraph_skips", 0):
         print(f"graph: {skipped} parts of the networks run without (why: TORCH_LOGS=perf_hints)", flush=True)
 
 

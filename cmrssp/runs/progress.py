@@ -64,11 +64,10 @@ class Progress:
         return time.monotonic() - self.last_read > _READ_EVERY_S
 
     def end_epoch(self) -> dict[str, float]:
-        """The epoch's means, its number of non-finite steps, its speed and duration. Raises UserError."""
+        """The means over the epoch's finite steps (absent if there are none: an epoch can have one step), its
+        number of non-finite steps, its speed and duration. Raises UserError as `read`.
+        """
         self.read()
-        if self.skipped == self.done:
-            what = f"epoch {self.epoch + 1}: every loss is NaN or infinite under fp16"
-            raise UserError(f"{what}; try --amp bf16 or a smaller --lr. Earlier checkpoints stay")
         seconds = time.monotonic() - self.epoch_began
         record = {name: total / (self.done - self.skipped) for name, total in self.sums.items()}
         if self.skipped:

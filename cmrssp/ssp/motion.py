@@ -4,7 +4,7 @@ The target is the cine's motion map (`data.motion.motion_map`), which needs seve
 is sampled on the grid of the augmented image; intensity augmentation changes the image alone. A U-Net with
 deep supervision, mean squared error. Pretrains encoder and decoder. Not from the paper.
 
-Other forms were not better. Validation Dice as in `mim.py` (from scratch 0.758): this one 0.786; half of the
+Other forms were not better. Validation Dice as in `mim.py` (from scratch 0.770): this one 0.786; half of the
 8 px patches of the input masked 0.764; the mean frame as a second target 0.785; as target the signed
 difference to the other frames 0.776. End diastole and end systole are enough frames: on three whole cines
 their map correlates with that of all frames at 0.92 to 0.95 around the heart.

@@ -405,6 +405,15 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
         meter.read()
 
 
+def test_an_epoch_of_one_step_may_skip_it():
+    meter = Progress(FewSteps(), settings(amp="fp16", max_skipped=2))
+    bad = torch.tensor(float("inf"))
+    meter.start_epoch(0)
+    meter.update({"loss": torch.tensor(2.0), "gradient_norm": bad}, torch.tensor([0]))
+    record = meter.end_epoch()
+    assert record["non_finite_steps"] == 1 and not {"loss", "gradient_norm"} & set(record)
+
+
 def test_skipped_steps_in_a_row_are_counted_across_a_resume_between_epochs():
     fp16 = settings(amp="fp16", max_skipped=2)
     bad, subjects = torch.tensor(float("inf")), torch.tensor([0, 1])
