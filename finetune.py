@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         transferred = transfer(checkpoint, method.unet, PARTS if args.transfer == "all" else ("encoder",))
         print("\n".join(f"{part}: {what}" for part, what in transferred.items()))
         if inherited.method in METHODS and args.lr == Method.finetuning["lr"]:
-            better = "with few labels --transfer encoder --lr 0.01 did better (see README)"
+            better = "short trainings did better with --transfer encoder --lr 0.01 (see README)"
             print(f"note: --lr {args.lr:g} is the paper's; {better}")
 
     own_split = {}
