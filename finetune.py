@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if checkpoint:
         transferred = transfer(checkpoint, method.unet, PARTS if args.transfer == "all" else ("encoder",))
         print("\n".join(f"{part}: {what}" for part, what in transferred.items()))
-        if inherited.method in METHODS and args.lr == Method.finetuning["lr"]:
-            better = "short trainings did better with --transfer encoder --lr 0.01 (see README)"
-            print(f"note: --lr {args.lr:g} is the paper's; {better}")
+        papers = args.lr == Method.finetuning["lr"] or transferred["decoder"].startswith("transferred")
+        if inherited.method in METHODS and papers:
+            print("note: short trainings did better with --transfer encoder --lr 0.01 (see README)")
 
     own_split = {}
     if inherited and not run and not flags.typed(argv, "--split-seed"):

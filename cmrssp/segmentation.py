@@ -25,14 +25,7 @@ _SLICES_AT_ONCE = 32
 
 class Segmentation(UNetMethod):
     name = "segmentation"
-    defaults = {
-        "epochs": 1000,
-        "batch_size": 32,
-        "lr": 0.01,
-        "schedule": "poly",
-        **NNUNETS_SGD,
-        "amp": "fp16",
-    }
+    defaults = {"epochs": 1000, "batch_size": 32, "schedule": "poly", **NNUNETS_SGD, "amp": "fp16"}
     quick = {"epochs": 100, "batch_size": 8}
     classes = list(CLASSES)
 

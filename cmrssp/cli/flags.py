@@ -112,11 +112,8 @@ def add_training(parser: Parser, data: str) -> None:
     add("--momentum", type=fraction, default=0.9, help="of SGD")
     add("--nesterov", action=BooleanOptionalAction, default=False, help="Nesterov momentum")
     add("--weight-decay", type=at_least_0(float), default=1e-4, help="L2 penalty of SGD")
-    add(
-        "--amp",
-        choices=("fp16", "bf16", "off"),
-        help="fp16 needs a GPU; the paper: off for PCL and fine-tuning",
-    )
+    precision = "mixed precision; fp16 needs a GPU (paper: off for PCL and fine-tuning)"
+    add("--amp", choices=("fp16", "bf16", "off"), help=precision)
     add("--validate-every", type=positive(int), metavar="N", help="epochs (default: 11 to 20 times a run)")
 
     add = add_output(parser, "runs/<method and data>")

@@ -24,7 +24,7 @@ from cmrssp.data.store import Store
 from cmrssp.unet import Encoder, UNet, check_image_size
 
 Views = dict[str, torch.Tensor]
-NNUNETS_SGD = {"momentum": 0.99, "nesterov": True, "weight_decay": 3e-5}
+NNUNETS_SGD = {"lr": 0.01, "momentum": 0.99, "nesterov": True, "weight_decay": 3e-5}
 
 
 class Method(nn.Module):

@@ -38,7 +38,7 @@ from cmrssp.unet import UNet
 class MIM(UNetMethod):
     name = "mim"
     purpose = "masked patches are reconstructed (encoder and decoder)"
-    defaults = {"batch_size": 128, "lr": 0.01, **NNUNETS_SGD, "amp": "fp16"}
+    defaults = {"batch_size": 128, **NNUNETS_SGD, "amp": "fp16"}
     quick = {"epochs": 3, "batch_size": 32, "patch_size": 16}
 
     def __init__(

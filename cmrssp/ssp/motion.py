@@ -23,7 +23,7 @@ from cmrssp.unet import UNet
 class Motion(UNetMethod):
     name = "motion"
     purpose = "the movement over the heart cycle is predicted from one frame (encoder and decoder)"
-    defaults = {"batch_size": 32, "lr": 0.01, **NNUNETS_SGD, "amp": "fp16"}
+    defaults = {"batch_size": 32, **NNUNETS_SGD, "amp": "fp16"}
     quick = {"epochs": 3}
     finetuning = {"lr": 0.01, "transfer": "encoder"}
     needs_motion = True

@@ -138,8 +138,8 @@ def main() -> None:
             took = benchmark.timed(lambda step=step: [step() for _ in range(args.steps)], device)
             rates[name].append(args.steps * args.batch_size / took)
     first = rates["nnU-Net's recipe"]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    print(f"{name}, torch {torch.__version__}, {args.amp}, batch {args.batch_size}")
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(f"{card}, torch {torch.__version__}, {args.amp}, batch {args.batch_size}")
     for name, measured in rates.items():
         shares = [a / b for a, b in zip(measured, first, strict=True)]
         print(f"{name:<40}{statistics.median(measured):>10.1f} slices/s  {statistics.median(shares):>6.2f} x "
