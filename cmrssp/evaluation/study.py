@@ -175,8 +175,8 @@ def refuse_other_subjects(runs: Sequence[Evaluated]) -> None:
 
 def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
     """{name: runs} for --compare. Runs that differ in the seed only form one group, named after its first run
-    and the number of further seeds. Raises UserError for a folder without scores, and for runs that were
-    evaluated on different subjects or phases.
+    and the number of further seeds. Prints in what else the groups of one arm differ. Raises UserError for a
+    folder without scores, and for runs that were evaluated on different subjects or phases.
     """
     found: list[tuple[str, list[Evaluated]]] = []
     for name in runs:
@@ -196,6 +196,10 @@ def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
         else:
             found.append((name, [run]))
     refuse_other_subjects([run for _, seeds in found for run in seeds])
+    for arm in dict.fromkeys(seeds[0].arm for _, seeds in found):
+        alike = [seeds[0] for _, seeds in found if seeds[0].arm == arm]
+        ways = [{**run.settings, **run.recipe} for run in alike]
+        _print_differences(f"kept apart, runs of {arm.label} that differ", alike, ways)
     return {name + f" and {len(s) - 1} more seeds" * (len(s) > 1): s for name, s in found}
 
 

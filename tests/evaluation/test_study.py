@@ -234,6 +234,10 @@ def test_seeds_that_differ_in_more_are_named(tmp_path, capsys):
     first = capsys.readouterr().out.splitlines()[0]
     folders = f"{tmp_path / 'mim0'}, {tmp_path / 'mim1'}"
     assert first == f"seeds of one arm that also differ in pretraining mask_ratio: {folders}"
+    names = [str(tmp_path / name) for name in ("mim0", "mim1", "scratch0", "scratch1")]
+    assert [len(seeds) for seeds in study.groups(names, "test").values()] == [1, 1, 2]
+    apart = f"kept apart, runs of MIM that differ in pretraining mask_ratio: {folders}\n"
+    assert capsys.readouterr().out == apart
 
 
 def test_of_the_same_arm_and_seed_the_newest_counts(tmp_path, capsys):
