@@ -4,6 +4,7 @@ python evaluate.py --predict scan.nii.gz --checkpoint runs/finetune-mim-phantom-
 """
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,8 @@ _UNUSED = {  # the flags that a mode has no use for
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = entry.Parser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("--split", choices=splits.PARTS, default="test", help="which subjects")
+    subjects = "which subjects; all: every one of --data, also those of another hospital"
+    parser.add_argument("--split", choices=(*splits.PARTS, "all"), default="test", help=subjects)
     newest = "unet.pt, last.pt or run folder (default: the newest finished fine-tuning below runs/)"
     averaged = f"{newest}; the probabilities of several are averaged"
     parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help=averaged)
@@ -60,6 +62,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for flag in _UNUSED.get(chosen, ()):
         if flags.typed(argv, flag):
             parser.error(f"{flag} has no meaning for --{chosen}; leave it out")
+    for flag in ("--split-file", "--split-seed") if args.split == "all" else ():
+        if flags.typed(argv, flag):
+            parser.error(f"{flag} has no meaning for --split all; leave it out")
     return args
 
 
@@ -80,20 +85,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:
     """Score a split and write the results. Raises UserError at the end if a subject could not be scored."""
-    first, part = trained[0], (args.split,)
+    first, everyone = trained[0], "test" if args.split == "all" else None
+    part = everyone or args.split
     paths, label_suffix = dataset.source({**vars(first.provenance), **vars(args)})
     dataset.announce(paths)
     typed = ("split_file", "split_seed", "keep_overlap", "skip_broken", "vendors")
     prepared = prepare(
         paths,
         args.cache,
-        needed=args.split,
+        needed=part,
         label_suffix=label_suffix,
-        parts=part,
-        labelled=part,
+        parts=(part,),
+        labelled=(part,),
+        everyone=everyone,
         inherited=None if flags.typed(argv, "--split-seed") else first.provenance.split,
         checkpoints=trained,
-        held_out=() if args.split == "train" else part,
+        held_out=() if part == "train" else (part,),
         **{name: getattr(args, name) for name in typed},
     )
     cines = prepared.cines
@@ -119,9 +126,10 @@ def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, devi
         table = scoring.breakdown(scores)
         names = scoring.write(out, scores, table, summary, predict, cines)
         names += ["predictions/"] * args.save_predictions
+        who = "every subject" if everyone else f"{part} split"
         print(
-            f"\n{args.split} split, {len(scores.clinical)} subjects, mean ± standard deviation over subjects"
-            f"\n{text.dice_table(table)}\n\n{text.breakdown_table(table)}\n\n"
+            f"\n{who}, {len(scores.clinical)} subjects, mean ± standard deviation over subjects\n"
+            f"{text.dice_table(table)}\n\n{text.breakdown_table(table)}\n\n"
             f"{text.agreement_table(scoring.agreement_pairs(scores.clinical))}\n{text.notes(scores)}"
             f"written: {out}/{', '.join(names)}"
         )
@@ -137,7 +145,9 @@ def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoin
     words += ["other-split"] * any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
     words += [args.phases] * (args.phases != "both") + (args.vendors or [])
     words += ["flips"] * args.flips + ["largest"] * args.largest_component
-    words += [f"ensemble{len(trained)}"] * (len(trained) > 1)
+    if len(trained) > 1:
+        members = hashlib.sha256("\n".join(sorted(str(c.path.resolve()) for c in trained)).encode())
+        words.append(f"ensemble{len(trained)}-{members.hexdigest()[:6]}")
     words += [f"epoch{link.epochs}"] if link.unfinished() else []
     return "-".join(words)
 
@@ -149,6 +159,7 @@ def predict(args, argv, trained: list[checkpoints.Checkpoint], methods: list, de
     _, label_suffix = dataset.source({"label_suffix": trained[0].provenance.label_suffix, **vars(args)})
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
+    label_maps.forget(out)
     own = tqdm(distributed.own_items(subjects), "predicting", unit="cine", disable=distributed.hide_bar())
     found = distributed.merge([prediction.predict(s, methods, device, out, **options) for s in own])
     rows = sorted((row for row, _ in found), key=lambda row: (-row["severity"], row["cine"]))

@@ -61,6 +61,8 @@ def parse(argv: Sequence[str] | None):
     for flag in ("--predicted-weight", "--predicted-share"):
         if flags.typed(argv, flag) and not args.predicted:
             parser.error(f"{flag} needs --predicted")
+    if args.predicted and args.phases != "both":
+        parser.error(f"--phases {args.phases}: not with --predicted, whose label maps are of all phases")
     flags.refuse_changes(parser, args, argv, run)
     return args, checkpoint, run
 
@@ -127,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     provenance["labels"] = cines.digests([*chosen, *predicted, *validated], labels=True)
     provenance["predicted"] = list(predicted)
     provenance["teachers"] = [teacher.provenance for teacher in maps.teachers] if maps else []
+    provenance["predicting"] = maps.options if maps else {}
     provenance["init"] = checkpoint.provenance if checkpoint else None
     args.transferred, args.subjects = transferred, chosen  # for args.json
     run = launch(args, run, method, batches, prepared, validate, name, **provenance)
@@ -143,7 +146,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def candidates(cines: store.Store, keys: Sequence[str], args) -> list[str]:
     """The training subjects `keys` of the wanted vendors with labels of the wanted phases."""
-    named = splits.read(args.labelled)["train"] if args.labelled else keys
+    named = splits.read(args.labelled, "--labelled")["train"] if args.labelled else keys
+    if lost := len(set(named) - set(keys)):
+        found = f"{len(named) - lost} of the {len(named)} subjects in its list train"
+        if lost == len(named):
+            expected = f"expected keys such as {keys[0]}"
+            raise UserError(f"--labelled {args.labelled}: {found} are training subjects; {expected}")
+        print(f"--labelled: {found} are training subjects")
     kept = [key for key in of_vendors(cines, keys, args.vendors) if key in named]
     labelled = [key for key in kept if cines.labels[cines.index[key]].frames_of(args.phases)]
     if not labelled:

@@ -21,6 +21,7 @@ import train_ssp
 from cmrssp.cli import entry, flags
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Slices, collate
+from cmrssp.errors import UserError
 from cmrssp.evaluation import scoring
 from cmrssp.hardware import memory
 from cmrssp.metrics import dice
@@ -135,6 +136,30 @@ def test_the_logged_dice_is_that_of_the_evaluation(way):
     logged = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
     for name in ("LV", "MYO", "RV"):
         assert dice[name]["mean"] == pytest.approx(logged[f"dice_{name}"], abs=1e-9)
+
+
+def test_every_subject_of_another_hospital_is_scored(way, phantom_folder, tmp_path, capsys):
+    """Where --split test would draw one of two; unless one has been trained on under another name."""
+    cwd, _ = way
+    run = cwd / "runs" / "finetune-mim-hearts-n3-seed0"
+    split = json.loads((run / "split.json").read_text())
+    words = ["--split", "all", "--checkpoint", str(run), "--cache", str(cwd / "cache")]
+    words += ["--data", str(tmp_path / "other"), "--out", str(tmp_path / "scored")]
+    (tmp_path / "other").mkdir()
+
+    def copy(key: str) -> None:
+        for path in phantom_folder.rglob(f"{key.split('/')[1]}_sa*.nii.gz"):
+            shutil.copy(path, tmp_path / "other" / path.name.replace("_sa", ""))
+
+    for key in split["test"]:
+        copy(key)
+    assert evaluate.main(words) == 0
+    rows = list(csv.DictReader((tmp_path / "scored" / "metrics.csv").open()))
+    assert len(split["test"]) == 2
+    assert {row["subject"] for row in rows} == {key.replace("mnms", "folder") for key in split["test"]}
+    copy(split["train"][0])
+    with pytest.raises(UserError, match=split["train"][0]):
+        evaluate.main(words)
 
 
 def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):

@@ -33,6 +33,7 @@ def prepare(
     split_file: Path | None = None,
     split_seed: int = 0,
     inherited: Split | None = None,
+    everyone: str | None = None,
     keep_overlap: bool = False,
     skip_broken: bool = False,
     vendors: Collection[str] | None = None,
@@ -43,13 +44,20 @@ def prepare(
 
     With `labelled`, `Prepared.cines` holds these parts alone, with labels. The part `needed` must have a
     subject; `vendors` restricts it. The split is that of `split_file`, else `inherited`, else drawn with
-    `split_seed`. No checkpoint may have seen a subject of the parts `held_out`; copies of them are not
-    trained on. Raises UserError, FileNotFoundError for missing data, BrokenSubject unless `skip_broken`.
+    `split_seed`; or all subjects are in the part `everyone`. No checkpoint may have seen a subject of the
+    parts `held_out`; copies of them are not trained on. Raises UserError, FileNotFoundError for missing data,
+    BrokenSubject unless `skip_broken`.
     """
     with distributed.main_first():
         subjects, problems = dataset.find(paths, cache, label_suffix)
     split = splits.choose(
-        subjects, split_file=split_file, split_seed=split_seed, inherited=inherited, keep_overlap=keep_overlap
+        subjects,
+        split_file=split_file,
+        split_seed=split_seed,
+        inherited=inherited,
+        everyone=everyone,
+        keep_overlap=keep_overlap,
+        seen={key for checkpoint in checkpoints for key in checkpoint.seen()},
     )
     if not split[needed]:
         official = sorted(s.key for s in subjects if s.part == "test")
@@ -88,7 +96,7 @@ def refuse_trained(checkpoint: Any, split: Split, held_out: Sequence[str]) -> No
             raise UserError(
                 f"{checkpoint.path}: has been trained on {len(leaked)} of the {len(split[part])} {part} "
                 f"subjects ({seen[leaked[0]]}, the first is {leaked[0]}); use the split that it was trained "
-                "with (leave out --split-seed and --split-file), or pretrain again"
+                "with (leave out --split all, --split-seed and --split-file), or pretrain again"
             )
 
 

@@ -23,25 +23,42 @@ _YAML_PARTS = {"train": "train", "valid": "validation", "test": "test"}
 _YAML_DATASETS = {"mm1": mnms.DATASET, "mm2": mnms2.DATASET}
 
 
-def assign(subjects: Sequence[Subject], seed: int, *, keep_overlap: bool = False) -> Split:
+def assign(
+    subjects: Sequence[Subject], seed: int, *, keep_overlap: bool = False, seen: Iterable[str] = ()
+) -> Split:
     """A split with sorted keys. A data set's own parts are kept (ACDC 101-150, M&Ms-2 201-360). The whole
     M&Ms gives 15 test subjects of each vendor (the paper's rule), another data set without test subjects 25
-    %, stratified by vendor and pathology. 20 % of the rest validates. Unless `keep_overlap`, M&Ms-2 subjects
-    that may repeat M&Ms subjects get no part beside M&Ms.
+    %, stratified by vendor and pathology. 20 % of the rest validates. If any subject has labels, only such
+    subjects are drawn, the others train. All subjects of a patient are in one part. Unless `keep_overlap`,
+    M&Ms-2 subjects that may repeat M&Ms subjects get no part beside M&Ms, also if M&Ms subjects are only
+    among the keys `seen` by a checkpoint.
     """
     if not keep_overlap:
-        subjects = _without_overlap(subjects)
+        subjects = _without_overlap(subjects, seen)
     parts = {s.key: s.part for s in subjects}
+    patients = _patients(subjects)
+    placed = {patients[key] for key, part in parts.items() if part}
+    ordered = sorted(subjects, key=lambda s: s.key)
+    labelled = [s for s in ordered if s.labels] or ordered
+    one_each = {patients[s.key]: s for s in labelled if patients[s.key] not in placed}
     candidates: list[Subject] = []  # for validation
     for dataset in {s.dataset for s in subjects}:
         members = [s for s in subjects if s.dataset == dataset]
-        free = [s for s in members if not s.part]
+        free = [s for s in one_each.values() if s.dataset == dataset]
         drawn = [] if any(s.part == "test" for s in members) else _test(dataset, free, seed)
         parts |= {s.key: "test" for s in drawn}
         if not any(s.part == "validation" for s in members):
             candidates += [s for s in free if not parts[s.key]]
     parts |= {s.key: "validation" for s in _stratified(candidates, _VALIDATION, seed)}
-    return {part: sorted(key for key in parts if (parts[key] or "train") == part) for part in PARTS}
+    of_patient = {patients[key]: part for key, part in parts.items() if part}
+    parts = {key: part or of_patient.get(patients[key], "train") for key, part in parts.items()}
+    return {part: sorted(key for key in parts if parts[key] == part) for part in PARTS}
+
+
+def _patients(subjects: Sequence[Subject]) -> dict[str, str]:
+    """{subject key: patient}. If all have the same, a pseudonym hides who they are, and each counts alone."""
+    named = {s.key: f"{s.dataset} {s.patient}" if s.patient else s.key for s in subjects}
+    return named if len(set(named.values())) > 1 else {key: key for key in named}
 
 
 def _test(dataset: str, subjects: Sequence[Subject], seed: int) -> list[Subject]:
@@ -54,9 +71,10 @@ def _test(dataset: str, subjects: Sequence[Subject], seed: int) -> list[Subject]
     return [s for of_vendor in each for s in of_vendor[:_MNMS_TEST_PER_VENDOR]]
 
 
-def _without_overlap(subjects: Sequence[Subject]) -> Sequence[Subject]:
+def _without_overlap(subjects: Sequence[Subject], seen: Iterable[str]) -> Sequence[Subject]:
     """Beside M&Ms, drop M&Ms-2 subjects that may repeat it. Raises UserError if diseases are unknown."""
-    if not {mnms.DATASET, mnms2.DATASET} <= {s.dataset for s in subjects}:
+    datasets = {s.dataset for s in subjects} | {key.split("/")[0] for key in seen}
+    if not {mnms.DATASET, mnms2.DATASET} <= datasets:
         return subjects
     diseases = {s.key: s.pathology.upper() for s in subjects if s.dataset == mnms2.DATASET}
     if unknown := list(diseases.values()).count(""):
@@ -93,7 +111,7 @@ def subset(keys: Iterable[str], num_subjects: int, seed: int) -> list[str]:
     return sorted(ranked[:num_subjects])
 
 
-def read(path: Path) -> Split:
+def read(path: Path, flag: str = "--split-file") -> Split:
     """The split from a split.json or from the YAML that the paper published. Raises UserError."""
     try:
         text = read_text(path)
@@ -103,10 +121,10 @@ def read(path: Path) -> Split:
         if twice := [key for key, count in counts.items() if count > 1]:
             raise ValueError(f"more than once: {listed(twice)}")
     except OSError as error:
-        raise UserError(f"--split-file {path}: {error.strerror}") from None
+        raise UserError(f"{flag} {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         expected = f"the lists {', '.join(PARTS)} of subject keys, or the YAML of the paper"
-        raise UserError(f"--split-file {path}: expected {expected} ({error!r})") from None
+        raise UserError(f"{flag} {path}: expected {expected} ({error!r})") from None
     return split
 
 
@@ -138,11 +156,17 @@ def choose(
     split_file: Path | None,
     split_seed: int,
     inherited: Split | None = None,
+    everyone: str | None = None,
     keep_overlap: bool = False,
+    seen: Iterable[str] = (),
 ) -> Split:
-    """The split of these subjects: from the file, else the inherited one if it names any of them, else drawn.
-    Prints how many subjects of the split are missing, and how many subjects it does not name.
+    """The split of these subjects: all in the part `everyone`, else from the file, else the inherited one if
+    it names any of them, else drawn. Prints how many subjects of the split are missing, and how many subjects
+    it does not name. `seen`: keys that checkpoints were trained on, for `assign`.
     """
+    if everyone:
+        kept = subjects if keep_overlap else _without_overlap(subjects, seen)
+        return {part: sorted(s.key for s in kept if part == everyone) for part in PARTS}
     keys = {s.key for s in subjects}
     split = (read(split_file) if split_file else inherited) or {}
     named = set(chain(*split.values()))
@@ -151,8 +175,9 @@ def choose(
             expected = f"expected keys such as {min(keys)}"
             raise UserError(f"--split-file {split_file}: names none of the {len(keys)} subjects; {expected}")
         if split:
-            print(f"the run's split names none of these subjects: drawn anew (--split-seed {split_seed})")
-        return assign(subjects, split_seed, keep_overlap=keep_overlap)
+            how = f"drawn anew (--split-seed {split_seed}; evaluate.py --split all scores every subject)"
+            print(f"the run's split names none of these subjects: {how}")
+        return assign(subjects, split_seed, keep_overlap=keep_overlap, seen=seen)
     if missing := len(named - keys):
         print(f"not found: {missing} of the {len(named)} subjects that the split names")
     if unnamed := len(keys - named):

@@ -63,6 +63,7 @@ class Subject:
     ed: int | None = None  # 0-based frames according to the data set's table
     es: int | None = None
     part: str = ""  # train, validation or test where the data set itself says so
+    patient: str = ""  # of whom there may be several subjects; "" if there is one alone
     source: Any = None  # if `cine` is a folder: the layouts.dicom_stack.Stack of its voxels
     height_m: float | None = None
     weight_kg: float | None = None

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cmrssp.data import store
 from cmrssp.data.subject import LabelFile
@@ -26,6 +25,7 @@ class LabelMaps:
     folder: Path
     cines: dict[str, tuple[Path, list[int]]]  # {digest of the images: (label map, good frames, one or more)}
     teachers: list[Checkpoint]
+    options: dict[str, bool]  # of --predict: flips, largest_component
 
     def attach(
         self, cines: store.Store, keys: Iterable[str], cache: Path, *, skip_broken: bool
@@ -35,22 +35,27 @@ class LabelMaps:
         """
         images = cines.digests(keys)
         found = {key: self.cines[image] for key, image in images.items() if image in self.cines}
-        if not found:
-            raise UserError(
-                f"--predicted {self.folder}: none of its {len(self.cines)} cines with good frames is one of "
-                f"the {len(images)} training subjects without labels in use"
-            )
         ours = {"label_ids": (0, 1, 2, 3), "ed": None, "es": None}
         maps = {key: {"labels": (LabelFile(path),), **ours} for key, (path, _) in found.items()}
         subjects = [replace(subject, **maps.get(subject.key, {})) for subject in cines.subjects]
         cines = store.build(subjects, cache, labels=True, skip_broken=skip_broken)
         labelled = {key: cines.labels[cines.index[key]].frames for key in found if key in cines.index}
         frames = {key: [t for t in found[key][1] if t in known] for key, known in labelled.items()}
+        if not any(frames.values()):
+            raise UserError(
+                f"--predicted {self.folder}: none of its {len(self.cines)} cines with good frames is one of "
+                f"the {len(images)} training subjects without labels in use"
+            )
         return cines, {key: good for key, good in frames.items() if good}
 
 
+def forget(folder: Path) -> None:
+    """Before the label maps change: what predictions.json says of them will no longer hold."""
+    (folder / _FILE).unlink(missing_ok=True)
+
+
 def write(
-    folder: Path, cines: dict[str, dict], networks: Sequence[Checkpoint], options: dict[str, Any]
+    folder: Path, cines: dict[str, dict], networks: Sequence[Checkpoint], options: dict[str, bool]
 ) -> None:
     """cines: {name: {"digest": of the images, "frames": good enough to train on}}; options: of --predict."""
     made_by = [{"config": each.config, "provenance": each.provenance.to_dict()} for each in networks]
@@ -68,4 +73,4 @@ def read(folder: Path) -> LabelMaps:
     teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]
     named = {name: cine for name, cine in content["cines"].items() if cine["frames"]}
     cines = {c["digest"][:16]: (folder / f"{name}{SUFFIX}", c["frames"]) for name, c in named.items()}
-    return LabelMaps(folder, cines, teachers)
+    return LabelMaps(folder, cines, teachers, content["options"])

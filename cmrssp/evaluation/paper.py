@@ -151,8 +151,8 @@ def write(made: Sequence[Table], commands: Sequence[str], folder: Path) -> None:
 
 def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ()) -> list[str]:
     """The commands that bring every cell to three seeds: the pretrainings first, then one line for the
-    fine-tuning and evaluation of each missing seed. Split, --quick and, without `data`, the data are those of
-    the newest run; without one the data are DATA, for the reader to replace.
+    fine-tuning and evaluation of each missing seed, like the seeds that are there. Split, --quick and,
+    without `data`, the data are those of the newest run; without one DATA, for the reader to replace.
     """
     newest = sorted(runs, key=lambda run: run.written_ns, reverse=True)
     model = next((run for run in newest if run.args.get("data")), None)
@@ -178,7 +178,20 @@ def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ())
                 flags = ["--method", method, *source, *common, "--out", str(runs_dir / method)]
                 pretrainings.append(shlex.join(["python", "train_ssp.py", *flags, "--resume", "auto"]))
             out = str(runs_dir / f"{name}-seed{seed}")
-            flags = [*start[method], *changes, *common, "--seed", str(seed), "--out", out, "--resume", "auto"]
+            like = next((run.args for run in newest if run.arm == arm), {})  # another seed, if there is one
+            same = [f"--{flag}={like[flag]}" for flag in ("epochs", "lr", "transfer") if flag in like]
+            flags = [
+                *start[method],
+                *changes,
+                *common,
+                *same,
+                "--seed",
+                str(seed),
+                "--out",
+                out,
+                "--resume",
+                "auto",
+            ]
             score = ["python", "evaluate.py", "--split", "test", "--checkpoint", out, *skip]
             others.append(f"{shlex.join(['python', 'finetune.py', *flags])} && {shlex.join(score)}")
     return pretrainings + others

@@ -189,6 +189,8 @@ def training_recipe(provenance: Provenance) -> dict[str, Any]:
         pool = hashlib.sha256(json.dumps(sorted(link.split["train"])).encode()).hexdigest()[:16]
         own_list = splits.published_subset(link.split)  # which differs by seed
         every = {**link.hyperparameters, "training subjects": None if own_list else pool}
+        if link.teachers:
+            every |= {"predicting": link.predicting, "teachers": [training_recipe(t) for t in link.teachers]}
         found |= {when + name: value for name, value in every.items()}
     return found
 

@@ -107,10 +107,12 @@ def collect(folder: Path) -> list[Evaluated]:
         newest[run.arm, run.seed] = run
     runs = list(newest.values())
     refuse_other_subjects(runs)
-    _print_differences("runs that a cell may average differ", runs, [run.settings for run in runs])
+    folders = [run.folder for run in runs]
+    _print_differences("runs that a cell may average differ", folders, [run.settings for run in runs])
     for arm in dict.fromkeys(run.arm for run in runs):
         seeds = [run for run in runs if run.arm == arm]
-        _print_differences("seeds of one arm that also differ", seeds, [run.recipe for run in seeds])
+        folders, recipes = [run.folder for run in seeds], [run.recipe for run in seeds]
+        _print_differences("seeds of one arm that also differ", folders, recipes)
     known = {replace(arm, pretraining="") for arm in arms()}
     for run in runs:
         if replace(run.arm, pretraining="", predicted=False) not in known:
@@ -118,11 +120,11 @@ def collect(folder: Path) -> list[Evaluated]:
     return runs
 
 
-def _print_differences(what: str, runs: Sequence[Evaluated], found: Sequence[dict[str, Any]]) -> None:
+def _print_differences(what: str, runs: Sequence[Path | str], found: Sequence[dict[str, Any]]) -> None:
     names = sorted({name for each in found for name in each if each[name] != found[0].get(name)})
     if names:
-        unlike = [run.folder for run, each in zip(runs, found, strict=True) if each != found[0]]
-        print(f"{what} in {', '.join(names)}: {', '.join(map(str, [runs[0].folder, *unlike]))}")
+        unlike = [run for run, each in zip(runs, found, strict=True) if each != found[0]]
+        print(f"{what} in {', '.join(names)}: {', '.join(map(str, [runs[0], *unlike]))}")
 
 
 def read(path: Path, split: str = "test") -> Evaluated:
@@ -197,9 +199,9 @@ def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
             found.append((name, [run]))
     refuse_other_subjects([run for _, seeds in found for run in seeds])
     for arm in dict.fromkeys(seeds[0].arm for _, seeds in found):
-        alike = [seeds[0] for _, seeds in found if seeds[0].arm == arm]
-        ways = [{**run.settings, **run.recipe} for run in alike]
-        _print_differences(f"kept apart, runs of {arm.label} that differ", alike, ways)
+        alike = {name: seeds[0] for name, seeds in found if seeds[0].arm == arm}
+        ways = [{**run.recipe, **run.settings} for run in alike.values()]  # epochs: planned, then done
+        _print_differences(f"kept apart, runs of {arm.label} that differ", list(alike), ways)
     return {name + f" and {len(s) - 1} more seeds" * (len(s) > 1): s for name, s in found}
 
 

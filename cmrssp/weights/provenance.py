@@ -30,6 +30,7 @@ class Provenance:
     vendors: list[str] | None = None  # fine-tuning: None means all
     predicted: list[str] = field(default_factory=list)  # subjects that were trained on with predicted labels
     teachers: list["Provenance"] = field(default_factory=list)  # of the networks that predicted them
+    predicting: dict[str, bool] = field(default_factory=dict)  # how: flips, largest_component
     augmentation: str = "on"
     init: "Provenance | None" = None
 

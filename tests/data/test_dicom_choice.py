@@ -139,6 +139,13 @@ def test_subjects_are_called_by_their_folders(tmp_path):
     assert not problems
 
 
+def test_two_studies_of_a_patient_are_known_as_such(tmp_path):
+    for uid, patient in (("1", "first"), ("2", "first"), ("3", "second"), ("4", "")):
+        write(tmp_path / "all" / uid, small(StudyInstanceUID=uid, PatientID=patient, PatientName=patient))
+    one, again, other, nameless = (s.patient for s in find(tmp_path / "all")[0])
+    assert one == again != other and "first" not in one and nameless == ""
+
+
 @pytest.mark.parametrize("where", ["Sorgenfrei_M", "x HX-4471-09", "b1953-02-17", "acc770815"])
 def test_a_folder_that_names_the_patient_names_no_subject(tmp_path, where):
     write(tmp_path / "all" / where / "st", small())

@@ -330,6 +330,14 @@ def test_a_plain_folder_and_its_table(plain):
     ]
 
 
+def test_cines_of_one_patient_in_a_plain_folder(tmp_path, beating):
+    for name in ("p1_ED", "p1_es", "p2-frame01", "p2-frame12", "p3", "visit_a", "visit_b"):
+        save(tmp_path / f"{name}.nii", beating(1)[0])
+    table(tmp_path / "subjects.csv", "subject,patient", "visit_a,p4", "visit_b,p4")
+    subjects, _ = dataset.find([str(tmp_path)], tmp_path)
+    assert [s.patient for s in subjects] == ["p1", "p1", "p2", "p2", "p3", "p4", "p4"]
+
+
 def test_frames_and_phases_in_a_plain_folder(plain):
     assert [r.shape[0] for r in plain[1].cines] == [3, 3, 1, 3]
     assert [r.phases for r in plain[1].labels] == [{"ED": 2, "ES": 0}, {}, {"ED": 0}, {"ED": 2}]

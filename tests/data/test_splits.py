@@ -1,11 +1,12 @@
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cmrssp.data import splits
-from cmrssp.data.subject import Subject
+from cmrssp.data.subject import LabelFile, Subject
 from cmrssp.errors import UserError
 
 
@@ -58,6 +59,28 @@ def test_official_test_list_is_kept():
     split = splits.assign(members, 0)
     assert split["test"] == sorted(f"acdc/t{i}" for i in range(50))
     assert (len(split["train"]), len(split["validation"])) == (80, 20)
+
+
+def test_the_few_with_labels_are_spread_and_the_others_train():
+    """25 % of 20 labelled test, 20 % of the other 15 validate; also if the others are another data set."""
+    few = [replace(s, labels=(LabelFile(Path("x_gt")),)) for s in subjects(20)]
+    many = subjects(200)[20:]
+    for others in (many, [replace(s, dataset="folder") for s in many]):
+        split = splits.assign([*others, *few], 0)
+        assert {part: len(keys) for part, keys in split.items()} == {"train": 192, "validation": 3, "test": 5}
+        assert {*split["validation"], *split["test"]} < {s.key for s in few}
+
+
+def test_all_subjects_of_a_patient_are_in_one_part():
+    members = [replace(s, patient=f"p{i // 3}") for i, s in enumerate(subjects(60))]
+    members[7] = replace(members[7], part="test")
+    split = splits.assign(members, 0)
+    assert {f"mnms/s{i:04d}" for i in (6, 7, 8)} <= set(split["test"])
+    of = {s.key: s.patient for s in members}
+    parts = [{of[key] for key in keys} for keys in split.values()]
+    assert sum(map(len, parts)) == 20 and all(parts)
+    alike = [replace(s, patient="anonymous") for s in members if not s.part]
+    assert [len(keys) for keys in splits.assign(alike, 0).values()] == [35, 9, 15]
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1))])
@@ -204,3 +227,14 @@ def test_the_published_split_of_the_paper(published_split):
     ten = splits.read(published_split / "default-cine-split-nr10-seed0.yaml")
     assert len(ten["train"]) == 10 and set(ten["train"]) < set(split["train"])
     assert (ten["validation"], ten["test"]) == (split["validation"], split["test"])
+
+
+def test_mnms2_subjects_that_may_repeat_a_checkpoints_mnms_subjects_get_no_part(capsys):
+    members = [
+        Subject("mnms2", f"{i}", Path("x"), pathology=disease)
+        for i, disease in enumerate(("NOR", "HCM", "LV", "RV", "FALL", "CIA"))
+    ]
+    known = {"split_file": None, "split_seed": 0, "seen": ["mnms/a"]}
+    for split in (splits.choose(members, **known), splits.choose(members, everyone="test", **known)):
+        assert sorted(key for keys in split.values() for key in keys) == ["mnms2/3", "mnms2/4", "mnms2/5"]
+    assert len(splits.choose(members, everyone="test", split_file=None, split_seed=0)["test"]) == 6

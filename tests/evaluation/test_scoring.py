@@ -152,3 +152,15 @@ def test_seeds_of_one_experiment_share_their_training_subjects():
     started = made(["x/a", "x/b"], ["x/c"], init=first)
     assert recipe(started)["pretraining epochs"] == 5
     assert recipe(started) != recipe({**started, "init": made(["x/a"], [], hyperparameters={"epochs": 5})})
+
+
+def test_so_do_the_teachers_of_students_and_how_they_predicted():
+    def recipe(lr=1, seed=0, flips=True):
+        split = {"train": ["x/a"], "validation": []}
+        link = {"method": "m", "data": [], "split_seed": 0, "subjects": [], "split": split}
+        teacher = {**link, "seed": seed, "hyperparameters": {"lr": lr}}
+        student = {**link, "seed": seed, "teachers": [teacher], "predicting": {"flips": flips}}
+        return scoring.training_recipe(Provenance.from_dict(student))
+
+    assert recipe() == recipe(seed=1)
+    assert recipe() != recipe(lr=2) and recipe() != recipe(flips=False)

@@ -26,7 +26,7 @@ from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 
 DATASET = "dicom"
-_FORMAT = 4  # of the index
+_FORMAT = 5  # of the index
 _MASKED = "..."
 _MANY = 4000  # headers that are worth the start of further processes
 
@@ -52,9 +52,9 @@ def subjects_among(files: Sequence[Path], root: Path, cache: Path) -> tuple[list
     for study, home in homes.items():
         stack = assemble(found[study][0])
         header = stack.grid[0][0]
-        body = {"height_m": header.height_m, "weight_kg": header.weight_kg}
+        known = {"height_m": header.height_m, "weight_kg": header.weight_kg, "patient": header.patient}
         cine, vendor = root.joinpath(*home[1:]), vendor_name(header.vendor)
-        subject = Subject(DATASET, _name(study, homes), cine, source=stack, vendor=vendor, **body)
+        subject = Subject(DATASET, _name(study, homes), cine, source=stack, vendor=vendor, **known)
         subjects.append(subject)
         problems += [Problem(subject.key, series, why, LEFT_OUT) for series, why in found[study][1]]
     return subjects, problems

@@ -37,6 +37,7 @@ class Image(NamedTuple):
     index: int = 0  # of the frame in its file
     reason: str = ""  # why the image cannot belong to a cine
     study: str = ""  # hash of patient and study
+    patient: str = ""  # hash
     series: str = ""  # hash
     number: int = -1  # of the series
     instance: int = -1
@@ -165,6 +166,7 @@ def _image(path: Path, index: int, header: pydicom.Dataset, reason: str = "") ->
         place="",
         index=index,
         study=hashed(f"{study or path.parent} {patient}"),
+        patient=hashed(patient) if patient else "",
         series=hashed(_texts(header, "SeriesInstanceUID")[0]),
         number=int(_number(header, "SeriesNumber") or -1),
         instance=int(_number(header, "InstanceNumber") or -1),

@@ -1,5 +1,6 @@
 """A plain folder: any tree of .nii / .nii.gz cines (4D, or 3D for one frame), labels beside them under the
-same name with a suffix, and an optional subjects.csv (subject, vendor, pathology, ed, es, split).
+same name with a suffix, and an optional subjects.csv (subject, patient, vendor, pathology, ed, es, split).
+Files that are named alike but for ED, ES or a frame are of one patient.
 """
 
 import re
@@ -13,6 +14,7 @@ from cmrssp.errors import UserError
 
 TABLE = "subjects.csv"
 _LIKE_LABELS = re.compile(r"(.+)([_-](?:gt|seg|mask|labels?|contour))", re.IGNORECASE | re.DOTALL)
+_PHASE = re.compile(r"[_-](ed|es|frame[_-]?\d+)$", re.IGNORECASE)
 _PARTS = ("", "train", "validation", "test")
 
 
@@ -39,8 +41,8 @@ def subjects_among(
         id = stem if same[stem] == 1 else csv_table.composed((folder / stem).relative_to(root).as_posix())
         row, label = rows.get(id, {}), at.get((folder, stem + label_suffix))
         labels, known = (LabelFile(label),) if label else (), csv_table.about(row)
-        part = row.get("split", "")
-        subjects.append(Subject(PLAIN, id, at[folder, stem], labels, part=part, **known))
+        known |= {"part": row.get("split", ""), "patient": row.get("patient") or _PHASE.sub("", id)}
+        subjects.append(Subject(PLAIN, id, at[folder, stem], labels, **known))
     for folder, stem in at:
         name = stem.removesuffix(label_suffix)
         if name != stem and (folder, name) not in at:
@@ -62,7 +64,7 @@ def _rows(path: Path, ignore_split: bool) -> csv_table.Rows:
     """{subject: its row of the table}; {} without a table. Raises UserError for a wrong one."""
     rows = csv_table.read(path, "subject") if path.is_file() else []
     if rows is None:
-        expected = "expected the columns subject, vendor, pathology, ed, es, split"
+        expected = "expected the columns subject, patient, vendor, pathology, ed, es, split"
         raise UserError(f"{path}: {expected} (all but the first may be missing), got no column 'subject'")
     by_subject: csv_table.Rows = {}
     for row in rows:
