@@ -36,7 +36,8 @@ def add_flags(parser: entry.Parser) -> None:
     vendors = "train on these vendors alone: Siemens, Philips, GE, Canon, or M&Ms's A to D (paper, table 3)"
     add("--vendors", action=flags.VendorNames, nargs="+", metavar="NAME", help=vendors)
     maps = "self-training: train also on training subjects' label maps that evaluate.py --predict wrote here"
-    add("--predicted", type=flags.absolute_path, metavar="DIR", help=maps)
+    steps = "without --epochs as many steps as on the true labels alone"
+    add("--predicted", type=flags.absolute_path, metavar="DIR", help=f"{maps}; {steps}")
     weight = "of a slice with predicted labels in the loss; one with true labels counts 1"
     add("--predicted-weight", type=positive(float), default=1.0, metavar="WEIGHT", help=weight)
     share = "of each batch that are slices with predicted labels (default: every slice once an epoch)"
@@ -106,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     common = {"batch_size": args.batch_size, "seed": args.seed, "labelled": True, "device": device}
     batches = Batches(cines, slices, **common, **mixing)
     enough = -(-_ENOUGH_STEPS // len(batches))
-    if args.quick and not run and not flags.typed(argv, "--epochs"):
-        args.epochs = max(args.epochs, enough)
+    if not run and not flags.typed(argv, "--epochs"):
+        args.epochs = -(-args.epochs * count // len(slices))  # as many steps as on the true labels alone
+        args.epochs = max(args.epochs, enough) if args.quick else args.epochs
 
     part = split["validation"]
     validated = [key for key in part if cines.labels[cines.index[key]].frames]

@@ -1,4 +1,4 @@
-"""The one training loop. It trains every method: four or more for pretraining, one for segmentation."""
+"""The one training loop. It trains every method: those that pretrain, and segmentation."""
 
 import time
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Self-training: whose predicted label maps are taken, how they are mixed, and what is refused."""
 
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,15 @@ def test_a_student_learns_from_training_subjects_alone(maps):
     arm = scoring.origin(student)["arm"]
     assert arm["predicted"] and arm["n_subjects"] == len({true, split["train"][0]})  # and the teacher's
     assert arm["pretraining"] == "scratch" and not arm["all_subjects"]
+
+
+def test_a_student_takes_as_many_steps_as_on_its_true_labels_alone(maps, capsys):
+    words = ["--predicted", "maps", "--cache", "cache", *TINY[:-2], "--batch-size", "1", "--n-subjects", "2"]
+    assert finetune.main([*words, "--benchmark", "1"]) == 0
+    said = capsys.readouterr().out
+    labelled, predicted = map(int, re.search(r"(\d+) labelled, (\d+) predicted", said).groups())
+    epochs, steps = map(int, re.search(r"whole training: (\d+) epochs x (\d+) steps", said).groups())
+    assert steps == labelled + predicted and 0 <= epochs * steps - 1000 * labelled < steps
 
 
 def test_the_true_labels_of_teachers_count(maps):

@@ -180,18 +180,8 @@ def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ())
             out = str(runs_dir / f"{name}-seed{seed}")
             like = next((run.args for run in newest if run.arm == arm), {})  # another seed, if there is one
             same = [f"--{flag}={like[flag]}" for flag in ("epochs", "lr", "transfer") if flag in like]
-            flags = [
-                *start[method],
-                *changes,
-                *common,
-                *same,
-                "--seed",
-                str(seed),
-                "--out",
-                out,
-                "--resume",
-                "auto",
-            ]
+            flags = [*start[method], *changes, *same, *common, "--seed", str(seed), "--out", out]
+            flags += ["--resume", "auto"]
             score = ["python", "evaluate.py", "--split", "test", "--checkpoint", out, *skip]
             others.append(f"{shlex.join(['python', 'finetune.py', *flags])} && {shlex.join(score)}")
     return pretrainings + others

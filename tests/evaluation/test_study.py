@@ -357,9 +357,13 @@ def test_commands_take_the_data_of_the_newest_run(tmp_path):
     root = tmp_path / "my runs"
     run = made(root / "one", 0.8, pretraining="scratch", n_subjects=15)
     args = {"data": ["/data/M&Ms", "x"], "quick": True, "skip_broken": True, "label_suffix": "_seg"}
-    (run / "args.json").write_text(json.dumps(args | {"kind": "fine-tuning"}))
+    recipe = {"kind": "fine-tuning", "epochs": 80, "lr": 0.01, "transfer": "encoder"}
+    (run / "args.json").write_text(json.dumps(args | recipe))
     (run / "split.json").write_text("{}")
     runs = study.collect(root)
+    for words in commands(runs, root, "finetune.py", "15"):  # the other seeds of this run, and other arms
+        like = ["--epochs=80", "--lr=0.01", "--transfer=encoder"] if words[0] == "--data" else []
+        assert [word for word in words if "=" in word] == like
     data = ["--data", "/data/M&Ms", "x", "--label-suffix", "_seg", "--split-file", str(run / "split.json")]
     assert commands(runs, root, "train_ssp.py", "pcl") == [
         ["--method", "pcl", *data, "--skip-broken", "--quick", "--out", str(root / "pcl"), "--resume", "auto"]
