@@ -1,24 +1,34 @@
 """How fast a training runs on this machine, what its step is made of, and what the device could do.
 
-`python -m cmrssp.hardware` measures all objectives. An NVIDIA H100 80 GB (torch 2.11, 70 ACDC patients, 256
-px, the paper's network, not compiled, 2026-11) gave these medians in slices/s, before convolutions lost their
-bias and DINO made its crops at once; floor: the device's own 2.95 TB/s and 740 TFLOP/s (fp16):
+`python -m cmrssp.hardware --compile on` measures all objectives. An NVIDIA H200 (torch 2.11, 70 ACDC
+patients, 256 px, the paper's network, compiled, as CUDA graphs, 2026-11-27) took 200 s with the kernels in
+the cache and gave these medians in slices/s; floor: the device's own bandwidth in a copy and rate in a
+matrix product. The memory has a second set of graphs in it, of the network alone:
 
-    objective, batch, precision   real path   step   network    views   step / floor   peak memory
-    MIM 128 fp16                       1760   1791      1873    32000           2.55       12.2 GB
-    SimCLR 224 fp16                    2292   2332      2459    59000           2.45       15.5 GB
-    DINO 64 fp16                        922    939      1073     3100           2.76        8.1 GB
-    PCL 64 TF32                        1076   1088      1131    14000           2.68        8.9 GB
-    supervised 32 TF32                  751    759       808    15700           2.78        6.5 GB
-    supervised 32 fp16                  980    949      1496    12000           4.0         3.5 GB
+    objective, batch, precision   real path   step   network    views   step / floor   memory
+    SimCLR 224 fp16                    3832   3938      4077    71200           1.97   32.2 GB
+    PCL 64 TF32                        1494   1509      1564    18900           2.62   11.6 GB
+    DINO 64 fp16                       1693   1717      1913     5630           2.01   15.7 GB
+    MIM 128 fp16                       2633   2691      2796    42300           2.32   15.2 GB
+    motion 32 fp16                     2094   2155      2365    14900           2.63    4.3 GB
+    supervised 32 TF32                 1043   1065      1108     9130           2.76    7.4 GB
+    supervised 32 fp16                 1958   2197      2435    10100           2.45    4.1 GB
 
-Without the bias, compiled and replayed as CUDA graphs (2026-11-26 and 27), a fine-tuning in fp16 with batches
-of 32 went at 1,890 to 1,940 slices/s whenever no other process used the GPU (the fastest epochs of eight
-trainings, slices and views included), motion with 32 at 1,950, a fine-tuning in float32 at 980. Of the step
-alone on 32 synthetic slices (15.75 ms, 2,032 slices/s) the device worked 15.3 ms in 743 kernels: convolutions
-8.0, batch norm with activations and concatenation 3.9, optimiser 0.41, views 0.33, copies inside the
-transposed convolutions 0.65. While seven other processes compiled, MIM with 128 had 1,950 on the real path
-and 2,157 for the step alone, 2.12 times its floor.
+An NVIDIA H100 80 GB (2.95 TB/s, 740 TFLOP/s in fp16), not compiled, before convolutions lost their bias and
+DINO made its crops at once:
+
+    MIM 128 fp16                       1760   1791      1873    32000           2.55   12.2 GB
+    SimCLR 224 fp16                    2292   2332      2459    59000           2.45   15.5 GB
+    DINO 64 fp16                        922    939      1073     3100           2.76    8.1 GB
+    PCL 64 TF32                        1076   1088      1131    14000           2.68    8.9 GB
+    supervised 32 TF32                  751    759       808    15700           2.78    6.5 GB
+    supervised 32 fp16                  980    949      1496    12000           4.0     3.5 GB
+
+Compiled and replayed as graphs, the same H100 fine-tuned in fp16 with batches of 32 at 1,890 to 1,940
+slices/s (the fastest epochs of eight trainings), in float32 at 980. Of the step alone on 32 synthetic
+slices (15.75 ms, 2,032 slices/s, 1.9 times its floor) the device worked 15.3 ms in 743 kernels:
+convolutions 8.0, batch norm with activations and concatenation 3.9, optimiser 0.41, views 0.33, copies
+inside the transposed convolutions 0.65.
 """
 
 import math
@@ -147,12 +157,15 @@ def measure(method: Method, batches: Batches, settings: Settings, num_steps: int
         VIEWS: lambda number: method.views(batch, step_generator(settings.seed, 0, number)),
         NETWORK: network,
     }
-    for act in parts.values():
-        for number in range(_WARM_UP if device.type == "cuda" or settings.compile else 1):
+    memory, on_gpu = 0, device.type == "cuda"
+    for part, act in parts.items():
+        for number in range(_WARM_UP if on_gpu or settings.compile else 1):
             act(number)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # of the uncompiled step whose work was counted
-        torch.cuda.reset_peak_memory_stats(device)
+        if part == STEP and on_gpu:  # before the networks alone, whose graphs no training has
+            torch.cuda.empty_cache()  # of the uncompiled step whose work was counted
+            torch.cuda.reset_peak_memory_stats(device)
+            act(0)
+            memory = torch.cuda.max_memory_reserved(device)
     waits.clear()
     rates: dict[str, list[float]] = {part: [] for part in parts}
     steps = math.ceil(_ROUND_S / timed(lambda: step(batch, 0, 0), device))
@@ -163,8 +176,7 @@ def measure(method: Method, batches: Batches, settings: Settings, num_steps: int
             rates[part].append(steps * size / seconds)
     stream.close()
     waiting = sum(waits) / sum(steps * size / rate for rate in rates[REAL_PATH])
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.max_memory_reserved(device) if on_gpu else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    memory = memory or 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     flops, moved = flops / batches.per_rank, moved / batches.per_rank
     return Measurement(rates, steps, waiting, memory, flops, moved, *ceilings(device, settings.amp))
 
