@@ -81,7 +81,10 @@ def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"compile: off, torch finds no working compiler ({first})")
         return False
-    print("compile: on; the first steps take about a minute, or 20 s if --cache has the kernels already")
+    print(
+        "compile: on; the first steps take about a minute, or 20 s if --cache has the kernels already; a GPU "
+        "may need up to twice the memory"
+    )
     return True
 
 
