@@ -5,7 +5,7 @@ python evaluate.py --predict scan.nii.gz --checkpoint runs/finetune-mim-phantom-
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -142,14 +142,19 @@ def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoin
     link = trained[0].provenance
     words = [f"evaluation-{args.split}"]
     words += [dataset.name(args.data)] if hasattr(args, "data") else []
+    words += [_short(dataset.absolute(args.data))] if hasattr(args, "data") and args.split == "all" else []
     words += ["other-split"] * any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
     words += [args.phases] * (args.phases != "both") + (args.vendors or [])
     words += ["flips"] * args.flips + ["largest"] * args.largest_component
     if len(trained) > 1:
-        members = hashlib.sha256("\n".join(sorted(str(c.path.resolve()) for c in trained)).encode())
-        words.append(f"ensemble{len(trained)}-{members.hexdigest()[:6]}")
+        words.append(f"ensemble{len(trained)}-{_short(str(c.path.resolve()) for c in trained)}")
     words += [f"epoch{link.epochs}"] if link.unfinished() else []
     return "-".join(words)
+
+
+def _short(paths: Iterable[str]) -> str:
+    """What tells folders of one name apart."""
+    return hashlib.sha256("\n".join(sorted(paths)).encode()).hexdigest()[:6]
 
 
 def predict(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:

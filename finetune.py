@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = Batches(cines, slices, **common, **mixing)
     enough = -(-_ENOUGH_STEPS // len(batches))
     if not run and not flags.typed(argv, "--epochs"):
-        args.epochs = -(-args.epochs * count // len(slices))  # as many steps as on the true labels alone
+        alone = count // min(args.batch_size, count)  # steps of an epoch on the true labels alone
+        args.epochs = -(-args.epochs * alone // len(batches))
         args.epochs = max(args.epochs, enough) if args.quick else args.epochs
 
     part = split["validation"]

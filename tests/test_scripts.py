@@ -160,6 +160,8 @@ def test_every_subject_of_another_hospital_is_scored(way, phantom_folder, tmp_pa
     copy(split["train"][0])
     with pytest.raises(UserError, match=split["train"][0]):
         evaluate.main(words)
+    (tmp_path / "other" / f"{split['train'][0].split('/')[1]}_gt.nii.gz").unlink()  # then it is not scored
+    assert evaluate.main(words) == 0
 
 
 def test_predictions_score_the_same_on_the_files_own_grid(way, phantom_folder):
@@ -386,9 +388,9 @@ def test_runs_are_compared_and_tabled(way, tmp_path, capsys, monkeypatch, refuse
     for folder, change in (("a", {}), ("b", {"settings": {"epochs": 7}}), ("c", {"recipe": {"lr": 7.0}})):
         copy = shutil.copytree(run / "evaluation-test", tmp_path / folder / "run" / "evaluation-test")
         summary = json.loads((copy / "summary.json").read_text())
-        (copy / "summary.json").write_text(
-            json.dumps({**summary, **change, "arm": {**summary["arm"], "seed": 5}})
-        )
+        changes = {"arm": {"seed": 5}, **change}
+        summary |= {name: {**summary[name], **values} for name, values in changes.items()}
+        (copy / "summary.json").write_text(json.dumps(summary))
     folders = [str(tmp_path / name / "run") for name in "abc"]
     assert evaluate.main(["--compare", *folders, str(run)]) == 0
     apart, *said = capsys.readouterr().out.split("\n\n")[0].splitlines()

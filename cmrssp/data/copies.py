@@ -33,20 +33,28 @@ def without_copies(store: Store, split: dict[str, list[str]]) -> dict[str, list[
 
 
 def refuse_other_images(
-    store: Store, recorded: dict[str, str], trained: Iterable[str], held_out: Iterable[str]
+    store: Store,
+    recorded: dict[str, str],
+    trained: Iterable[str],
+    held_out: Iterable[str],
+    *,
+    elsewhere: bool = False,
 ) -> None:
     """Raise UserError for a subject with other images than `recorded` by a checkpoint ({subject key:
-    digest}), and for a `held_out` one with the images of another that it was `trained` on.
+    digest}), and for a `held_out` one with the images of another that it was `trained` on. `elsewhere`: the
+    subjects are of another hospital, where the same name means nothing and the same images are refused.
     """
     now = store.digests()
-    if other := sorted(key for key, image in now.items() if recorded.get(key, image) != image):
+    if not elsewhere and (
+        other := sorted(key for key, image in now.items() if recorded.get(key, image) != image)
+    ):
         raise UserError(
             f"--data: {len(other)} of {len(now)} subjects have other images than those that the checkpoint "
             f"knows by their names, the first is {other[0]}; is it another data set with the same file names?"
         )
     seen = {recorded[key]: key for key in trained if key in recorded}
     present = sorted(key for key in held_out if key in now)
-    if copies := [key for key in present if seen.get(now[key], key) != key]:
+    if copies := [k for k in present if now[k] in seen and (elsewhere or seen[now[k]] != k)]:
         first = f"the first is {copies[0]}, as {seen[now[copies[0]]]}; leave them out with --split-file"
         what = f"{len(copies)} of {len(present)} validation or test subjects have the images of subjects"
         raise UserError(f"--data: {what} that the checkpoint has been trained on, {first}")

@@ -44,7 +44,7 @@ def prepare(
 
     With `labelled`, `Prepared.cines` holds these parts alone, with labels. The part `needed` must have a
     subject; `vendors` restricts it. The split is that of `split_file`, else `inherited`, else drawn with
-    `split_seed`; or all subjects are in the part `everyone`. No checkpoint may have seen a subject of the
+    `split_seed`; or all labelled ones are in `everyone`. No checkpoint may have seen a subject of the
     parts `held_out`; copies of them are not trained on. Raises UserError, FileNotFoundError for missing data,
     BrokenSubject unless `skip_broken`.
     """
@@ -65,7 +65,8 @@ def prepare(
         more = f"add other subjects, or give a --split-file with {needed} subjects"
         raise UserError(f"--data: no {needed} subject ({splits.describe(split)}){why}; {more}")
     for checkpoint in checkpoints:
-        refuse_trained(checkpoint, split, held_out)
+        if not (everyone and checkpoint.digests):  # another hospital can have the same names
+            refuse_trained(checkpoint, split, held_out)
     if vendors is not None:
         split = _of_vendors(subjects, split, needed, vendors)
 
@@ -78,7 +79,8 @@ def prepare(
     cines = stored(subjects, parts, labels=False)
     held = [key for part in held_out for key in split[part]]
     for checkpoint in checkpoints:
-        copies.refuse_other_images(cines, checkpoint.digests, checkpoint.seen() if held else (), held)
+        seen = checkpoint.seen() if held else ()
+        copies.refuse_other_images(cines, checkpoint.digests, seen, held, elsewhere=bool(everyone))
     digests = cines.digests()
     split = copies.without_copies(cines, splits.keep(split, cines.index, parts))
     if labelled:

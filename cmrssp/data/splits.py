@@ -29,7 +29,8 @@ def assign(
     """A split with sorted keys. A data set's own parts are kept (ACDC 101-150, M&Ms-2 201-360). The whole
     M&Ms gives 15 test subjects of each vendor (the paper's rule), another data set without test subjects 25
     %, stratified by vendor and pathology. 20 % of the rest validates. If any subject has labels, only such
-    subjects are drawn, the others train. All subjects of a patient are in one part. Unless `keep_overlap`,
+    subjects are drawn, the others train. All subjects of a patient are in one part, if
+    their data set does not say otherwise. Unless `keep_overlap`,
     M&Ms-2 subjects that may repeat M&Ms subjects get no part beside M&Ms, also if M&Ms subjects are only
     among the keys `seen` by a checkpoint.
     """
@@ -56,9 +57,15 @@ def assign(
 
 
 def _patients(subjects: Sequence[Subject]) -> dict[str, str]:
-    """{subject key: patient}. If all have the same, a pseudonym hides who they are, and each counts alone."""
-    named = {s.key: f"{s.dataset} {s.patient}" if s.patient else s.key for s in subjects}
-    return named if len(set(named.values())) > 1 else {key: key for key in named}
+    """{subject key: patient}. What more than half of a data set have in common is a pseudonym, no patient."""
+    count, of_patient = (
+        Counter(s.dataset for s in subjects),
+        Counter((s.dataset, s.patient) for s in subjects),
+    )
+    known = {
+        s.key for s in subjects if s.patient and 2 * of_patient[s.dataset, s.patient] <= count[s.dataset]
+    }
+    return {s.key: f"{s.dataset} {s.patient}" if s.key in known else s.key for s in subjects}
 
 
 def _test(dataset: str, subjects: Sequence[Subject], seed: int) -> list[Subject]:
@@ -160,12 +167,13 @@ def choose(
     keep_overlap: bool = False,
     seen: Iterable[str] = (),
 ) -> Split:
-    """The split of these subjects: all in the part `everyone`, else from the file, else the inherited one if
-    it names any of them, else drawn. Prints how many subjects of the split are missing, and how many subjects
-    it does not name. `seen`: keys that checkpoints were trained on, for `assign`.
+    """The split of these subjects: all with labels in the part `everyone`, else from the file, else the
+    inherited one if it names any of them, else drawn. Prints how many subjects of the split are missing, and
+    how many subjects it does not name. `seen`: keys that checkpoints were trained on, for `assign`.
     """
     if everyone:
         kept = subjects if keep_overlap else _without_overlap(subjects, seen)
+        kept = [s for s in kept if s.labels] or kept
         return {part: sorted(s.key for s in kept if part == everyone) for part in PARTS}
     keys = {s.key for s in subjects}
     split = (read(split_file) if split_file else inherited) or {}

@@ -180,6 +180,7 @@ def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ())
             out = str(runs_dir / f"{name}-seed{seed}")
             like = next((run.args for run in newest if run.arm == arm), {})  # another seed, if there is one
             same = [f"--{flag}={like[flag]}" for flag in ("epochs", "lr", "transfer") if flag in like]
+            same += [f"--batch-size={like['batch_size']}"] if like.get("batch_size") else []
             flags = [*start[method], *changes, *same, *common, "--seed", str(seed), "--out", out]
             flags += ["--resume", "auto"]
             score = ["python", "evaluate.py", "--split", "test", "--checkpoint", out, *skip]

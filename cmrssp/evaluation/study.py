@@ -121,7 +121,8 @@ def collect(folder: Path) -> list[Evaluated]:
 
 
 def _print_differences(what: str, runs: Sequence[Path | str], found: Sequence[dict[str, Any]]) -> None:
-    names = sorted({name for each in found for name in each if each[name] != found[0].get(name)})
+    every = {name for each in found for name in each}
+    names = sorted(name for name in every if any(each.get(name) != found[0].get(name) for each in found))
     if names:
         unlike = [run for run, each in zip(runs, found, strict=True) if each != found[0]]
         print(f"{what} in {', '.join(names)}: {', '.join(map(str, [runs[0], *unlike]))}")
@@ -186,10 +187,11 @@ def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
         try:
             run = read(folder / "summary.json", split)
         except _UNREADABLE as error:
-            raise UserError(
-                f"{name}: no complete scores of the {split} split ({one_line(error)}); first run python "
-                f"evaluate.py --split {split} --checkpoint {name}"
-            ) from None
+            how = f"first run python evaluate.py --split {split} --checkpoint {name}"
+            if split == "all":
+                how = "give the folders evaluation-all-... themselves"
+            what = f"no complete scores of the {split} split ({one_line(error)})"
+            raise UserError(f"{name}: {what}; {how}") from None
         for _, seeds in found:
             alike = all(getattr(seeds[0], k) == getattr(run, k) for k in ("arm", "settings", "recipe"))
             if alike and run.seed not in [each.seed for each in seeds]:

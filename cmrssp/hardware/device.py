@@ -83,7 +83,7 @@ def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices:
         return False
     print(
         "compile: on; the first steps take about a minute, or 20 s if --cache has the kernels already; a GPU "
-        "may need up to twice the memory"
+        "may need twice the memory"
     )
     return True
 

@@ -331,11 +331,15 @@ def test_a_plain_folder_and_its_table(plain):
 
 
 def test_cines_of_one_patient_in_a_plain_folder(tmp_path, beating):
-    for name in ("p1_ED", "p1_es", "p2-frame01", "p2-frame12", "p3", "visit_a", "visit_b"):
+    names = ("p1_ED", "p1_es", "p2-frame01", "p2-frame12", "p3", "visit_a", "visit_b", "p5/ED", "p5/ES")
+    for name in (*names, "ED/p6", "ES/p6", "b/p1_ED", "b/p7_ES", "red"):
         save(tmp_path / f"{name}.nii", beating(1)[0])
     table(tmp_path / "subjects.csv", "subject,patient", "visit_a,p4", "visit_b,p4")
     subjects, _ = dataset.find([str(tmp_path)], tmp_path)
-    assert [s.patient for s in subjects] == ["p1", "p1", "p2", "p2", "p3", "p4", "p4"]
+    patients = {s.cine.relative_to(tmp_path).with_suffix("").as_posix(): s.patient for s in subjects}
+    assert [patients[name] for name in names] == ["p1", "p1", "p2", "p2", "p3", "p4", "p4", "p5", "p5"]
+    assert patients["ED/p6"] == patients["ES/p6"] and patients["red"] == "red"
+    assert patients["b/p1_ED"] == "b/p1" and patients["b/p7_ES"] == "b/p7"
 
 
 def test_frames_and_phases_in_a_plain_folder(plain):

@@ -14,7 +14,7 @@ from cmrssp.errors import UserError
 
 TABLE = "subjects.csv"
 _LIKE_LABELS = re.compile(r"(.+)([_-](?:gt|seg|mask|labels?|contour))", re.IGNORECASE | re.DOTALL)
-_PHASE = re.compile(r"[_-](ed|es|frame[_-]?\d+)$", re.IGNORECASE)
+_PHASE = re.compile(r"(^|[/_-])(ed|es|frame[_-]?\d+)(?=/|$)", re.IGNORECASE)
 _PARTS = ("", "train", "validation", "test")
 
 
@@ -38,10 +38,11 @@ def subjects_among(
     rows = _rows(root / TABLE, ignore_split)
     subjects, problems = [], []
     for folder, stem in cines:
-        id = stem if same[stem] == 1 else csv_table.composed((folder / stem).relative_to(root).as_posix())
+        place = csv_table.composed((folder / stem).relative_to(root).as_posix())
+        id = stem if same[stem] == 1 else place
         row, label = rows.get(id, {}), at.get((folder, stem + label_suffix))
         labels, known = (LabelFile(label),) if label else (), csv_table.about(row)
-        known |= {"part": row.get("split", ""), "patient": row.get("patient") or _PHASE.sub("", id)}
+        known |= {"part": row.get("split", ""), "patient": row.get("patient") or _PHASE.sub("", place)}
         subjects.append(Subject(PLAIN, id, at[folder, stem], labels, **known))
     for folder, stem in at:
         name = stem.removesuffix(label_suffix)
