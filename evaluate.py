@@ -4,7 +4,6 @@ python evaluate.py --predict scan.nii.gz --checkpoint runs/finetune-mim-phantom-
 """
 
 import argparse
-import hashlib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from cmrssp.data.prepare import prepare
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
 from cmrssp.evaluation import label_maps, paper, plots, prediction, scoring, study, text
-from cmrssp.files import check_writable, write_csv
+from cmrssp.files import check_writable, hashed, write_csv
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
 from cmrssp.runs import folder
@@ -85,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:
     """Score a split and write the results. Raises UserError at the end if a subject could not be scored."""
-    first, everyone = trained[0], "test" if args.split == "all" else None
-    part = everyone or args.split
+    first, everyone = trained[0], args.split == "all"
+    part = "test" if everyone else args.split
     paths, label_suffix = dataset.source({**vars(first.provenance), **vars(args)})
     dataset.announce(paths)
     typed = ("split_file", "split_seed", "keep_overlap", "skip_broken", "vendors")
@@ -154,7 +153,7 @@ def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoin
 
 def _short(paths: Iterable[str]) -> str:
     """What tells folders of one name apart."""
-    return hashlib.sha256("\n".join(sorted(paths)).encode()).hexdigest()[:6]
+    return hashed("\n".join(sorted(paths)))[:6]
 
 
 def predict(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -95,3 +96,8 @@ def _cell(value: Any) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.6f}" if isinstance(value, float) else value
+
+
+def hashed(text: str) -> str:
+    """16 hexadecimal digits that tell texts apart and do not show them."""
+    return sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]

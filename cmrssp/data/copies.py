@@ -55,6 +55,7 @@ def refuse_other_images(
     seen = {recorded[key]: key for key in trained if key in recorded}
     present = sorted(key for key in held_out if key in now)
     if copies := [k for k in present if now[k] in seen and (elsewhere or seen[now[k]] != k)]:
-        first = f"the first is {copies[0]}, as {seen[now[copies[0]]]}; leave them out with --split-file"
+        how = "remove them from --data" if elsewhere else "leave them out with --split-file"
+        first = f"the first is {copies[0]}, as {seen[now[copies[0]]]}; {how}"
         what = f"{len(copies)} of {len(present)} validation or test subjects have the images of subjects"
         raise UserError(f"--data: {what} that the checkpoint has been trained on, {first}")

@@ -33,7 +33,7 @@ def prepare(
     split_file: Path | None = None,
     split_seed: int = 0,
     inherited: Split | None = None,
-    everyone: str | None = None,
+    everyone: bool = False,
     keep_overlap: bool = False,
     skip_broken: bool = False,
     vendors: Collection[str] | None = None,
@@ -43,8 +43,8 @@ def prepare(
     """Find the subjects of `paths`, split them, store those of `parts`, and print what was found.
 
     With `labelled`, `Prepared.cines` holds these parts alone, with labels. The part `needed` must have a
-    subject; `vendors` restricts it. The split is that of `split_file`, else `inherited`, else drawn with
-    `split_seed`; or all labelled ones are in `everyone`. No checkpoint may have seen a subject of the
+    subject; `vendors` restricts it. With `everyone` it has all labelled subjects; else the split is that of
+    `split_file`, else `inherited`, else drawn with `split_seed`. No checkpoint may have seen a subject of the
     parts `held_out`; copies of them are not trained on. Raises UserError, FileNotFoundError for missing data,
     BrokenSubject unless `skip_broken`.
     """
@@ -55,7 +55,7 @@ def prepare(
         split_file=split_file,
         split_seed=split_seed,
         inherited=inherited,
-        everyone=everyone,
+        everyone=needed if everyone else None,
         keep_overlap=keep_overlap,
         seen={key for checkpoint in checkpoints for key in checkpoint.seen()},
     )
@@ -80,7 +80,7 @@ def prepare(
     held = [key for part in held_out for key in split[part]]
     for checkpoint in checkpoints:
         seen = checkpoint.seen() if held else ()
-        copies.refuse_other_images(cines, checkpoint.digests, seen, held, elsewhere=bool(everyone))
+        copies.refuse_other_images(cines, checkpoint.digests, seen, held, elsewhere=everyone)
     digests = cines.digests()
     split = copies.without_copies(cines, splits.keep(split, cines.index, parts))
     if labelled:

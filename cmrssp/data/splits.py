@@ -29,10 +29,9 @@ def assign(
     """A split with sorted keys. A data set's own parts are kept (ACDC 101-150, M&Ms-2 201-360). The whole
     M&Ms gives 15 test subjects of each vendor (the paper's rule), another data set without test subjects 25
     %, stratified by vendor and pathology. 20 % of the rest validates. If any subject has labels, only such
-    subjects are drawn, the others train. All subjects of a patient are in one part, if
-    their data set does not say otherwise. Unless `keep_overlap`,
-    M&Ms-2 subjects that may repeat M&Ms subjects get no part beside M&Ms, also if M&Ms subjects are only
-    among the keys `seen` by a checkpoint.
+    subjects are drawn, the others train. All subjects of a patient are in one part, if their data set does
+    not say otherwise. Unless `keep_overlap`, M&Ms-2 subjects that may repeat M&Ms subjects get no part beside
+    M&Ms, also if M&Ms subjects are only among the keys `seen` by a checkpoint.
     """
     if not keep_overlap:
         subjects = _without_overlap(subjects, seen)

@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from cmrssp.data.cine import Cine, CineFacts, read_cine
 from cmrssp.data.geometry import Geometry
 from cmrssp.data.labels import LabelFacts, Labels, read_labels
 from cmrssp.data.subject import LEFT_OUT, BrokenSubject, Problem, Subject
-from cmrssp.files import atomic, check_writable, sweep
+from cmrssp.files import atomic, check_writable, hashed, sweep
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 
@@ -165,7 +164,7 @@ def _path(folder: Path, subject: Subject, files: Sequence[Path], layout: list, s
         raise BrokenSubject(f"{error.filename}: {error.strerror}") from None
     made_from = json.dumps([_FORMAT, subject.key, str(subject.cine.resolve()), stats, layout])
     name = subject.file_name.encode()[:80].decode(errors="ignore")
-    return folder / f"{name}-{sha256(made_from.encode()).hexdigest()[:16]}{suffix}"
+    return folder / f"{name}-{hashed(made_from)}{suffix}"
 
 
 def _record(

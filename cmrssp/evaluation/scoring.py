@@ -1,6 +1,5 @@
 """A network's predictions against the reference of a split, by subject, phase, class and slice."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -19,7 +18,7 @@ from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import one_line
 from cmrssp.evaluation import contours, plots, stats
-from cmrssp.files import write_csv, write_json
+from cmrssp.files import hashed, write_csv, write_json
 from cmrssp.hardware import distributed
 from cmrssp.weights.checkpoints import Checkpoint
 from cmrssp.weights.provenance import Provenance
@@ -186,7 +185,7 @@ def training_recipe(provenance: Provenance) -> dict[str, Any]:
     """Hyperparameters and training subjects of the fine-tuning and of the pretraining, as far as known."""
     found = {}
     for when, link in zip(("", "pretraining "), provenance.history(), strict=False):
-        pool = hashlib.sha256(json.dumps(sorted(link.split["train"])).encode()).hexdigest()[:16]
+        pool = hashed(json.dumps(sorted(link.split["train"])))
         own_list = splits.published_subset(link.split)  # which differs by seed
         every = {**link.hyperparameters, "training subjects": None if own_list else pool}
         if link.teachers:

@@ -126,6 +126,10 @@ def test_a_broken_cine_is_a_row_and_the_others_are_predicted(predict, scans, cin
     assert status == 2 and list(rows) == ["broken", "sound"]
     assert "cannot be read" in rows["broken"]["error"] and rows["broken"]["lv_edv_ml"] == ""
     assert rows["sound"]["error"] == "" and "sound.gif" in names and "broken.gif" not in names
+    assert "predictions.json" in names
+    (folder / "sound.nii.gz").unlink()  # the next prediction here makes no label map that it could describe
+    status, _, names = predict(folder)
+    assert status == 2 and "predictions.json" not in names
 
 
 def test_a_name_too_long_for_its_results_is_a_row(predict, scans, cine):

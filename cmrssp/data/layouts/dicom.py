@@ -17,11 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cmrssp.data.layouts import dicom_header
-from cmrssp.data.layouts.dicom_header import Image, hashed
+from cmrssp.data.layouts.dicom_header import Image
 from cmrssp.data.layouts.dicom_series import choose
 from cmrssp.data.layouts.dicom_stack import assemble
 from cmrssp.data.subject import LEFT_OUT, Problem, Subject, vendor_name
-from cmrssp.files import atomic
+from cmrssp.files import atomic, hashed
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,8 @@ from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ImplicitVRLittleEndian
+
+from cmrssp.files import hashed
 
 _NOT_MAGNITUDE = {"P", "R", "I", "PHASE", "PHASE MAP", "VELOCITY", "VELOCITY MAP", "REAL", "IMAGINARY"}
 _GE_COMPONENT, _PHILIPS_SLOPE, _PHILIPS_INTERCEPT = 0x0043102F, 0x2005100E, 0x2005100D
@@ -219,7 +220,3 @@ def _identity(header: pydicom.Dataset) -> set[str]:
         return set()
     words = {*re.split(r"[\W_]+", name), id, born, order}
     return {word for word in words if len(word) > 1} - _ANYBODY
-
-
-def hashed(text: str) -> str:
-    return sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
