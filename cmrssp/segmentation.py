@@ -13,7 +13,7 @@ from cmrssp.data.batches import Batch, collate, to_device
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
 from cmrssp.errors import UserError
-from cmrssp.losses import deep_supervision, dice_cross_entropy
+from cmrssp.losses import dice_cross_entropy
 from cmrssp.ssp.flag_types import at_least_0, positive
 from cmrssp.ssp.method import NNUNETS_SGD, UNetMethod, Views
 from cmrssp.unet import UNet
@@ -41,7 +41,7 @@ class Segmentation(UNetMethod):
         """`freeze_encoder`: epochs; `encoder_lr_factor`: multiplies the encoder's learning rate."""
         super().__init__(channels=channels, norm=norm, **options)
         self.freeze_encoder, self.encoder_lr_factor = freeze_encoder, encoder_lr_factor
-        self.loss, outputs = deep_supervision, len(CLASSES) + 1
+        outputs = len(CLASSES) + 1
         self.unet = UNet(channels=channels, num_outputs=outputs, num_heads=len(channels) - 1, norm=norm)
 
     @staticmethod
@@ -61,10 +61,6 @@ class Segmentation(UNetMethod):
             self.encoder.train(epoch >= self.freeze_encoder)  # frozen: its batch statistics stay fixed
         weight = views.get("weight")
         return self.loss(dice_cross_entropy, self.outputs(views), views["label"], weight=weight), {}
-
-    def compile_networks(self, mode: str | None = None) -> None:
-        super().compile_networks(mode)
-        self.loss = torch.compile(self.loss, dynamic=False, mode=mode)
 
     def param_groups(self, weight_decay: float) -> list[dict]:
         if self.encoder_lr_factor == 1:

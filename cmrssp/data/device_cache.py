@@ -56,10 +56,9 @@ class DeviceCache:
         height, width = batch["size"].T[..., None, None]
         rows = torch.arange(shape[0], device=height.device)[:, None]
         columns = torch.arange(shape[1], device=height.device)
-        inside = (rows < height) & (columns < width)
-        filled = {}
-        for kind, pixels in self.pixels.items():
-            begin = (map_start if kind == "motion" else start)[:, None, None]
-            places = torch.where(inside, begin + rows * width + columns, 0)
-            filled[kind] = (pixels[places] * inside)[:, None]
+        inside, offsets = (rows < height) & (columns < width), rows * width + columns
+        places = dict.fromkeys(("image", "label"), torch.where(inside, start[:, None, None] + offsets, 0))
+        if "motion" in self.pixels:
+            places["motion"] = torch.where(inside, map_start[:, None, None] + offsets, 0)
+        filled = {kind: (pixels[places[kind]] * inside)[:, None] for kind, pixels in self.pixels.items()}
         return {**filled, **rest}

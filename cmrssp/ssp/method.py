@@ -21,6 +21,7 @@ from torch import nn
 from cmrssp import augmentation
 from cmrssp.data.batches import Batch
 from cmrssp.data.store import Store
+from cmrssp.losses import deep_supervision
 from cmrssp.unet import Encoder, UNet, check_image_size
 
 Views = dict[str, torch.Tensor]
@@ -118,6 +119,7 @@ class UNetMethod(Method):
     """A method that pretrains the encoder and the decoder of its `unet`. The heads do not transfer."""
 
     unet: UNet
+    loss = staticmethod(deep_supervision)
 
     @property
     def encoder(self) -> Encoder:
@@ -129,6 +131,7 @@ class UNetMethod(Method):
 
     def compile_networks(self, mode: str | None = None) -> None:
         self.unet.compile(dynamic=False, mode=mode)
+        self.loss = torch.compile(self.loss, dynamic=False, mode=mode)
 
     def pretrained_state(self) -> dict[str, torch.Tensor]:
         return {k: v for k, v in self.unet.state_dict().items() if not k.startswith("heads.")}

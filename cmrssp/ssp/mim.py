@@ -40,6 +40,7 @@ class MIM(UNetMethod):
     purpose = "masked patches are reconstructed (encoder and decoder)"
     defaults = {"batch_size": 128, **NNUNETS_SGD, "amp": "fp16"}
     quick = {"epochs": 3, "batch_size": 32, "patch_size": 16}
+    loss = staticmethod(masked_mse)
 
     def __init__(
         self, *, channels: Sequence[int], norm: str, patch_size: int, mask_ratio: float, **options
@@ -77,7 +78,7 @@ class MIM(UNetMethod):
         return self.unet(_masked(views))
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return masked_mse(self.outputs(views)[0], views["image"], views["mask"]), {}
+        return self.loss(self.outputs(views)[0], views["image"], views["mask"]), {}
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         masked = _masked(views)

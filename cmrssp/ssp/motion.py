@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cmrssp.data.store import Store
-from cmrssp.losses import deep_supervision, mse
+from cmrssp.losses import mse
 from cmrssp.ssp.method import NNUNETS_SGD, UNetMethod, Views
 from cmrssp.unet import UNet
 
@@ -45,7 +45,7 @@ class Motion(UNetMethod):
         """Logs the fraction of the maps' variance over the batch that the finest output explains."""
         predicted, motion = self.outputs(views), views["motion"]
         explained = 1 - mse(predicted[0].detach(), motion) / motion.var().clamp_min(1e-12)
-        return deep_supervision(mse, predicted, motion), {"explained_variance": explained}
+        return self.loss(mse, predicted, motion), {"explained_variance": explained}
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
         image = views["image"].contiguous(memory_format=torch.channels_last)

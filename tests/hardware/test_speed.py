@@ -237,9 +237,9 @@ def test_intensity_in_place_equals_the_plain_order():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["segmentation", "simclr", "dino"])
+@pytest.mark.parametrize("name", ["segmentation", "motion", "simclr", "dino"])
 def test_compiled_networks_give_the_same_loss_and_gradients(name, tmp_path):
-    """The whole U-Net and its loss; an encoder; one with a teacher beside it. No key is renamed."""
+    """Whole U-Nets and their losses; an encoder; one with a teacher beside it. No key is renamed."""
     if not compiles("on", CPU, cache=tmp_path):
         pytest.skip("there is no C++ compiler for torch.compile")
     plain = two_processes.make_method(name)
