@@ -1,11 +1,19 @@
 """How fast a training runs on this machine, what its step is made of, and what the device could do.
 
-`python -m cmrssp.hardware --compile on` measures all objectives. An NVIDIA H200 (torch 2.11, 70 ACDC
-patients, 256 px, the paper's network, compiled, as CUDA graphs, 2026-11-27) took 200 s with the kernels in
-the cache and gave these medians in slices/s; floor: the device's own bandwidth in a copy and rate in a
-matrix product. The memory has a second set of graphs in it, of the network alone:
+`python -m cmrssp.hardware --compile on` measures all objectives, with the kernels in the cache in about 200 s.
+Below are medians in slices/s with the paper's network, 256 px, 70 ACDC patients, torch 2.11, compiled, as
+CUDA graphs; floor: the device's own bandwidth in a copy and rate in a matrix product. An NVIDIA H100 80 GB
+(2026-11-27), on which there was no time for the last two:
 
     objective, batch, precision   real path   step   network    views   step / floor   memory
+    SimCLR 224 fp16                    3343   3440      3596    54300           1.62   30.7 GB
+    PCL 64 TF32                        1285   1301      1346    21400           2.22   11.4 GB
+    DINO 64 fp16                       1477   1491      1655     7600           1.67   15.0 GB
+    MIM 128 fp16                       2290   2346      2437    30000           1.92   13.8 GB
+    motion 32 fp16                     1713   1881      2083     9100           2.17    4.2 GB
+
+An H200 (2026-11-27; its memory is faster, so that its floor is lower):
+
     SimCLR 224 fp16                    3832   3938      4077    71200           1.97   32.2 GB
     PCL 64 TF32                        1494   1509      1564    18900           2.62   11.6 GB
     DINO 64 fp16                       1693   1717      1913     5630           2.01   15.7 GB
@@ -14,21 +22,25 @@ matrix product. The memory has a second set of graphs in it, of the network alon
     supervised 32 TF32                 1043   1065      1108     9130           2.76    7.4 GB
     supervised 32 fp16                 1958   2197      2435    10100           2.45    4.1 GB
 
-An NVIDIA H100 80 GB (2.95 TB/s, 740 TFLOP/s in fp16), not compiled, before convolutions lost their bias and
-DINO made its crops at once:
+The H100 not compiled, before convolutions lost their bias and DINO made its crops at once:
 
-    MIM 128 fp16                       1760   1791      1873    32000           2.55   12.2 GB
     SimCLR 224 fp16                    2292   2332      2459    59000           2.45   15.5 GB
-    DINO 64 fp16                        922    939      1073     3100           2.76    8.1 GB
     PCL 64 TF32                        1076   1088      1131    14000           2.68    8.9 GB
+    DINO 64 fp16                        922    939      1073     3100           2.76    8.1 GB
+    MIM 128 fp16                       1760   1791      1873    32000           2.55   12.2 GB
     supervised 32 TF32                  751    759       808    15700           2.78    6.5 GB
     supervised 32 fp16                  980    949      1496    12000           4.0     3.5 GB
 
-Compiled and replayed as graphs, the same H100 fine-tuned in fp16 with batches of 32 at 1,890 to 1,940
-slices/s (the fastest epochs of eight trainings), in float32 at 980. Of the step alone on 32 synthetic
-slices (15.75 ms, 2,032 slices/s, 1.9 times its floor) the device worked 15.3 ms in 743 kernels:
-convolutions 8.0, batch norm with activations and concatenation 3.9, optimiser 0.41, views 0.33, copies
-inside the transposed convolutions 0.65.
+`tests/hardware/nnunet_step.py` on the H100, fp16, 32 synthetic slices: nnU-Net's recipe, compiled, 918
+slices/s; ours 2033 (2.22 times, in five rounds 2.09 to 2.24), not compiled 1054. Of those 15.75 ms (1.9 times
+the floor) the device worked 15.3 in 743 kernels: convolutions 8.0, batch norm with activations and
+concatenation 3.9, optimiser 0.41, views 0.33, copies inside the transposed convolutions 0.65. Measured since:
+the first convolution as a product 1.035 times as fast, now in `unet.py`; transposed convolutions as products
+1.01 times, left out.
+
+bf16 is slower than fp16 where networks are not compiled: cuDNN has a batch norm for channels-last fp16, and
+for bf16 torch's own kernels run (32 x 32 x 256 x 256, forward and backward: 0.60 and 1.43 ms; convolutions,
+transposed ones and activations within 1 to 19 %).
 """
 
 import math
