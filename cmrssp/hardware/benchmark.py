@@ -1,7 +1,7 @@
 """How fast a training runs on this machine, what its step is made of, and what the device could do.
 
-`python -m cmrssp.hardware --compile on` measures all objectives, with the kernels in the cache in about 200 s.
-Below are medians in slices/s with the paper's network, 256 px, 70 ACDC patients, torch 2.11, compiled, as
+`python -m cmrssp.hardware --compile on` measures all objectives in 200 s, if the cache has the kernels. Below
+are medians in slices/s with the paper's network, 256 px, 70 ACDC patients, torch 2.11, compiled, as
 CUDA graphs; floor: the device's own bandwidth in a copy and rate in a matrix product. An NVIDIA H100 80 GB
 (2026-11-27), on which there was no time for the last two:
 
