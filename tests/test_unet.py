@@ -110,6 +110,18 @@ def test_a_stage_gives_what_its_layers_give_one_by_one(norm, training, synchroni
     )
 
 
+def test_the_product_that_a_compiled_network_makes_of_its_first_convolution(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.manual_seed(0)
+    stage = Stage(1, 5, 1, "batch").double()
+    plain, image = copy.deepcopy(stage), torch.randn(3, 1, 9, 7, dtype=torch.float64)
+    found, expected = stage(image), as_written(plain, image)
+    assert (found - expected).abs().max() < 1e-9
+    for output in (found, expected):
+        (output * image).square().sum().backward()
+    assert (stage.conv1.weight.grad - plain.conv1.weight.grad).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_weight_decay_and_momentum_move_a_bias_that_has_no_effect(norm):
     """By hand for a gradient of exactly 0: v = 0.9 v + 0.1 b, b = b - 0.5 v."""
