@@ -132,6 +132,7 @@ def score(args, argv, trained: list[checkpoints.Checkpoint], methods: list, devi
             f"{text.agreement_table(scoring.agreement_pairs(scores.clinical))}\n{text.notes(scores)}"
             f"written: {out}/{', '.join(names)}"
         )
+    distributed.barrier()  # torchrun ends all processes when one fails
     if scores.failed:
         raise UserError(f"{len(scores.failed)} subjects could not be scored: {'; '.join(scores.failed)}")
 
@@ -176,6 +177,7 @@ def predict(args, argv, trained: list[checkpoints.Checkpoint], methods: list, de
             f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation; "
             "predictions.json for finetune.py --predicted"
         )
+    distributed.barrier()
     if failed := [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]:
         raise UserError(f"--predict: errors in {len(failed)} of {len(rows)} cines: {'; '.join(failed)}")
 

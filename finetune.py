@@ -150,11 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def candidates(cines: store.Store, keys: Sequence[str], args) -> list[str]:
     """The training subjects `keys` of the wanted vendors with labels of the wanted phases."""
     named = splits.read(args.labelled, "--labelled")["train"] if args.labelled else keys
-    if lost := len(set(named) - set(keys)):
-        found = f"{len(named) - lost} of the {len(named)} subjects in its list train"
-        if lost == len(named):
-            expected = f"expected keys such as {keys[0]}"
-            raise UserError(f"--labelled {args.labelled}: {found} are training subjects; {expected}")
+    lost = len(set(named) - set(keys))
+    found = f"{len(named) - lost} of the {len(named)} subjects in its list train"
+    if lost == len(named):
+        expected = f"expected keys such as {keys[0]}"
+        raise UserError(f"--labelled {args.labelled}: {found} are training subjects; {expected}")
+    if lost:
         print(f"--labelled: {found} are training subjects")
     kept = [key for key in of_vendors(cines, keys, args.vendors) if key in named]
     labelled = [key for key in kept if cines.labels[cines.index[key]].frames_of(args.phases)]

@@ -15,8 +15,8 @@ The way of a checkpoint:
     weights/transfer     what of it enters a network (finetune.py --init); weights/nnunet for nnU-Net
     evaluation           predicts on the grid of each file, scores (metrics), compares and draws
 
-cli holds the flags, hardware the device, processes, memory and benchmark. Imports point downward; the package
-never imports the scripts.
+cli holds the flags, hardware the device, processes, memory and benchmark. No module imports one that
+imports it; the package never imports the scripts.
 """
 
 __version__ = "0.1.0"

@@ -89,8 +89,8 @@ class Segmentation(UNetMethod):
         total = 0.0
         mirrored = ((), (2,), (3,), (2, 3)) if flips else ((),)
         for axes in mirrored:
-            flipped = image.flip(axes).contiguous(memory_format=torch.channels_last)
-            total = total + self.unet.full_resolution(flipped).float().softmax(dim=1).flip(axes)
+            logits = self.unet.full_resolution(image.flip(axes)).float()
+            total = total + logits.softmax(dim=1).flip(axes)
         grid = augmentation.native_grid(batch, **self.grid)
         return F.grid_sample(total / len(mirrored), grid, mode="bilinear", align_corners=True)
 

@@ -64,9 +64,6 @@ class Step:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take `optimizer` and `scaler` from the content of a last.pt."""
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["fused"], group["foreach"] = True, None
-        self._begin_momentum()
         if state["scaler"]:  # empty after steps without fp16, as on a CPU
             self.scaler.load_state_dict(state["scaler"])
 

@@ -64,8 +64,8 @@ def _normalised(conv: nn.Conv2d, norm: nn.Module, image: Tensor) -> Tensor:
 
 
 def _convolved(conv: nn.Conv2d, image: Tensor) -> Tensor:
-    """conv(image) without the bias. Compiled, a convolution of one channel is a product of each pixel's nine
-    neighbours and seven zeros: with 16 channels it runs on a GPU's matrix units.
+    """conv(image) without the bias. Compiled, a 3x3 convolution of one channel becomes a 1x1 convolution of
+    16: the 3x3 pixels around each pixel, and 7 zeros. A GPU's matrix units need 16.
     """
     if conv.in_channels > 1 or not torch.compiler.is_compiling():
         return F.conv2d(image, conv.weight, None, conv.stride, conv.padding)
@@ -74,7 +74,7 @@ def _convolved(conv: nn.Conv2d, image: Tensor) -> Tensor:
     shifted = [padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     neighbours = torch.cat([*shifted, image.new_zeros(len(image), 7, height, width)], dim=1)
     weight = F.pad(conv.weight.reshape(-1, 9), (0, 7))[:, :, None, None]
-    return F.conv2d(neighbours.contiguous(memory_format=torch.channels_last), weight)
+    return F.conv2d(neighbours.contiguous(memory_format=torch.channels_last), weight, None, conv.stride)
 
 
 class _WithoutEffect(torch.autograd.Function):
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
 
     def pooled(self, image: Tensor) -> Tensor:
         """(B, 1, H, W) -> (B, C): the global average of the bottleneck."""
-        return self(image.contiguous(memory_format=torch.channels_last))[-1].mean(dim=(2, 3))
+        return self(image)[-1].mean(dim=(2, 3))
 
 
 class Decoder(nn.Module):

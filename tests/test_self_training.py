@@ -184,9 +184,11 @@ def test_maps_without_a_good_frame_of_an_unlabelled_training_subject_are_refused
 
 
 def test_a_folder_without_predictions_is_refused(maps, tmp_path):
-    (tmp_path / "maps" / "predictions.json").unlink()
-    with pytest.raises(UserError, match=r"predictions\.json"):
-        train()
+    file = tmp_path / "maps" / "predictions.json"
+    for content in ("[1]", '{"cines": {}}', '{"cines": {', None):
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(UserError, match=r"predictions\.json"):
+            train()
 
 
 def test_a_map_that_is_gone_is_refused(maps, tmp_path):
@@ -233,6 +235,9 @@ def test_maps_that_are_gone_are_no_self_training(maps, tmp_path):
 def test_a_list_of_labelled_subjects_that_names_none_is_refused(maps, tmp_path):
     (tmp_path / "few.json").write_text(json.dumps({"train": ["x/1"], "validation": [], "test": []}))
     with pytest.raises(UserError, match=r"--labelled .*few\.json: 0 of the 1 "):
+        train("--labelled", "few.json")
+    (tmp_path / "few.json").write_text(json.dumps({"train": [], "validation": [], "test": []}))
+    with pytest.raises(UserError, match=r"--labelled .*few\.json: 0 of the 0 "):
         train("--labelled", "few.json")
     with pytest.raises(UserError, match=r"--labelled .*absent"):
         train("--labelled", "absent")

@@ -57,7 +57,7 @@ def end(main: Callable[[Sequence[str] | None], int], prog: str | None = None) ->
         status, message = 128 + number, f"ended by {number.name}"
     except RuntimeError as error:
         if any(text in str(error) for text in _NO_MEMORY):
-            how = "a smaller --batch-size, fewer --channels, --amp fp16 or --compile off"
+            how = "a smaller --batch-size, fewer --channels, --amp fp16, --compile off or --device-cache off"
             status, message = 2, f"error: out of memory; try {how} ({str(error).splitlines()[0]})"
         elif distributed.is_process_lost(error):
             message = "error: stopped, because another process has ended"

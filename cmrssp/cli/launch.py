@@ -53,7 +53,7 @@ def launch(
     `Provenance` that `args` and `prepared` do not give.
     """
     settings = flags.settings(args, batches)
-    memory.check(method, batches, amp=settings.amp, device=batches.device, device_cache=args.device_cache)
+    memory.check(method, batches, settings, args.device_cache)
     if args.benchmark:
         benchmark.run(method, batches, settings, args.benchmark)
         return None
@@ -72,7 +72,7 @@ def launch(
         augmentation="on" if args.augment else "off",
         **provenance,
     )
-    state = run.go_on(origin.digests, origin.labels) if run else None
+    state = run.go_on(origin.digests, origin.labels, batches.device) if run else None
     if not run:
         again = args.resume == "auto"
         run = Run(Path(distributed.from_main(lambda: str(Run.create(args.out, name, again=again).folder))))

@@ -57,13 +57,15 @@ def assign(
 
 def _patients(subjects: Sequence[Subject]) -> dict[str, str]:
     """{subject key: patient}. What more than half of a data set have in common is a pseudonym, no patient."""
-    count, of_patient = (
-        Counter(s.dataset for s in subjects),
-        Counter((s.dataset, s.patient) for s in subjects),
-    )
-    known = {
-        s.key for s in subjects if s.patient and 2 * of_patient[s.dataset, s.patient] <= count[s.dataset]
-    }
+    count = Counter(s.dataset for s in subjects)
+    of_patient = Counter((s.dataset, s.patient) for s in subjects if s.patient)
+    pseudonyms = {place for place, shared in of_patient.items() if 2 * shared > count[place[0]]}
+    for dataset, patient in sorted(pseudonyms):
+        shared = of_patient[dataset, patient]
+        if shared > 1:
+            what = f"{shared} of {count[dataset]} cines of {dataset} are of patient {patient}"
+            print(f"{what}: taken for a pseudonym; a column patient in subjects.csv can tell them apart")
+    known = {s.key for s in subjects if s.patient and (s.dataset, s.patient) not in pseudonyms}
     return {s.key: f"{s.dataset} {s.patient}" if s.key in known else s.key for s in subjects}
 
 

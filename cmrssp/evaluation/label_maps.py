@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cmrssp.data import store
 from cmrssp.data.subject import LabelFile
-from cmrssp.errors import UserError
+from cmrssp.errors import UserError, one_line
 from cmrssp.files import write_json
 from cmrssp.weights import checkpoints
 from cmrssp.weights.checkpoints import Checkpoint
@@ -64,13 +64,13 @@ def write(
 
 
 def read(folder: Path) -> LabelMaps:
-    """Raises UserError for a folder without predictions.json."""
+    """Raises UserError for a folder without a predictions.json that `write` made."""
     path = folder / _FILE
     try:
         content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--predicted {path}: {error.strerror}; expected a folder of --predict") from None
-    teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]
-    named = {name: cine for name, cine in content["cines"].items() if cine["frames"]}
-    cines = {c["digest"][:16]: (folder / f"{name}{SUFFIX}", c["frames"]) for name, c in named.items()}
-    return LabelMaps(folder, cines, teachers, content["options"])
+        teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]
+        named = {name: cine for name, cine in content["cines"].items() if cine["frames"]}
+        cines = {c["digest"][:16]: (folder / f"{name}{SUFFIX}", c["frames"]) for name, c in named.items()}
+        return LabelMaps(folder, cines, teachers, content["options"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--predicted {path}: expected a file of --predict, got {one_line(error)}") from None

@@ -151,8 +151,9 @@ def write(made: Sequence[Table], commands: Sequence[str], folder: Path) -> None:
 
 def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ()) -> list[str]:
     """The commands that bring every cell to three seeds: the pretrainings first, then one line for the
-    fine-tuning and evaluation of each missing seed, like the seeds that are there. Split, --quick and,
-    without `data`, the data are those of the newest run; without one DATA, for the reader to replace.
+    fine-tuning and evaluation of each missing seed, as long and with the learning rate, transfer and batch
+    size of the seeds that are there. Split, --quick and, without `data`, the data are those of the newest
+    run; without one DATA, for the reader to replace.
     """
     newest = sorted(runs, key=lambda run: run.written_ns, reverse=True)
     model = next((run for run in newest if run.args.get("data")), None)

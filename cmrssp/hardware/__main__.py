@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = {"batch_size": args.batch_size, "seed": args.seed, "device": device}
         batches = Batches(cines, slices, labelled=labelled, motion=method.needs_motion, **options)
         settings = flags.settings(args, batches)
-        memory.check(method, batches, amp=settings.amp, device=device, device_cache=args.device_cache)
+        memory.check(method, batches, settings, args.device_cache)
         found = benchmark.measure(method, batches, settings, args.benchmark or _STEPS)
         what = f"{method.name} {batches.batch_size} {settings.amp}"
         rates = "".join(f"{found.rate(part):>13.4g}" for part in benchmark.PARTS)

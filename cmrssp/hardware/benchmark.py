@@ -3,7 +3,7 @@
 `python -m cmrssp.hardware --compile on` measures all objectives in 200 s, if the cache has the kernels. Below
 are medians in slices/s with the paper's network, 256 px, 70 ACDC patients, torch 2.11, compiled, as
 CUDA graphs; floor: the device's own bandwidth in a copy and rate in a matrix product. An NVIDIA H100 80 GB
-(2026-11-27), on which there was no time for the last two:
+(2026-11-27), on which supervised was not measured by this command:
 
     objective, batch, precision   real path   step   network    views   step / floor   memory
     SimCLR 224 fp16                    3343   3440      3596    54300           1.62   30.7 GB
@@ -12,7 +12,8 @@ CUDA graphs; floor: the device's own bandwidth in a copy and rate in a matrix pr
     MIM 128 fp16                       2290   2346      2437    30000           1.92   13.8 GB
     motion 32 fp16                     1713   1881      2083     9100           2.17    4.2 GB
 
-An H200 (2026-11-27; its memory is faster, so that its floor is lower):
+An H200 (2026-11-27; its memory is faster, so that its floor is lower; the memory column holds a second set of
+graphs, of the network alone):
 
     SimCLR 224 fp16                    3832   3938      4077    71200           1.97   32.2 GB
     PCL 64 TF32                        1494   1509      1564    18900           2.62   11.6 GB
@@ -32,11 +33,14 @@ The H100 not compiled, before convolutions lost their bias and DINO made its cro
     supervised 32 fp16                  980    949      1496    12000           4.0     3.5 GB
 
 `tests/hardware/nnunet_step.py` on the H100, fp16, 32 synthetic slices: nnU-Net's recipe, compiled, 918
-slices/s; ours 2033 (2.22 times, in five rounds 2.09 to 2.24), not compiled 1054. Of those 15.75 ms (1.9 times
-the floor) the device worked 15.3 in 743 kernels: convolutions 8.0, batch norm with activations and
-concatenation 3.9, optimiser 0.41, views 0.33, copies inside the transposed convolutions 0.65. Measured since:
-the first convolution as a product 1.035 times as fast, now in `unet.py`; transposed convolutions as products
-1.01 times, left out.
+slices/s; ours 2033 (2.22 times, in five rounds 2.09 to 2.24), not compiled 1054. Whole fine-tunings reached
+1890 to 1940 slices/s there, in float32 980. Of the 15.75 ms of a compiled step (1.9 times its floor) the
+device worked 15.3 in 743 kernels: convolutions 8.0, batch norm with activations and concatenation 3.9,
+optimiser 0.41, views 0.33, copies inside the transposed convolutions 0.65.
+
+All this was before compiled networks made a product of their first convolution, which is 1.035 times as fast
+(2054 to 2125 slices/s), and before the losses of motion and MIM were compiled. Transposed convolutions as
+products gave 1.01 times and were left out.
 
 bf16 is slower than fp16 where networks are not compiled: cuDNN has a batch norm for channels-last fp16, and
 for bf16 torch's own kernels run (32 x 32 x 256 x 256, forward and backward: 0.60 and 1.43 ms; convolutions,

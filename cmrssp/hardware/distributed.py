@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=4 train_ssp.py --method simclr --data DIR
 
 With one process every function returns what it was given, and torch.distributed is not started. Only rank 0
-writes files and prints. A collective (gather, mean, maximum) fails after `_TIMEOUT`, so that no run hangs. A
-barrier waits as long as another rank works, and fails when a rank has failed.
+prints, and writes what is of all ranks. A collective (gather, mean, maximum) fails after `_TIMEOUT`, so that
+no run hangs. A barrier waits as long as another rank works, and fails when a rank has failed.
 """
 
 import os
@@ -122,6 +122,7 @@ def from_main(make: Callable[[], Any]) -> Any:
     """Call `make` on rank 0 only and return its result on all ranks."""
     found = [make() if is_main() else None]
     if world_size() > 1:
+        barrier()
         dist.broadcast_object_list(found)
     return found[0]
 

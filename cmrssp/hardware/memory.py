@@ -9,21 +9,21 @@ from cmrssp.data.batches import Batches
 from cmrssp.data.device_cache import DeviceCache
 from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
+from cmrssp.runs.settings import Settings
 from cmrssp.ssp.method import Method
 
 _GB = 1e9
 _RESERVE = 2 * _GB  # kept free besides the slices, for batches under way and libraries
 _MARGIN = 1.3  # the estimate leaves out gradients under way and the work space of libraries
+_COMPILED = 2.1  # in place of it: graphs keep memory of their own (SimCLR 2.03 of the estimate, MIM 1.25)
 
 
-def check(
-    method: Method, batches: Batches, *, amp: str, device: torch.device, device_cache: str = "off"
-) -> None:
+def check(method: Method, batches: Batches, settings: Settings, device_cache: str = "off") -> None:
     """Print the estimated memory. Raises UserError if the device has less, with a batch size that fits.
 
     With `device_cache` on, or auto on a GPU that has room for them, copies the slices to the device now.
     """
-    size, ranks = batches.batch_size, distributed.world_size()
+    size, ranks, device, amp = batches.batch_size, distributed.world_size(), batches.device, settings.amp
     if size < method.fewest_slices:
         raise UserError(
             f"--batch-size: {method.name} compares the slices of a batch, expected at least "
@@ -46,7 +46,7 @@ def check(
         raise UserError(f"--batch-size {size}: {sizes}; try {hint}" + ", or --amp fp16" * (amp == "off"))
     if device_cache == "on" or (device_cache == "auto" and device.type == "cuda"):
         slices = DeviceCache.needs(batches.slices, labelled=batches.labelled, motion=batches.motion)
-        room = free(device) - _MARGIN * needed - _RESERVE
+        room = free(device) - (_COMPILED if settings.compile else _MARGIN) * needed - _RESERVE
         sizes = f"slices take {slices / _GB:.1f} GB, {max(room, 0) / _GB:.1f} GB are free besides training"
         if slices <= room:
             print(f"device cache: on, {sizes}")
@@ -61,6 +61,7 @@ def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, floa
     """(bytes for any batch: weights, gradients, momentum; bytes per slice: what autograd keeps), by running a
     copy of the method forward on two slices on the CPU and counting what it keeps for the backward pass.
     """
+    distributed.barrier()  # the losses of some methods gather from all ranks
     trial = copy.deepcopy(method).cpu().train()
     batch = {key: value.cpu() for key, value in next(iter(batches.in_order(2))).items()}
     kept: dict[int, int] = {}

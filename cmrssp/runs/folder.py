@@ -75,7 +75,7 @@ class Run:
             raise UserError(f"{self.folder}: another process is training in this run folder") from None
         sweep(self.folder)
 
-    def go_on(self, images: dict[str, str], labels: dict[str, str]) -> dict[str, Any]:
+    def go_on(self, images: dict[str, str], labels: dict[str, str], device: torch.device) -> dict[str, Any]:
         """Lock the run, and return its state, the content of last.pt. Raises UserError if there is none, or
         if the digests of the `images` or `labels` (`Store.digests`) are not those that it began with.
         """
@@ -97,6 +97,8 @@ class Run:
         before, now = self.args["processes"], distributed.world_size()
         if before != now:
             print(f"started with {before} processes, going on with {now}: the augmentation draws will differ")
+        if device.type not in self.args["device"]:
+            print(f"started on {self.args['device']}, going on with {device}: the numbers will differ")
         return state
 
     def save(self, content: dict[str, Any]) -> None:

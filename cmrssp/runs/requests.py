@@ -47,8 +47,10 @@ class Requests:
         self.last_save, self.never_saved = time.monotonic(), False
         if request.stop:
             name, script = signal.Signals(request.stop).name, Path(sys.argv[0]).name
-            what = f"stopped by {name} and saved after epoch {epochs}, step {steps}; go on with: "
-            raise Stopped(f"{what}python {script} --resume {shlex.quote(str(folder))}", request.stop)
+            processes = distributed.local_world_size()
+            start = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}"
+            what = f"stopped by {name} and saved after epoch {epochs}, step {steps}; go on with: {start}"
+            raise Stopped(f"{what} {script} --resume {shlex.quote(str(folder))}", request.stop)
 
     def _waited(self) -> float:
         return time.monotonic() - self.last_save

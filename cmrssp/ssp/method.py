@@ -1,9 +1,9 @@
 """What the training loop asks of a method.
 
-To add a method, write one file here with one subclass of `Method` (`mim.py` is a short one to copy) and list
+To add a method, write one file here with one subclass of `Method` (`motion.py` is a short one) and list
 it in `__init__.py`. It sets the class variables and, in its constructor, `encoder`, the network to pretrain.
-It defines `add_flags`, `views`, `outputs`, `forward` and `panels`, and others only if needed. A method that
-pretrains a whole U-Net is a `UNetMethod`.
+It defines `outputs`, `forward` and `panels`, and others only if needed. A method that pretrains a whole U-Net
+is a `UNetMethod`, which sets its `unet` and has `outputs`.
 
 The constructor has keyword-only arguments without defaults, each taken from the flag of that name (argparse's
 `dest`); `**options` go on to the class above. `forward` alone is called through DistributedDataParallel.
@@ -116,10 +116,10 @@ class Method(nn.Module):
 
 
 class UNetMethod(Method):
-    """A method that pretrains the encoder and the decoder of its `unet`. The heads do not transfer."""
+    """A method with a whole `unet`, which it pretrains without the heads."""
 
     unet: UNet
-    loss = staticmethod(deep_supervision)
+    loss = staticmethod(deep_supervision)  # `forward` calls self.loss, which is compiled with the network
 
     @property
     def encoder(self) -> Encoder:
@@ -127,7 +127,7 @@ class UNetMethod(Method):
 
     def outputs(self, views: Views) -> list[torch.Tensor]:
         """(B, outputs, S / 2^i, S / 2^i) of each head i, from `image`."""
-        return self.unet(views["image"].contiguous(memory_format=torch.channels_last))
+        return self.unet(views["image"])
 
     def compile_networks(self, mode: str | None = None) -> None:
         self.unet.compile(dynamic=False, mode=mode)

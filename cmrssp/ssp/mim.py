@@ -88,5 +88,4 @@ class MIM(UNetMethod):
 
 def _masked(views: Views) -> torch.Tensor:
     """(B, 1, S, S): the image with 0 in place of the masked pixels."""
-    image = views["image"].masked_fill(views["mask"], 0.0)
-    return image.contiguous(memory_format=torch.channels_last)
+    return views["image"].masked_fill(views["mask"], 0.0)

@@ -48,5 +48,4 @@ class Motion(UNetMethod):
         return self.loss(mse, predicted, motion), {"explained_variance": explained}
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:
-        image = views["image"].contiguous(memory_format=torch.channels_last)
-        return {**views, "prediction": self.unet.full_resolution(image)}
+        return {**views, "prediction": self.unet.full_resolution(views["image"])}

@@ -71,7 +71,7 @@ def test_the_few_with_labels_are_spread_and_the_others_train():
         assert {*split["validation"], *split["test"]} < {s.key for s in few}
 
 
-def test_all_subjects_of_a_patient_are_in_one_part():
+def test_all_subjects_of_a_patient_are_in_one_part(capsys):
     members = [replace(s, patient=f"p{i // 3}") for i, s in enumerate(subjects(60))]
     members[7] = replace(members[7], part="test")
     split = splits.assign(members, 0)
@@ -79,8 +79,10 @@ def test_all_subjects_of_a_patient_are_in_one_part():
     of = {s.key: s.patient for s in members}
     parts = [{of[key] for key in keys} for keys in split.values()]
     assert sum(map(len, parts)) == 20 and all(parts)
+    assert capsys.readouterr().out == ""
     alike = [replace(s, patient="anonymous" if i else "one") for i, s in enumerate(members) if not s.part]
     assert [len(keys) for keys in splits.assign(alike, 0).values()] == [35, 9, 15]
+    assert "58 of 59 cines of mnms are of patient anonymous" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1))])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from loop import segmentation
+from loop import segmentation, settings
 
 from cmrssp.data import dataset, store
 from cmrssp.data.batches import Batches, Slices
@@ -41,12 +41,11 @@ def test_the_estimate_against_a_count_by_hand(loader):
 def test_what_cannot_fit_is_refused_with_a_batch_size_that_does(loader, monkeypatch, capsys):
     method = segmentation(channels=(8, 16), spacing_mm=1.0, augment=True)
     fixed, per_slice = memory.estimate(method, loader, amp="off")
-    cpu = torch.device("cpu")
-    memory.check(method, loader, amp="off", device=cpu)
+    memory.check(method, loader, settings())
     assert "memory: about 0.0 of " in capsys.readouterr().out
     monkeypatch.setattr(memory, "capacity", lambda device: fixed + 2.5 * per_slice)
     with pytest.raises(UserError, match=r"--batch-size 4: this training needs about .* try --batch-size 2"):
-        memory.check(method, loader, amp="off", device=cpu)
+        memory.check(method, loader, settings())
     monkeypatch.setattr(memory, "capacity", lambda device: fixed)
     with pytest.raises(UserError, match="try fewer --channels"):
-        memory.check(method, loader, amp="off", device=cpu)
+        memory.check(method, loader, settings())

@@ -254,8 +254,11 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     # and one that has only moved goes on
     capsys.readouterr()
     moved = shutil.copytree(phantom_folder, tmp_path / "elsewhere")
+    begun = json.loads((out / "args.json").read_text())
+    (out / "args.json").write_text(json.dumps({**begun, "device": "cuda:1"}))
     assert train_ssp.main(["--resume", str(out), "--data", str(moved), "--save-every", "3"]) == 0
-    assert "going on after epoch" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "going on after epoch" in said and "started on cuda:1, going on with cpu" in said
     assert_same(cwd / "whole", out)
     assert train_ssp.main([*words, "--out", str(out), "--resume", "auto"]) == 0
     assert f"already finished: {out / 'unet.pt'}" in capsys.readouterr().out
