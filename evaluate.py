@@ -21,6 +21,7 @@ from cmrssp.files import check_writable, hashed, write_csv
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import resolve_device
 from cmrssp.runs import folder
+from cmrssp.ssp.flag_types import path
 from cmrssp.weights import checkpoints
 
 _SPLIT = ("--split-file", "--split-seed", "--keep-overlap", "--skip-broken", "--phases", "--vendors")
@@ -38,10 +39,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=(*splits.PARTS, "all"), default="test", help=subjects)
     newest = "unet.pt, last.pt or run folder (default: the newest finished fine-tuning below runs/)"
     averaged = f"{newest}; the probabilities of several are averaged"
-    parser.add_argument("--checkpoint", nargs="+", metavar="PATH", help=averaged)
+    parser.add_argument("--checkpoint", nargs="+", type=path, metavar="PATH", help=averaged)
     mode = parser.add_argument_group("instead of scoring a split").add_mutually_exclusive_group()
     cines = "segment every frame of these cines: NIfTI files, or folders with NIfTI or DICOM files"
-    mode.add_argument("--predict", nargs="+", metavar="PATH", help=cines)
+    mode.add_argument("--predict", nargs="+", type=path, metavar="PATH", help=cines)
     runs = "evaluated runs, paired by subject, all against the first; seeds of one experiment are averaged"
     mode.add_argument("--compare", nargs="+", metavar="RUN", help=runs)
     tables = "the paper's tables from the evaluated runs below this folder, and commands for missing runs"
@@ -141,8 +142,7 @@ def default_folder(args, argv: Sequence[str] | None, trained: Sequence[checkpoin
     """Such as evaluation-test; further words say what differs from the plain evaluation of one run."""
     link = trained[0].provenance
     words = [f"evaluation-{args.split}"]
-    words += [dataset.name(args.data)] if hasattr(args, "data") else []
-    words += [_short(dataset.absolute(args.data))] if hasattr(args, "data") and args.split == "all" else []
+    words += [dataset.name(args.data), _short(dataset.absolute(args.data))] if hasattr(args, "data") else []
     words += ["other-split"] * any(flags.typed(argv, flag) for flag in ("--split-file", "--split-seed"))
     words += [args.phases] * (args.phases != "both") + (args.vendors or [])
     words += ["flips"] * args.flips + ["largest"] * args.largest_component
@@ -174,8 +174,9 @@ def predict(args, argv, trained: list[checkpoints.Checkpoint], methods: list, de
             label_maps.write(out, maps, trained, options)
         print(text.prediction_table(rows))
         print(
-            f"written: {out}/clinical.csv and, for each cine, label map, contours, volumes and animation; "
-            "predictions.json for finetune.py --predicted"
+            f"written: {out}/clinical.csv"
+            + "; for each cine label map, contours, volumes and animation; predictions.json for finetune.py "
+            "--predicted" * bool(maps)
         )
     distributed.barrier()
     if failed := [f"{row['cine']}: {row['error']}" for row in rows if row["error"]]:

@@ -1,6 +1,7 @@
 """Train a segmentation network on few labelled cines, from a pretrained checkpoint or from scratch:
 python finetune.py --init runs/mim-phantom --n-subjects 15"""
 
+import shlex
 from collections.abc import Collection, Sequence
 
 from cmrssp.cli import entry, flags
@@ -143,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"warning: a Dice of 0 for {' and '.join(lost)} on the validation subjects: the training was too "
             f"short or had too few labels; try --epochs {max(4 * args.epochs, enough)}"
         )
-    print(f"done: {run.folder / 'unet.pt'}; next: python evaluate.py --split test --checkpoint {run.folder}")
+    then = f"python evaluate.py --split test --checkpoint {shlex.quote(str(run.folder))}"
+    print(f"done: {run.folder / 'unet.pt'}; next: {then}")
     return 0
 
 

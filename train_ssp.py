@@ -1,5 +1,6 @@
 """Pretrain an encoder, or a whole U-Net, without labels:  python train_ssp.py --method mim --data DIR"""
 
+import shlex
 from collections.abc import Sequence
 
 from cmrssp.cli import entry, flags
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = f"{args.method}-{dataset.name(args.data)}"
     run = launch(args, run, method, batches["train"], prepared, validate, name, subjects=used["train"])
     if run:
-        print(f"done: {run.folder / 'unet.pt'}; next: python finetune.py --init {run.folder}")
+        then = f"python finetune.py --init {shlex.quote(str(run.folder))}"
+        print(f"done: {run.folder / 'unet.pt'}; next: {then}")
     return 0
 
 

@@ -291,6 +291,8 @@ def test_wrong_words_end_in_one_line(way, phantom_folder, tmp_path, refused):
         ((*mim, "--data", "text.pt"), ("--data text.pt: no such folder",)),
         (("evaluate.py", "--split", "tset"), ("--split", "invalid choice: 'tset'")),
         (("evaluate.py",), ("no finished fine-tuned run", "finetune.py")),
+        (("evaluate.py", "--predict", "", "--out", "x"), ("--predict", "expected a path, got nothing")),
+        ((*mim, "--data", ""), ("--data", "expected a path, got nothing")),
         (
             ("evaluate.py", "--checkpoint", cwd / "runs" / "mim-hearts"),
             ("expected a fine-tuned segmentation network", "mim"),
@@ -432,6 +434,13 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     assert (
         evaluate.main(["--predict", str(scans), *checkpoint, "--out", str(out), "--largest-component"]) == 0
     )
+    (tmp_path / "scans" / "predicted").mkdir()
+    for file in out.iterdir():
+        shutil.copy(file, tmp_path / "scans" / "predicted")
+    found, odd = dataset.find([str(scans)], tmp_path / "cache")
+    assert [s.id for s in found] == ["one", "six"] and [p.file for p in odd] == ["predicted"]
+    line = refused("evaluate.py", "--predict", scans / "one.nii", *checkpoint, "--out", scans)
+    assert str(scans) in line and "--out" in line
     assert {p.name for p in out.iterdir()} == {
         "clinical.csv", "predictions.json", "one_contours.png", "one_labels.nii.gz", "six.gif",
         "six_contours.png",

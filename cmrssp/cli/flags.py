@@ -20,7 +20,7 @@ from cmrssp.errors import UserError
 from cmrssp.hardware.device import resolve_amp, resolve_compile, resolve_graph
 from cmrssp.runs.folder import Run, find
 from cmrssp.runs.settings import Settings
-from cmrssp.ssp.flag_types import at_least_0, fraction, positive
+from cmrssp.ssp.flag_types import at_least_0, fraction, path, positive
 from cmrssp.ssp.method import Method
 from cmrssp.unet import NORMS, recompute_activations
 
@@ -63,7 +63,7 @@ def add_data(parser: Parser, default: str) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
     data = f"folders of M&Ms, M&Ms-2, ACDC, DICOM or NIfTI files, or '{dataset.PHANTOM}': synthetic"
-    add("--data", nargs="+", metavar="PATH", default=SUPPRESS, help=f"{data} (default: {default})")
+    add("--data", nargs="+", type=path, metavar="PATH", default=SUPPRESS, help=f"{data} (default: {default})")
     add_reading(group)
     add("--split-seed", type=at_least_0(int), default=0, help="draws training, validation and test subjects")
     add(
@@ -86,7 +86,7 @@ def add_output(parser: Parser, default: str) -> Callable[..., Action]:
     """Returns `add_argument` of the group, for further flags."""
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--out", metavar="DIR", help=f"folder to write to (default: {default})")
+    add("--out", type=path, metavar="DIR", help=f"folder to write to (default: {default})")
     return add
 
 

@@ -96,7 +96,8 @@ class Batches:
             raise UserError(f"--batch-size {batch_size}: is of all {ranks} processes together; {example}")
         if len(slices) < ranks:
             kind = "slices of labelled frames" if labelled else "slices"
-            raise UserError(f"expected {kind} for each of {ranks} processes, got {len(slices)} to train on")
+            each = f" for each of {ranks} processes" if ranks > 1 else " to train on"
+            raise UserError(f"expected {kind}{each}, got {len(slices)}; python -m cmrssp.data says why")
         self.store, self.slices, self.device = store, slices, device
         self.labelled, self.motion = labelled, motion
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed

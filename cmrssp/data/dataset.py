@@ -15,6 +15,7 @@ from cmrssp.files import below, check_writable
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
+PREDICTIONS = "predictions.json"  # in a folder of label maps that a network has predicted
 _PHANTOM_VERSION = 3  # in the folder's name: the phantom of another version is written beside it
 
 
@@ -58,14 +59,15 @@ def _in_folder(
     root = Path(os.path.expanduser(path))
     if not root.is_dir():
         raise FileNotFoundError(f"--data {path}: no such folder; give the cines' folder, or '{PHANTOM}'")
-    files = below(root, suffixes, skip=cache)
+    predicted = {path.parent for path in below(root, (PREDICTIONS,), skip=cache)}
+    files = [path for path in below(root, suffixes, skip=cache) if path.parent not in predicted]
     found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
     known = [layout for layout, (subjects, _) in found.items() if subjects]
     if not known:
         if frames := found[mnms2][1] + found[acdc][1]:
             # as plain cines two of a patient could train and test
             raise UserError(f"--data {path}: {frames[0]}; add the cines of these frames")
-        found = {folder: folder.subjects_among(files, root, label_suffix, ignore_split=ignore_split)}
+        found = {folder: folder.subjects_among(files, root, label_suffix)}
     own_table = root / folder.TABLE
     for file in () if ignore_split else files:
         if file.name.lower() == folder.TABLE and (known or file != own_table):
@@ -75,6 +77,11 @@ def _in_folder(
     found[dicom] = dicom.subjects_among(sorted(others), root, cache)
     subjects = [s for members, _ in found.values() for s in members]
     problems = [p for _, odd in found.values() for p in odd]
+    what = "label maps that a network predicted"
+    problems += [Problem("", str(path.relative_to(root)), what, LEFT_OUT) for path in sorted(predicted)]
+    if not known:
+        subjects, odd = folder.with_table(subjects, root, ignore_split=ignore_split)
+        problems += odd
     if not subjects:
         expected = "expected .nii or .nii.gz files or DICOM studies in this folder or below"
         seen = "".join(f"; {problem}" for problem in problems[:3])

@@ -98,7 +98,7 @@ def refuse_trained(checkpoint: Any, split: Split, held_out: Sequence[str]) -> No
             raise UserError(
                 f"{checkpoint.path}: has been trained on {len(leaked)} of the {len(split[part])} {part} "
                 f"subjects ({seen[leaked[0]]}, the first is {leaked[0]}); use the split that it was trained "
-                "with (leave out --split all, --split-seed and --split-file), or pretrain again"
+                "with (leave out the flags that choose another), or pretrain again"
             )
 
 

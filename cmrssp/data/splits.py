@@ -36,7 +36,8 @@ def assign(
     if not keep_overlap:
         subjects = _without_overlap(subjects, seen)
     parts = {s.key: s.part for s in subjects}
-    patients = _patients(subjects)
+    patients = {s.key: f"{s.dataset} {s.patient}" if s.patient else s.key for s in subjects}
+    _in_two_parts(subjects, patients)
     placed = {patients[key] for key, part in parts.items() if part}
     ordered = sorted(subjects, key=lambda s: s.key)
     labelled = [s for s in ordered if s.labels] or ordered
@@ -55,18 +56,16 @@ def assign(
     return {part: sorted(key for key in parts if parts[key] == part) for part in PARTS}
 
 
-def _patients(subjects: Sequence[Subject]) -> dict[str, str]:
-    """{subject key: patient}. What more than half of a data set have in common is a pseudonym, no patient."""
-    count = Counter(s.dataset for s in subjects)
-    of_patient = Counter((s.dataset, s.patient) for s in subjects if s.patient)
-    pseudonyms = {place for place, shared in of_patient.items() if 2 * shared > count[place[0]]}
-    for dataset, patient in sorted(pseudonyms):
-        shared = of_patient[dataset, patient]
-        if shared > 1:
-            what = f"{shared} of {count[dataset]} cines of {dataset} are of patient {patient}"
-            print(f"{what}: taken for a pseudonym; a column patient in subjects.csv can tell them apart")
-    known = {s.key for s in subjects if s.patient and (s.dataset, s.patient) not in pseudonyms}
-    return {s.key: f"{s.dataset} {s.patient}" if s.key in known else s.key for s in subjects}
+def _in_two_parts(subjects: Sequence[Subject], patients: dict[str, str]) -> None:
+    """Print whom the data set's own parts divide."""
+    of_patient: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        if subject.part:
+            of_patient.setdefault(patients[subject.key], []).append(subject)
+    for members in of_patient.values():
+        if len({subject.part for subject in members}) > 1:
+            what = ", ".join(f"{subject.key} ({subject.part})" for subject in members)
+            print(f"one patient in several parts, as the data set says: {what}")
 
 
 def _test(dataset: str, subjects: Sequence[Subject], seed: int) -> list[Subject]:

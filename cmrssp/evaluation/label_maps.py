@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cmrssp.data import store
+from cmrssp.data.dataset import PREDICTIONS
 from cmrssp.data.subject import LabelFile
 from cmrssp.errors import UserError, one_line
 from cmrssp.files import write_json
@@ -15,7 +16,6 @@ from cmrssp.weights import checkpoints
 from cmrssp.weights.checkpoints import Checkpoint
 
 SUFFIX = "_labels.nii.gz"  # a cine's label map is named like the cine, with this behind
-_FILE = "predictions.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LabelMaps:
 
 def forget(folder: Path) -> None:
     """Before the label maps change: what predictions.json says of them will no longer hold."""
-    (folder / _FILE).unlink(missing_ok=True)
+    (folder / PREDICTIONS).unlink(missing_ok=True)
 
 
 def write(
@@ -60,12 +60,12 @@ def write(
     """cines: {name: {"digest": of the images, "frames": good enough to train on}}; options: of --predict."""
     made_by = [{"config": each.config, "provenance": each.provenance.to_dict()} for each in networks]
     content = {"cines": dict(sorted(cines.items())), "options": options, "networks": made_by}
-    write_json(folder / _FILE, content)
+    write_json(folder / PREDICTIONS, content)
 
 
 def read(folder: Path) -> LabelMaps:
     """Raises UserError for a folder without a predictions.json that `write` made."""
-    path = folder / _FILE
+    path = folder / PREDICTIONS
     try:
         content = json.loads(path.read_text())
         teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]

@@ -159,7 +159,7 @@ def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ())
     model = next((run for run in newest if run.args.get("data")), None)
     args = model.args if model else {}
     source = ["--data", *(data or args.get("data", ["DATA"]))]
-    source += ["--label-suffix", args["label_suffix"]] if args.get("label_suffix") else []
+    source += [f"--label-suffix={args['label_suffix']}"] if args.get("label_suffix") else []
     source += ["--split-file", str(model.folder / "split.json")] if model and not data else []
     skip = ["--skip-broken"] * args.get("skip_broken", False)
     common = skip + ["--quick"] * args.get("quick", False)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,7 +188,8 @@ def groups(runs: Sequence[str], split: str) -> dict[str, list[Evaluated]]:
         try:
             run = read(folder / "summary.json", split)
         except _UNREADABLE as error:
-            how = f"first run python evaluate.py --split {split} --checkpoint {name}"
+            how = f"first run python evaluate.py --split {split} --checkpoint {shlex.quote(name)}"
+            how = how if (Path(name) / "unet.pt").is_file() else "expected the folder of a fine-tuned run"
             if split == "all":
                 how = "give the folders evaluation-all-... themselves"
             what = f"no complete scores of the {split} split ({one_line(error)})"

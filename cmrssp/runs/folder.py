@@ -57,8 +57,11 @@ class Run:
 
     @cached_property
     def args(self) -> dict[str, Any]:
-        """What the run was started with: every flag, by destination."""
-        return json.loads((self.folder / "args.json").read_text())
+        """What the run was started with: every flag, by destination. Raises UserError for a damaged file."""
+        try:
+            return dict(json.loads((self.folder / "args.json").read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{self.folder / 'args.json'}: damaged, or not of a run") from None
 
     @cached_property
     def split(self) -> dict[str, list[str]]:
@@ -155,8 +158,8 @@ def find(resume: str | None, out: str | None, kind: str) -> Run | None:
         return None
     if not started:
         raise UserError(f"--resume {run.folder}: expected the folder of a run, with args.json and split.json")
-    if run.args["kind"] != kind:
-        raise UserError(f"--resume {run.folder}: expected a {kind}, got a {run.args['kind']}")
+    if (found := run.args.get("kind")) != kind:
+        raise UserError(f"--resume {run.folder}: expected a {kind}, got a {found}")
     if out is not None and Path(out).expanduser().resolve() != run.folder.resolve():
         raise UserError(f"--out {out}: a resumed run stays in its folder, {run.folder}; leave --out out")
     return run
@@ -164,8 +167,10 @@ def find(resume: str | None, out: str | None, kind: str) -> Run | None:
 
 def newest_finetuned() -> Path:
     """The newest folder below runs/ whose fine-tuning has finished. Raises UserError if there is none."""
-    runs = [Run(path.parent) for path in RUNS.glob("*/args.json")]
-    finished = [run.folder for run in runs if run.finished and run.args.get("kind") == "fine-tuning"]
+    finished = []
+    for run in (Run(path.parent) for path in RUNS.glob("*/args.json")):
+        with suppress(UserError):
+            finished += [run.folder] * (run.finished and run.args.get("kind") == "fine-tuning")
     if not finished:
         how = "run finetune.py first, or name one with --checkpoint"
         raise UserError(f"no finished fine-tuned run in {RUNS.resolve()}; {how}")

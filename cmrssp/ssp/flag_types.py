@@ -1,9 +1,16 @@
-"""Ranges of numbers that flags accept, as argparse's `type`."""
+"""Numbers in a range, and paths, as argparse's `type`."""
 
 import argparse
 from collections.abc import Callable
 
 _LARGEST = 2**63  # the limit also excludes infinity
+
+
+def path(text: str) -> str:
+    """Not that of a shell variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return text
 
 
 def fraction(text: str) -> float:

@@ -140,10 +140,35 @@ def test_subjects_are_called_by_their_folders(tmp_path):
 
 
 def test_two_studies_of_a_patient_are_known_as_such(tmp_path):
-    for uid, patient in (("1", "first"), ("2", "first"), ("3", "second"), ("4", "")):
+    for uid, patient in (("1", "first"), ("2", "first"), ("3", "first"), ("4", ""), ("5", "Anonymous")):
         write(tmp_path / "all" / uid, small(StudyInstanceUID=uid, PatientID=patient, PatientName=patient))
-    one, again, other, nameless = (s.patient for s in find(tmp_path / "all")[0])
-    assert one == again != other and "first" not in one and nameless == ""
+    one, again, third, nameless, anonymous = (s.patient for s in find(tmp_path / "all")[0])
+    assert one == again == third and one and "first" not in one and nameless == anonymous == ""
+
+
+def test_one_id_of_ten_studies_is_a_pseudonym(tmp_path):
+    for uid in map(str, range(10, 20)):
+        write(tmp_path / "all" / uid, small(StudyInstanceUID=uid, PatientID="study 7", PatientName="x"))
+    write(tmp_path / "all" / "20", small(StudyInstanceUID="20", PatientID="8", PatientName="y"))
+    subjects, problems = find(tmp_path / "all")
+    assert [bool(s.patient) for s in subjects] == [False] * 10 + [True]
+    assert [p.what for p in problems if "10 of 11 studies" in p.what]
+
+
+def test_a_table_beside_studies_says_what_it_says_of_files(tmp_path):
+    for uid in ("1", "2", "3"):
+        write(tmp_path / "all" / uid, small(StudyInstanceUID=uid, PatientID=uid, Manufacturer="GE"))
+    table = tmp_path / "all" / "subjects.csv"
+    table.write_text("subject,patient,vendor,split,ed\n1,p,Philips,test,0\n2,p,,train,\n")
+    subjects, problems = find(tmp_path / "all")
+    assert [s.id for s in subjects] == ["1", "2", "3"]
+    assert [s.part for s in subjects] == ["test", "train", ""]
+    assert [s.vendor for s in subjects] == ["Philips", "GE", "GE"] and subjects[0].ed == 0
+    assert subjects[0].patient == subjects[1].patient == "p" != subjects[2].patient
+    assert [p.subject for p in problems] == ["dicom/3"]
+    table.write_text("subject,split\n1,test\n9,train\n")
+    with pytest.raises(UserError, match=r"subjects\.csv.* no cine \(9\)"):
+        find(tmp_path / "all")
 
 
 @pytest.mark.parametrize("where", ["Sorgenfrei_M", "x HX-4471-09", "b1953-02-17", "acc770815"])

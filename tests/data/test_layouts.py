@@ -360,7 +360,7 @@ def test_labels_and_rows_without_a_cine_in_a_plain_folder(plain):
 
 
 def test_labels_with_another_suffix_are_no_cines(plain, tmp_path):
-    message = r"rest_seg.nii.gz: looks like labels of rest; .* --label-suffix _seg"
+    message = r"rest_seg.nii.gz: looks like labels of rest; .* --label-suffix=_seg"
     with pytest.raises(UserError, match=message):
         dataset.find([str(plain[0])], tmp_path)
 
@@ -491,7 +491,7 @@ def test_a_suffix_in_capitals_is_another_suffix(tmp_path, beating):
     cine, labels = beating()
     save(tmp_path / "scans" / "a.nii.gz", cine)
     save(tmp_path / "scans" / "a_GT.nii.gz", labels)
-    with pytest.raises(UserError, match=r"a_GT.nii.gz: looks like labels of a; .* --label-suffix _GT"):
+    with pytest.raises(UserError, match=r"a_GT.nii.gz: looks like labels of a; .* --label-suffix=_GT"):
         dataset.find([str(tmp_path / "scans")], tmp_path)
 
 

@@ -80,9 +80,13 @@ def test_all_subjects_of_a_patient_are_in_one_part(capsys):
     parts = [{of[key] for key in keys} for keys in split.values()]
     assert sum(map(len, parts)) == 20 and all(parts)
     assert capsys.readouterr().out == ""
-    alike = [replace(s, patient="anonymous" if i else "one") for i, s in enumerate(members) if not s.part]
-    assert [len(keys) for keys in splits.assign(alike, 0).values()] == [35, 9, 15]
-    assert "58 of 59 cines of mnms are of patient anonymous" in capsys.readouterr().out
+    most = [replace(s, patient="p" if i % 3 else s.id, part="") for i, s in enumerate(members)]
+    of_p = {s.key for s in most if s.patient == "p"}
+    together = [len(of_p & set(keys)) for keys in splits.assign(most, 0).values()]
+    assert sorted(together) == [0, 0, 40]
+    members[6] = replace(members[6], part="train")
+    splits.assign(members, 0)
+    assert "mnms/s0006 (train), mnms/s0007 (test)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, (1, 0, 0)), (2, (1, 0, 1)), (3, (1, 1, 1))])

@@ -363,8 +363,8 @@ def test_commands_take_the_data_of_the_newest_run(tmp_path):
     runs = study.collect(root)
     for words in commands(runs, root, "finetune.py", "15"):  # the other seeds of this run, and other arms
         like = ["--epochs=80", "--lr=0.01", "--transfer=encoder"] if words[0] == "--data" else []
-        assert [word for word in words if "=" in word] == like
-    data = ["--data", "/data/M&Ms", "x", "--label-suffix", "_seg", "--split-file", str(run / "split.json")]
+        assert [word for word in words if "=" in word and "suffix" not in word] == like
+    data = ["--data", "/data/M&Ms", "x", "--label-suffix=_seg", "--split-file", str(run / "split.json")]
     assert commands(runs, root, "train_ssp.py", "pcl") == [
         ["--method", "pcl", *data, "--skip-broken", "--quick", "--out", str(root / "pcl"), "--resume", "auto"]
     ]

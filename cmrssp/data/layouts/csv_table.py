@@ -55,15 +55,16 @@ def topmost(
     for path in sorted((f for f in files if f.suffix == ".csv"), key=lambda f: (len(f.parts), f)):
         if (rows := read(path, key.lower())) is not None:
             by_subject = {row[key.lower()].zfill(digits): row for row in rows}
-            return by_subject, differences(path, by_subject, cines, dataset)
+            named = {id: (f"{dataset}/{id}", file) for id, file in cines.items()}
+            return by_subject, differences(path, by_subject, named)
     what = f"{dataset}: no CSV has a column '{key}', so vendors and pathologies are unknown"
     return {}, [Problem("", "", what, USED)]
 
 
-def differences(path: Path, rows: Rows, cines: Mapping[str, Path], dataset: str) -> list[Problem]:
-    """Cines ({subject: file}) without a row, and rows without a cine."""
-    what = f"no row in {path.name}: vendor unknown"
-    odd = [Problem(f"{dataset}/{id}", cines[id].name, what, USED) for id in cines if id not in rows]
+def differences(path: Path, rows: Rows, cines: Mapping[str, tuple[str, Path]]) -> list[Problem]:
+    """Cines ({id: (subject key, file)}) without a row, and rows without a cine."""
+    what = f"no row in {path.name}"
+    odd = [Problem(key, file.name, what, USED) for id, (key, file) in cines.items() if id not in rows]
     if lost := sorted(rows.keys() - cines.keys()):
         what = f"the table names subjects that have no cine here: {listed(lost)}"
         odd.append(Problem("", path.name, what, LEFT_OUT))

@@ -7,10 +7,11 @@ subject is called by its folder, or by a hash where the folder's name holds a na
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,14 +21,15 @@ from cmrssp.data.layouts import dicom_header
 from cmrssp.data.layouts.dicom_header import Image
 from cmrssp.data.layouts.dicom_series import choose
 from cmrssp.data.layouts.dicom_stack import assemble
-from cmrssp.data.subject import LEFT_OUT, Problem, Subject, vendor_name
+from cmrssp.data.subject import LEFT_OUT, USED, Problem, Subject, vendor_name
 from cmrssp.files import atomic, hashed
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 
 DATASET = "dicom"
-_FORMAT = 5  # of the index
+_FORMAT = 6  # of the index
 _MASKED = "..."
+_PSEUDONYM = 10  # studies with one patient id that may be no patient's
 _MANY = 4000  # headers that are worth the start of further processes
 
 
@@ -57,6 +59,11 @@ def subjects_among(files: Sequence[Path], root: Path, cache: Path) -> tuple[list
         subject = Subject(DATASET, _name(study, homes), cine, source=stack, vendor=vendor, **known)
         subjects.append(subject)
         problems += [Problem(subject.key, series, why, LEFT_OUT) for series, why in found[study][1]]
+    patient, shared = Counter(s.patient for s in subjects).most_common(1)[0] if subjects else ("", 0)
+    if patient and shared >= _PSEUDONYM and 2 * shared > len(subjects):
+        subjects = [replace(s, patient="") if s.patient == patient else s for s in subjects]
+        what = f"{shared} of {len(subjects)} studies have one patient id, which is taken for a pseudonym"
+        problems.append(Problem("", root.name, f"{what}; a subjects.csv can say who is whom", USED))
     return subjects, problems
 
 

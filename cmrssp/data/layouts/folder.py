@@ -6,6 +6,7 @@ Files that are named alike but for ED, ES or a frame are of one patient.
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cmrssp.data.layouts import csv_table
@@ -19,12 +20,12 @@ _PARTS = ("", "train", "validation", "test")
 
 
 def subjects_among(
-    files: Sequence[Path], root: Path, label_suffix: str, *, ignore_split: bool = False
+    files: Sequence[Path], root: Path, label_suffix: str
 ) -> tuple[list[Subject], list[Problem]]:
     """The cines among the files below `root`, and what is odd about them. Files whose name ends in
     `label_suffix` are labels. A subject's id is its file's name, or its path if two folders hold the name.
-    Opens the CSV only; `ignore_split` ignores its column `split`. Raises UserError for files that look like
-    labels with another suffix: pretraining must not see them.
+    Opens nothing. Raises UserError for files that look like labels with another suffix: pretraining must not
+    see them.
     """
     at = {(path.parent, stem): path for path in files if (stem := stem_of(path.name)) is not None}
     cines = [place for place in at if not place[1].endswith(label_suffix)]
@@ -32,33 +33,47 @@ def subjects_among(
         if (alike := _LIKE_LABELS.fullmatch(stem)) and (folder, alike[1]) in at:
             raise UserError(
                 f"{at[folder, stem]}: looks like labels of {alike[1]}; expected their names to end in "
-                f"{label_suffix}, else say --label-suffix {alike[2]}"
+                f"{label_suffix}, else say --label-suffix={alike[2]}"
             )
     same = Counter(stem for _, stem in cines)
-    rows = _rows(root / TABLE, ignore_split)
     subjects, problems = [], []
     for folder, stem in cines:
         place = csv_table.composed((folder / stem).relative_to(root).as_posix())
         id = stem if same[stem] == 1 else place
-        row, label = rows.get(id, {}), at.get((folder, stem + label_suffix))
-        labels, known = (LabelFile(label),) if label else (), csv_table.about(row)
-        known |= {"part": row.get("split", ""), "patient": row.get("patient") or _PHASE.sub("", place)}
-        subjects.append(Subject(PLAIN, id, at[folder, stem], labels, **known))
+        label = at.get((folder, stem + label_suffix))
+        labels = (LabelFile(label),) if label else ()
+        subjects.append(Subject(PLAIN, id, at[folder, stem], labels, patient=_PHASE.sub("", place)))
     for folder, stem in at:
         name = stem.removesuffix(label_suffix)
         if name != stem and (folder, name) not in at:
             what = f"no cine {name}.nii.gz beside it"
             problems.append(Problem(f"{PLAIN}/{name}", at[folder, stem].name, what, LEFT_OUT))
+    return subjects, problems
+
+
+def with_table(
+    subjects: Sequence[Subject], root: Path, *, ignore_split: bool
+) -> tuple[list[Subject], list[Problem]]:
+    """The subjects with what root/subjects.csv, if there is one, says in the row of their id, and how the
+    table differs from them. `ignore_split` ignores its column `split`.
+    """
+    rows = _rows(root / TABLE, ignore_split)
     if not rows:
-        return subjects, problems
-    found = {subject.id: subject.cine for subject in subjects}
+        return list(subjects), []
+    found = {subject.id: (subject.key, subject.cine) for subject in subjects}
     lost = sorted(id for id, row in rows.items() if row["split"] and id not in found)
     if lost and found.keys() - rows.keys():
         raise UserError(
             f"{root / TABLE}: gives a split to subjects that have no cine ({listed(lost)}), and "
-            "there are cines without a row; expected the files' names without .nii.gz (mind leading zeros)"
+            "there are cines without a row; expected the files' names without .nii.gz (mind leading zeros), "
+            "and for DICOM the names that python -m cmrssp.data prints"
         )
-    return subjects, problems + csv_table.differences(root / TABLE, rows, found, PLAIN)
+    told = []
+    for subject in subjects:
+        row = rows.get(subject.id, {})
+        known = {**csv_table.about(row), "part": row.get("split"), "patient": row.get("patient")}
+        told.append(replace(subject, **{k: v for k, v in known.items() if v not in ("", None)}))
+    return told, csv_table.differences(root / TABLE, rows, found)
 
 
 def _rows(path: Path, ignore_split: bool) -> csv_table.Rows:
