@@ -4,6 +4,7 @@ python -m cmrssp.weights export --to nnunet runs/mim/unet.pt mim.pth
 """
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,7 +111,7 @@ for "configurations" in nnUNetPlans.json of the data set:
 
 trainer: {trainer}
 nnUNetv2_preprocess -d DATASET -c {nnunet.CONFIGURATION}
-nnUNetv2_train DATASET {nnunet.CONFIGURATION} FOLD -tr {trainer} -pretrained_weights {out}"""
+nnUNetv2_train DATASET {nnunet.CONFIGURATION} FOLD -tr {trainer} -pretrained_weights {shlex.quote(str(out))}"""
 
 
 if __name__ == "__main__":
