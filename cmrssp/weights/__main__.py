@@ -100,7 +100,7 @@ def to_nnunet(file: str | Path, out: Path) -> str:
     weights, provenance = nnunet.network_weights(unet.state_dict()), checkpoint.provenance.to_dict()
     content = {"network_weights": weights, "config": config, "provenance": provenance, "transfer": report}
     checkpoints.save(out, content)
-    trainer = nnunet.TRAINERS[checkpoint.norm]
+    trainer, quoted = nnunet.TRAINERS[checkpoint.norm], shlex.quote(str(out))
     parts = "\n".join(f"{part}: {what}" for part, what in report.items())
     return f"""{checkpoint.path}: 2D U-Net, {_origin(checkpoint)}
 {parts}
@@ -111,7 +111,7 @@ for "configurations" in nnUNetPlans.json of the data set:
 
 trainer: {trainer}
 nnUNetv2_preprocess -d DATASET -c {nnunet.CONFIGURATION}
-nnUNetv2_train DATASET {nnunet.CONFIGURATION} FOLD -tr {trainer} -pretrained_weights {shlex.quote(str(out))}"""
+nnUNetv2_train DATASET {nnunet.CONFIGURATION} FOLD -tr {trainer} -pretrained_weights {quoted}"""
 
 
 if __name__ == "__main__":
