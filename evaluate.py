@@ -44,9 +44,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cines = "segment every frame of these cines: NIfTI files, or folders with NIfTI or DICOM files"
     mode.add_argument("--predict", nargs="+", type=path, metavar="PATH", help=cines)
     runs = "evaluated runs, paired by subject, all against the first; seeds of one experiment are averaged"
-    mode.add_argument("--compare", nargs="+", metavar="RUN", help=runs)
+    mode.add_argument("--compare", nargs="+", type=path, metavar="RUN", help=runs)
     tables = "the paper's tables from the evaluated runs below this folder, and commands for missing runs"
-    mode.add_argument("--tables", type=Path, metavar="RUNS", help=tables)
+    mode.add_argument("--tables", type=lambda text: Path(path(text)), metavar="RUNS", help=tables)
     flags.add_data(parser, default="data and split of the evaluated run")
     add = parser.add_argument_group("prediction and scores").add_argument
     add("--phases", choices=("ed", "es", "both"), default="both", help="frames to score")

@@ -437,7 +437,9 @@ def test_new_cines_are_predicted_without_labels(way, bivme, tmp_path, capsys, re
     (tmp_path / "scans" / "predicted").mkdir()
     for file in out.iterdir():
         shutil.copy(file, tmp_path / "scans" / "predicted")
+    shutil.copy(out / "predictions.json", scans)  # beside cines
     found, odd = dataset.find([str(scans)], tmp_path / "cache")
+    (scans / "predictions.json").unlink()
     assert [s.id for s in found] == ["one", "six"] and [p.file for p in odd] == ["predicted"]
     line = refused("evaluate.py", "--predict", scans / "one.nii", *checkpoint, "--out", scans)
     assert str(scans) in line and "--out" in line

@@ -88,7 +88,7 @@ def maps(phantom_folder, cache, tmp_path, monkeypatch):
     split = splits.assign(subjects, 0)
     Path("maps").mkdir()
     for subject in subjects:
-        shutil.copy(subject.labels[0].path, f"maps/{subject.file_name}{label_maps.SUFFIX}")
+        shutil.copy(subject.labels[0].path, f"maps/{subject.file_name}{dataset.PREDICTED}")
     named = zip(subjects, cines.cines, cines.labels, strict=True)
     found = {s.file_name: {"digest": cine.digest, "frames": [labels.ed]} for s, cine, labels in named}
 
@@ -185,7 +185,8 @@ def test_maps_without_a_good_frame_of_an_unlabelled_training_subject_are_refused
 
 def test_a_folder_without_predictions_is_refused(maps, tmp_path):
     file = tmp_path / "maps" / "predictions.json"
-    for content in ("[1]", '{"cines": {}}', '{"cines": {', None):
+    empty = '{"cines": {}, "networks": [], "options": {}}'
+    for content in ("[1]", '{"cines": {}}', '{"cines": {', empty, None):
         file.unlink() if content is None else file.write_text(content)
         with pytest.raises(UserError, match=r"predictions\.json"):
             train()
@@ -195,8 +196,8 @@ def test_a_map_that_is_gone_is_refused(maps, tmp_path):
     cines, split, _ = maps
     for key in split["train"]:
         name = cines.subjects[cines.index[key]].file_name
-        (tmp_path / "maps" / f"{name}{label_maps.SUFFIX}").unlink()
-    with pytest.raises(UserError, match=label_maps.SUFFIX):
+        (tmp_path / "maps" / f"{name}{dataset.PREDICTED}").unlink()
+    with pytest.raises(UserError, match=dataset.PREDICTED):
         train()
 
 
@@ -226,7 +227,7 @@ def test_the_phases_of_maps_are_unknown(maps, capsys):
 
 def test_maps_that_are_gone_are_no_self_training(maps, tmp_path):
     """--skip-broken leaves out a subject whose label map cannot be read."""
-    for path in (tmp_path / "maps").glob(f"*{label_maps.SUFFIX}"):
+    for path in (tmp_path / "maps").glob(f"*{dataset.PREDICTED}"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="--predicted"):
         train("--skip-broken")

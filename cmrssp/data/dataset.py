@@ -15,7 +15,8 @@ from cmrssp.files import below, check_writable
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
-PREDICTIONS = "predictions.json"  # in a folder of label maps that a network has predicted
+PREDICTED = "_labels.nii.gz"  # a network's label map is named like its cine, with this behind
+PREDICTIONS = "predictions.json"  # beside such label maps
 _PHANTOM_VERSION = 3  # in the folder's name: the phantom of another version is written beside it
 
 
@@ -59,8 +60,9 @@ def _in_folder(
     root = Path(os.path.expanduser(path))
     if not root.is_dir():
         raise FileNotFoundError(f"--data {path}: no such folder; give the cines' folder, or '{PHANTOM}'")
-    predicted = {path.parent for path in below(root, (PREDICTIONS,), skip=cache)}
-    files = [path for path in below(root, suffixes, skip=cache) if path.parent not in predicted]
+    files = below(root, suffixes, skip=cache)
+    maps = [f for f in files if f.name.endswith(PREDICTED) and f.with_name(PREDICTIONS).is_file()]
+    files = sorted(set(files).difference(maps))
     found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
     known = [layout for layout, (subjects, _) in found.items() if subjects]
     if not known:
@@ -78,7 +80,8 @@ def _in_folder(
     subjects = [s for members, _ in found.values() for s in members]
     problems = [p for _, odd in found.values() for p in odd]
     what = "label maps that a network predicted"
-    problems += [Problem("", str(path.relative_to(root)), what, LEFT_OUT) for path in sorted(predicted)]
+    where = sorted({str(path.parent.relative_to(root)) for path in maps})
+    problems += [Problem("", place, what, LEFT_OUT) for place in where]
     if not known:
         subjects, odd = folder.with_table(subjects, root, ignore_split=ignore_split)
         problems += odd

@@ -36,7 +36,7 @@ def assign(
     if not keep_overlap:
         subjects = _without_overlap(subjects, seen)
     parts = {s.key: s.part for s in subjects}
-    patients = {s.key: f"{s.dataset} {s.patient}" if s.patient else s.key for s in subjects}
+    patients = {s.key: f"patient {s.patient}" if s.patient else s.key for s in subjects}
     _in_two_parts(subjects, patients)
     placed = {patients[key] for key, part in parts.items() if part}
     ordered = sorted(subjects, key=lambda s: s.key)

@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cmrssp.data import store
-from cmrssp.data.dataset import PREDICTIONS
+from cmrssp.data.dataset import PREDICTED, PREDICTIONS
 from cmrssp.data.subject import LabelFile
 from cmrssp.errors import UserError, one_line
 from cmrssp.files import write_json
 from cmrssp.weights import checkpoints
 from cmrssp.weights.checkpoints import Checkpoint
-
-SUFFIX = "_labels.nii.gz"  # a cine's label map is named like the cine, with this behind
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,13 @@ def read(folder: Path) -> LabelMaps:
     try:
         content = json.loads(path.read_text())
         teachers = [checkpoints.parse(path, {"state_dict": {}, **each}) for each in content["networks"]]
+        if not teachers:
+            raise ValueError("no network")
         named = {name: cine for name, cine in content["cines"].items() if cine["frames"]}
-        cines = {c["digest"][:16]: (folder / f"{name}{SUFFIX}", c["frames"]) for name, c in named.items()}
+        cines = {
+            c["digest"][:16]: (folder / f"{name}{PREDICTED}", [*map(int, c["frames"])])
+            for name, c in named.items()
+        }
         return LabelMaps(folder, cines, teachers, content["options"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--predicted {path}: expected a file of --predict, got {one_line(error)}") from None

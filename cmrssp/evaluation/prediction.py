@@ -19,7 +19,6 @@ from cmrssp.data.store import CineRecord, Store
 from cmrssp.data.subject import CLASSES, LEFT_OUT, NOT_MEASURED, PLAIN, Subject
 from cmrssp.errors import UserError, one_line
 from cmrssp.evaluation import contours, plots
-from cmrssp.evaluation.label_maps import SUFFIX
 from cmrssp.files import sweep
 from cmrssp.segmentation import Segmentation, main_component, predict_frames
 
@@ -116,7 +115,7 @@ def predict(
         severities = {severity for severity, _ in found}
         row |= {"severity": max(severities, default=0), "flags": "; ".join(what for _, what in found)}
         with noting_errors():
-            write_labels(Path(f"{stem}{SUFFIX}"), labels, record.geometry, cine_image(subject))
+            write_labels(Path(f"{stem}{dataset.PREDICTED}"), labels, record.geometry, cine_image(subject))
             doubtful = severities & {_NOT_MEASURED, _IMPLAUSIBLE}
             good = [] if doubtful else good_frames(labels, ml, record.sound_frames)
             entry = {"digest": record.digest, "frames": good}

@@ -161,9 +161,10 @@ def read(path: Path, split: str = "test") -> Evaluated:
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or {} without one."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def refuse_other_subjects(runs: Sequence[Evaluated]) -> None:

@@ -142,7 +142,9 @@ def test_subjects_are_called_by_their_folders(tmp_path):
 def test_two_studies_of_a_patient_are_known_as_such(tmp_path):
     for uid, patient in (("1", "first"), ("2", "first"), ("3", "first"), ("4", ""), ("5", "Anonymous")):
         write(tmp_path / "all" / uid, small(StudyInstanceUID=uid, PatientID=patient, PatientName=patient))
-    one, again, third, nameless, anonymous = (s.patient for s in find(tmp_path / "all")[0])
+    subjects, problems = find(tmp_path / "all")
+    assert [p.what for p in problems if "3 of 5 studies" in p.what]
+    one, again, third, nameless, anonymous = (s.patient for s in subjects)
     assert one == again == third and one and "first" not in one and nameless == anonymous == ""
 
 
@@ -167,7 +169,7 @@ def test_a_table_beside_studies_says_what_it_says_of_files(tmp_path):
     assert subjects[0].patient == subjects[1].patient == "p" != subjects[2].patient
     assert [p.subject for p in problems] == ["dicom/3"]
     table.write_text("subject,split\n1,test\n9,train\n")
-    with pytest.raises(UserError, match=r"subjects\.csv.* no cine \(9\)"):
+    with pytest.raises(UserError, match=r"subjects\.csv.* no cine \(9\).* without a row \(2, 3\)"):
         find(tmp_path / "all")
 
 

@@ -84,6 +84,8 @@ def test_all_subjects_of_a_patient_are_in_one_part(capsys):
     of_p = {s.key for s in most if s.patient == "p"}
     together = [len(of_p & set(keys)) for keys in splits.assign(most, 0).values()]
     assert sorted(together) == [0, 0, 40]
+    elsewhere = [*members[:6], replace(members[0], dataset="dicom", part="test")]
+    assert {"dicom/s0000", "mnms/s0000", "mnms/s0002"} <= set(splits.assign(elsewhere, 0)["test"])
     members[6] = replace(members[6], part="train")
     splits.assign(members, 0)
     assert "mnms/s0006 (train), mnms/s0007 (test)" in capsys.readouterr().out

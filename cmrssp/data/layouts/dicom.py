@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cmrssp.data.layouts import dicom_header
+from cmrssp.data.layouts.csv_table import composed
 from cmrssp.data.layouts.dicom_header import Image
 from cmrssp.data.layouts.dicom_series import choose
 from cmrssp.data.layouts.dicom_stack import assemble
@@ -60,9 +61,11 @@ def subjects_among(files: Sequence[Path], root: Path, cache: Path) -> tuple[list
         subjects.append(subject)
         problems += [Problem(subject.key, series, why, LEFT_OUT) for series, why in found[study][1]]
     patient, shared = Counter(s.patient for s in subjects).most_common(1)[0] if subjects else ("", 0)
-    if patient and shared >= _PSEUDONYM and 2 * shared > len(subjects):
-        subjects = [replace(s, patient="") if s.patient == patient else s for s in subjects]
-        what = f"{shared} of {len(subjects)} studies have one patient id, which is taken for a pseudonym"
+    if patient and shared > 1 and 2 * shared > len(subjects):
+        what = f"{shared} of {len(subjects)} studies have one patient id, and count as one patient"
+        if shared >= _PSEUDONYM:
+            subjects = [replace(s, patient="") if s.patient == patient else s for s in subjects]
+            what = f"{shared} of {len(subjects)} studies have one patient id, which is taken for a pseudonym"
         problems.append(Problem("", root.name, f"{what}; a subjects.csv can say who is whom", USED))
     return subjects, problems
 
@@ -73,7 +76,7 @@ def _name(study: str, homes: dict[str, list[str]]) -> str:
     hash = f"subject-{study[:8]}"
     size = next((k for k in range(2, len(home) + 1) if all(o[:k] != home[:k] for o in others)), 0)
     parts = home[:1] if not others else home[1:size] if size else [*home[1:], hash]
-    return hash if _MASKED in parts else "/".join(parts)
+    return hash if _MASKED in parts else composed("/".join(parts))
 
 
 def _index(files: Sequence[Path], root: Path, cache: Path) -> list[Image]:

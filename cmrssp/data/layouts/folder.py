@@ -62,11 +62,10 @@ def with_table(
         return list(subjects), []
     found = {subject.id: (subject.key, subject.cine) for subject in subjects}
     lost = sorted(id for id, row in rows.items() if row["split"] and id not in found)
-    if lost and found.keys() - rows.keys():
+    if lost and (rest := sorted(found.keys() - rows.keys())):
         raise UserError(
             f"{root / TABLE}: gives a split to subjects that have no cine ({listed(lost)}), and "
-            "there are cines without a row; expected the files' names without .nii.gz (mind leading zeros), "
-            "and for DICOM the names that python -m cmrssp.data prints"
+            f"there are cines without a row ({listed(rest)}); expected these names (mind leading zeros)"
         )
     told = []
     for subject in subjects:
