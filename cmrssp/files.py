@@ -82,6 +82,15 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=1, default=str, allow_nan=False) + "\n").encode())
 
 
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or {} without one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """Dicts with the same keys; floats with six decimals, what was not measured empty."""
     text = io.StringIO()

@@ -146,11 +146,8 @@ def typed(argv: Sequence[str] | None, flag: str) -> bool:
 def peek(argv: Sequence[str] | None, flag: str) -> str | None:
     """The value of one flag, read before the defaults of the others are known."""
     parser = Parser(add_help=False)
-    parser.add_argument(flag, dest="value")
-    value = parser.parse_known_args(argv)[0].value
-    if value == "":  # of a shell variable that is not set
-        raise UserError(f"{flag}: expected a path, got nothing")
-    return value
+    parser.add_argument(flag, dest="value", type=path)
+    return parser.parse_known_args(argv)[0].value
 
 
 def resumed(argv: Sequence[str] | None, kind: str) -> Run | None:

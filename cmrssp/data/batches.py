@@ -97,7 +97,7 @@ class Batches:
         if len(slices) < ranks:
             kind = "slices of labelled frames" if labelled else "slices"
             each = f" for each of {ranks} processes" if ranks > 1 else " to train on"
-            raise UserError(f"expected {kind}{each}, got {len(slices)}; python -m cmrssp.data says why")
+            raise UserError(f"expected {kind}{each}, got {len(slices)}")
         self.store, self.slices, self.device = store, slices, device
         self.labelled, self.motion = labelled, motion
         self.batch_size, self.seed = min(batch_size, len(slices) // ranks * ranks), seed

@@ -5,7 +5,7 @@ A hash of (seed, subject key) orders the subjects of a stratum: every machine dr
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -37,7 +37,7 @@ def assign(
         subjects = _without_overlap(subjects, seen)
     parts = {s.key: s.part for s in subjects}
     patients = {s.key: f"patient {s.patient}" if s.patient else s.key for s in subjects}
-    _in_two_parts(subjects, patients)
+    _print_divided(subjects, patients)
     placed = {patients[key] for key, part in parts.items() if part}
     ordered = sorted(subjects, key=lambda s: s.key)
     labelled = [s for s in ordered if s.labels] or ordered
@@ -56,12 +56,12 @@ def assign(
     return {part: sorted(key for key in parts if parts[key] == part) for part in PARTS}
 
 
-def _in_two_parts(subjects: Sequence[Subject], patients: dict[str, str]) -> None:
-    """Print whom the data set's own parts divide."""
-    of_patient: dict[str, list[Subject]] = {}
+def _print_divided(subjects: Sequence[Subject], patients: dict[str, str]) -> None:
+    """Print the patients whom the data set's own parts divide."""
+    of_patient = defaultdict(list)
     for subject in subjects:
         if subject.part:
-            of_patient.setdefault(patients[subject.key], []).append(subject)
+            of_patient[patients[subject.key]].append(subject)
     for members in of_patient.values():
         if len({subject.part for subject in members}) > 1:
             what = ", ".join(f"{subject.key} ({subject.part})" for subject in members)

@@ -10,8 +10,8 @@ import numpy as np
 
 from cmrssp.data.subject import CLASSES
 from cmrssp.evaluation import stats
-from cmrssp.evaluation.study import BEST, LABELS, SCRATCH, SUBSETS, VENDORS, Arm, Evaluated, arms, json_object
-from cmrssp.files import atomic, below, write_csv
+from cmrssp.evaluation.study import BEST, LABELS, SCRATCH, SUBSETS, VENDORS, Arm, Evaluated, arms
+from cmrssp.files import atomic, below, json_object, write_csv
 
 SEEDS = (0, 1, 2)
 _MEAN = "mean test Dice ± sample standard deviation over training seeds"

@@ -62,8 +62,6 @@ def find(paths: Sequence[str], cache: Path, label_suffix: str, out: Path) -> lis
                     print(f"not predicted: {problem}")
             subjects += [s for s in found if out.resolve() not in s.cine.resolve().parents]
         elif (stem := stem_of(path.name)) and path.exists():
-            if path.resolve().parent == out.resolve():
-                raise UserError(f"--predict {path}: lies in --out {out}, where the results go; give another")
             subjects.append(Subject(PLAIN, stem, path))
         else:
             expected = "expected .nii or .nii.gz files, or folders of them or of DICOM files"

@@ -13,7 +13,7 @@ import numpy as np
 from cmrssp.data.subject import CLASSES, vendor_name
 from cmrssp.errors import UserError, one_line
 from cmrssp.evaluation import stats
-from cmrssp.files import below
+from cmrssp.files import below, json_object
 
 SCRATCH = "scratch"  # the baseline, without pretraining
 LABELS = {SCRATCH: "Baseline", "simclr": "SimCLR", "pcl": "PCL", "dino": "DINO", "mim": "MIM"}  # the paper's
@@ -156,15 +156,6 @@ def read(path: Path, split: str = "test") -> Evaluated:
         written_ns=path.stat().st_mtime_ns,
         args=json_object(path.parents[1] / "args.json"),
     )
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or {} without one."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def refuse_other_subjects(runs: Sequence[Evaluated]) -> None:

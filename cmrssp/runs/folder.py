@@ -13,7 +13,7 @@ import torch
 
 import cmrssp
 from cmrssp.errors import UserError
-from cmrssp.files import atomic, check_writable, sweep, write_json
+from cmrssp.files import atomic, check_writable, json_object, sweep, write_json
 from cmrssp.hardware import distributed
 from cmrssp.weights import checkpoints
 
@@ -57,11 +57,8 @@ class Run:
 
     @cached_property
     def args(self) -> dict[str, Any]:
-        """What the run was started with: every flag, by destination. Raises UserError for a damaged file."""
-        try:
-            return dict(json.loads((self.folder / "args.json").read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{self.folder / 'args.json'}: damaged, or not of a run") from None
+        """What the run was started with: every flag, by destination; {} if its file is damaged."""
+        return json_object(self.folder / "args.json")
 
     @cached_property
     def split(self) -> dict[str, list[str]]:
@@ -158,7 +155,7 @@ def find(resume: str | None, out: str | None, kind: str) -> Run | None:
         return None
     if not started:
         raise UserError(f"--resume {run.folder}: expected the folder of a run, with args.json and split.json")
-    if (found := run.args.get("kind")) != kind:
+    if (found := run.args.get("kind", "damaged args.json")) != kind:
         raise UserError(f"--resume {run.folder}: expected a {kind}, got a {found}")
     if out is not None and Path(out).expanduser().resolve() != run.folder.resolve():
         raise UserError(f"--out {out}: a resumed run stays in its folder, {run.folder}; leave --out out")
@@ -167,10 +164,8 @@ def find(resume: str | None, out: str | None, kind: str) -> Run | None:
 
 def newest_finetuned() -> Path:
     """The newest folder below runs/ whose fine-tuning has finished. Raises UserError if there is none."""
-    finished = []
-    for run in (Run(path.parent) for path in RUNS.glob("*/args.json")):
-        with suppress(UserError):
-            finished += [run.folder] * (run.finished and run.args.get("kind") == "fine-tuning")
+    runs = [Run(path.parent) for path in RUNS.glob("*/args.json")]
+    finished = [run.folder for run in runs if run.finished and run.args.get("kind") == "fine-tuning"]
     if not finished:
         how = "run finetune.py first, or name one with --checkpoint"
         raise UserError(f"no finished fine-tuned run in {RUNS.resolve()}; {how}")

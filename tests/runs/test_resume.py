@@ -221,7 +221,10 @@ def test_what_may_not_go_on_is_refused_by_name(stopped, phantom_folder, tmp_path
     cwd, words, out = stopped
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     unsaved = shutil.copytree(out, tmp_path / "unsaved", ignore=shutil.ignore_patterns("*.pt"))
+    damaged = shutil.copytree(out, tmp_path / "damaged")
+    (damaged / "args.json").write_text("[")
     for typed, message in (
+        (["--resume", damaged], "expected a pretraining, got a damaged args.json"),
         (["--resume", out, "--lr", "0.5"], "--lr: the run in .* was started with 0.01, got 0.5"),
         (["--resume", out, "--epochs", "40"], "--epochs: .* with 12, got 40"),
         (["--resume", out, "--method", "pcl", "--threshold", "0.1"], "--method: .* with mim, got pcl"),
