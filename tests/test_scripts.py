@@ -330,7 +330,9 @@ def test_evaluation_leaves_every_number_that_it_prints(way, phantom_folder, tmp_
     assert ed == [row for row in both if row["phase"] == "ED"]
     row = ed[0]
     key = row["subject"].split("/")[1]
-    maps = nibabel.load(tmp_path / "ed" / "predictions" / f"{key}.nii.gz")
+    with pytest.raises(FileNotFoundError, match="label maps that a network predicted"):
+        dataset.find([str(tmp_path / "ed")], tmp_path / "cache")  # they are no cines to train on
+    maps = nibabel.load(tmp_path / "ed" / "predictions" / f"{key}_labels.nii.gz")
     truth = nibabel.load(next(phantom_folder.rglob(f"{key}_sa_gt.nii.gz")))
     ours, theirs = (np.asanyarray(i.dataobj)[..., int(row["frame"])] for i in (maps, truth))
     voxel_ml = abs(np.linalg.det(truth.affine[:3, :3])) / 1000

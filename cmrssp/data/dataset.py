@@ -16,7 +16,8 @@ from cmrssp.files import below, check_writable
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
 PREDICTED = "_labels.nii.gz"  # a network's label map is named like its cine, with this behind
-PREDICTIONS = "predictions.json"  # beside such label maps
+PREDICTIONS = "predictions.json"  # beside the label maps of evaluate.py --predict
+_MADE_BY = (PREDICTIONS, "../summary.json")  # the latter for --save-predictions
 _PHANTOM_VERSION = 3  # in the folder's name: the phantom of another version is written beside it
 
 
@@ -61,8 +62,9 @@ def _in_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"--data {path}: no such folder; give the cines' folder, or '{PHANTOM}'")
     files = below(root, suffixes, skip=cache)
-    maps = [f for f in files if f.name.endswith(PREDICTED) and f.with_name(PREDICTIONS).is_file()]
-    files = sorted(set(files).difference(maps))
+    maps = {f for f in files if f.name.endswith(PREDICTED)}
+    maps = {f for f in maps if any((f.parent / name).is_file() for name in _MADE_BY)}
+    files = sorted(set(files) - maps)
     found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
     known = [layout for layout, (subjects, _) in found.items() if subjects]
     if not known:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cmrssp import metrics
 from cmrssp.data import splits
+from cmrssp.data.dataset import PREDICTED
 from cmrssp.data.nifti import cine_image, write_labels
 from cmrssp.data.store import Store
 from cmrssp.data.subject import CLASSES
@@ -107,7 +108,7 @@ def _score_subject(
         save.mkdir(parents=True, exist_ok=True)
         alone = [s.file_name for s in cines.subjects].count(subject.file_name) == 1
         name = subject.file_name if alone else subject.key.replace("/", "__")
-        write_labels(save / f"{name}.nii.gz", maps, record.geometry, cine_image(subject))
+        write_labels(save / f"{name}{PREDICTED}", maps, record.geometry, cine_image(subject))
     return scores
 
 
