@@ -79,8 +79,8 @@ def _convolved(conv: nn.Conv2d, image: Tensor) -> Tensor:
 
 class _WithoutEffect(torch.autograd.Function):
     """(features, biases) -> the features. To the biases' gradient it adds 0, so that it is not None where a
-    norm takes them out: SGD's momentum and weight decay move them towards 0, which changes no output, and
-    DDP sees them used.
+    norm takes them out: SGD's momentum and weight decay move them towards 0, which changes no output of
+    training (and hardly the running mean, which lags behind), and DDP sees them used.
     """
 
     @staticmethod

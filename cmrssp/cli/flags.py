@@ -200,7 +200,9 @@ def settings(args: Namespace, batches: Batches) -> Settings:
     """How to train on these batches; prints what `auto` and fp16 mean on their device."""
     device, slices = batches.device, args.epochs * len(batches) * batches.batch_size
     choice = "off" if args.grad_checkpoint else args.compile
-    compile = resolve_compile(choice, device, norm=args.norm, num_slices=slices, cache=args.cache)
+    if choice != args.compile == "on":
+        print("compile: off, with --grad-checkpoint")
+    compile = resolve_compile(choice, device, norm=args.norm, num_slices=slices)
     args.nesterov = args.nesterov and args.momentum > 0  # torch refuses one without the other
     return Settings(
         **{name: getattr(args, name) for name in (*OPTIMISATION, "seed", "save_every", "max_skipped")},

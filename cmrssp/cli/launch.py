@@ -25,7 +25,7 @@ def set_up(args: Namespace, objective: type[Method], known: Mapping) -> tuple[Me
     args.data, args.label_suffix = dataset.source({**known, **vars(args)})
     dataset.announce(args.data)
     device = resolve_device(args.device)
-    prepare_torch(args.seed, args.deterministic)
+    prepare_torch(args.seed, args.deterministic, args.cache)
     return flags.build(objective, args), device
 
 
@@ -53,7 +53,7 @@ def launch(
     `Provenance` that `args` and `prepared` do not give.
     """
     settings = flags.settings(args, batches)
-    memory.check(method, batches, settings, args.device_cache)
+    settings = memory.check(method, batches, settings, args.device_cache, uncompile=args.compile == "auto")
     if args.benchmark:
         benchmark.run(method, batches, settings, args.benchmark)
         return None

@@ -46,12 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = [f"{'objective, batch, amp':<24}" + "".join(f"{column:>13}" for column in columns)]
     for method_class, amp in objectives:
         args = parse(argv, method_class, amp)
-        prepare_torch(args.seed, args.deterministic)
+        prepare_torch(args.seed, args.deterministic, args.cache)
         method = flags.build(method_class, args)
         labelled = method_class is Segmentation
         keys = method.usable(cines, list(cines.index))
         if labelled:
             keys = [key for key in keys if cines.labels[cines.index[key]].frames]
+        if not keys:
+            print(
+                f"{method.name}: left out, its data has no {'labels' if labelled else 'cine of two frames'}"
+            )
+            continue
         slices = Slices(cines, keys, phases="both" if labelled else None)
         options = {"batch_size": args.batch_size, "seed": args.seed, "device": device}
         batches = Batches(cines, slices, labelled=labelled, motion=method.needs_motion, **options)

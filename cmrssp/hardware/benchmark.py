@@ -1,9 +1,9 @@
 """How fast a training runs on this machine, what its step is made of, and what the device could do.
 
-`python -m cmrssp.hardware --compile on` measures all objectives in 200 s, if the cache has the kernels. Below
+`python -m cmrssp.hardware --compile on` measures all objectives in 200 s, if --cache has the kernels. Below
 are medians in slices/s with the paper's network, 256 px, 70 ACDC patients, torch 2.11, compiled, as
 CUDA graphs; floor: the device's own bandwidth in a copy and rate in a matrix product. An NVIDIA H100 80 GB
-(2026-11-27), on which supervised was not measured by this command:
+(2026-11-27), on which supervised was not measured by this command (PCL and motion miss the goal of 2.0):
 
     objective, batch, precision   real path   step   network    views   step / floor   memory
     SimCLR 224 fp16                    3343   3440      3596    54300           1.62   30.7 GB
@@ -33,10 +33,10 @@ The H100 not compiled, before convolutions lost their bias and DINO made its cro
     supervised 32 fp16                  980    949      1496    12000           4.0     3.5 GB
 
 `tests/hardware/nnunet_step.py` on the H100, fp16, 32 synthetic slices: nnU-Net's recipe, compiled, 918
-slices/s; ours 2033 (2.22 times, in five rounds 2.09 to 2.24), not compiled 1054. Whole fine-tunings reached
-1890 to 1940 slices/s there, in float32 980. Of the 15.75 ms of a compiled step (1.9 times its floor) the
-device worked 15.3 in 743 kernels: convolutions 8.0, batch norm with activations and concatenation 3.9,
-optimiser 0.41, views 0.33, copies inside the transposed convolutions 0.65.
+slices/s; ours with augmentation 2033 (2.22 times, in five rounds 2.09 to 2.24), not compiled 1054. Whole
+fine-tunings reached 1890 to 1940 slices/s there, in float32 980. Of the 15.75 ms of a compiled step (1.9
+times its floor) the device worked 15.3 in 743 kernels: convolutions 8.0, batch norm with activations and
+concatenation 3.9, optimiser 0.41, views 0.33, copies inside the transposed convolutions 0.65.
 
 All this was before compiled networks made a product of their first convolution, which is 1.035 times as fast
 (2054 to 2125 slices/s), and before the losses of motion and MIM were compiled. Transposed convolutions as

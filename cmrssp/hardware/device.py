@@ -67,14 +67,13 @@ def resolve_amp(amp: str, device: torch.device) -> str:
     return amp
 
 
-def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices: int, cache: Path) -> bool:
-    """Whether to torch.compile; "auto": on a GPU, from COMPILE_FROM slices on. `cache` keeps the kernels."""
+def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices: int) -> bool:
+    """Whether to torch.compile; "auto": on a GPU, from COMPILE_FROM slices on."""
     if choice == "off" or (choice == "auto" and (device.type != "cuda" or num_slices < COMPILE_FROM)):
         return False
     if device.type == "cuda" and norm == "batch" and distributed.world_size() > 1:
         print("compile: off, torch cannot compile the batch norm that several GPUs share")
         return False
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
     except Exception as error:  # a missing or broken compiler can raise anything
@@ -123,10 +122,13 @@ def untuned(compiled: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = search
 
 
-def prepare_torch(seed: int, deterministic: bool) -> None:
+def prepare_torch(seed: int, deterministic: bool, cache: Path) -> None:
+    """`cache`: where torch.compile keeps its kernels (torch takes another place if it is asked later)."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call takes seconds
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic

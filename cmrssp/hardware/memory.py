@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 
 import torch
 
@@ -18,10 +19,18 @@ _MARGIN = 1.3  # the estimate leaves out gradients under way and the work space 
 _COMPILED = 2.1  # in place of it: graphs keep memory of their own (SimCLR 2.03 of the estimate, MIM 1.25)
 
 
-def check(method: Method, batches: Batches, settings: Settings, device_cache: str = "off") -> None:
+def check(
+    method: Method,
+    batches: Batches,
+    settings: Settings,
+    device_cache: str = "off",
+    *,
+    uncompile: bool = False,
+) -> Settings:
     """Print the estimated memory. Raises UserError if the device has less, with a batch size that fits.
 
     With `device_cache` on, or auto on a GPU that has room for them, copies the slices to the device now.
+    Returns the settings, with `uncompile` not compiled if they may not fit compiled.
     """
     size, ranks, device, amp = batches.batch_size, distributed.world_size(), batches.device, settings.amp
     if size < method.fewest_slices:
@@ -44,6 +53,9 @@ def check(method: Method, batches: Batches, settings: Settings, device_cache: st
         hint = f"--batch-size {fitting}" if fitting > 0 else "fewer --channels or a smaller --image-size"
         sizes = f"this training needs about {needed / _GB:.0f} GB, {device} has {present / _GB:.0f} GB"
         raise UserError(f"--batch-size {size}: {sizes}; try {hint}" + ", or --amp fp16" * (amp == "off"))
+    if uncompile and settings.compile and _COMPILED * needed > present:
+        print(f"compile: off after all, it could need {_COMPILED * needed / _GB:.1f} GB; --compile on tries")
+        settings = replace(settings, compile=False, graph=False)
     if device_cache == "on" or (device_cache == "auto" and device.type == "cuda"):
         slices = DeviceCache.needs(batches.slices, labelled=batches.labelled, motion=batches.motion)
         room = free(device) - (_COMPILED if settings.compile else _MARGIN) * needed - _RESERVE
@@ -55,6 +67,7 @@ def check(method: Method, batches: Batches, settings: Settings, device_cache: st
             raise UserError(f"--device-cache on: {sizes}; use auto or off, or a smaller --batch-size")
         else:
             print(f"device cache: off, {sizes}; they are read ahead")
+    return settings
 
 
 def estimate(method: Method, batches: Batches, *, amp: str) -> tuple[float, float]:

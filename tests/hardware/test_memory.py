@@ -46,6 +46,14 @@ def test_what_cannot_fit_is_refused_with_a_batch_size_that_does(loader, monkeypa
     monkeypatch.setattr(memory, "capacity", lambda device: fixed + 2.5 * per_slice)
     with pytest.raises(UserError, match=r"--batch-size 4: this training needs about .* try --batch-size 2"):
         memory.check(method, loader, settings())
+    monkeypatch.setattr(memory, "capacity", lambda device: 1.5 * (fixed + 4 * per_slice))
+    compiled = settings(compile=True, graph=True)  # may need 2.1 times as much
+    assert memory.check(method, loader, compiled) == compiled
+    capsys.readouterr()
+    assert memory.check(method, loader, compiled, uncompile=True) == settings()
+    assert "compile: off" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "capacity", lambda device: 2.2 * (fixed + 4 * per_slice))
+    assert memory.check(method, loader, compiled, uncompile=True) == compiled
     monkeypatch.setattr(memory, "capacity", lambda device: fixed)
     with pytest.raises(UserError, match="try fewer --channels"):
         memory.check(method, loader, settings())

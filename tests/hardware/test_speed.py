@@ -188,7 +188,8 @@ def test_fp16_leaves_out_a_first_step_and_begins_from_zero_momentum(hearts):
     with step.autocast():
         loss, _ = plain(plain.views(batch, step_generator(4, 0, 0)), 0.0)
     (loss * 8).backward()
-    step(batch, 0, 0)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()]) / 8
+    assert step(batch, 0, 0)["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
     for (name, p), twin in zip(method.named_parameters(), plain.parameters(), strict=True):
         assert (p - (before[name] - 0.05 * 1.9 * twin.grad / 8)).abs().max() < 1e-6, name
 
@@ -233,7 +234,7 @@ def test_intensity_in_place_equals_the_plain_order():
 @pytest.mark.parametrize("name", ["segmentation", "motion", "mim", "simclr", "dino"])
 def test_compiled_networks_give_the_same_loss_and_gradients(name, tmp_path):
     """Whole U-Nets and their losses; an encoder; one with a teacher beside it. No key is renamed."""
-    if not compiles("on", CPU, cache=tmp_path):
+    if not compiles("on", CPU):
         pytest.skip("there is no C++ compiler for torch.compile")
     plain = two_processes.make_method(name)
     compiled = copy.deepcopy(plain)
@@ -249,7 +250,7 @@ def test_compiled_networks_give_the_same_loss_and_gradients(name, tmp_path):
 @pytest.mark.slow
 def test_a_step_meant_for_a_graph_falls_back_where_there_is_none(hearts, monkeypatch, tmp_path, capsys):
     """On a CPU torch makes no graph: the losses are those of eager steps, and one notice is printed."""
-    if not compiles("on", CPU, cache=tmp_path):
+    if not compiles("on", CPU):
         pytest.skip("there is no C++ compiler for torch.compile")
     losses = []
     for fast in (False, True):
@@ -261,13 +262,14 @@ def test_a_step_meant_for_a_graph_falls_back_where_there_is_none(hearts, monkeyp
     assert capsys.readouterr().out.count("graph: ") == 1
 
 
-def test_the_flags_decide_what_is_compiled(hearts):
+def test_the_flags_decide_what_is_compiled(hearts, capsys):
     """On a CPU nothing is by itself; a network with --grad-checkpoint never is."""
     loader = batches(hearts)
-    for words in ([], ["--grad-checkpoint"], ["--compile", "off"]):
+    for words in ([], ["--compile", "off"], ["--grad-checkpoint", "--compile", "on"]):
         args = train_ssp.parse(["--method", "mim", *words])[0]
         decided = flags.settings(args, loader)
         assert (decided.compile, decided.graph) == (False, False)
+        assert ("compile: off" in capsys.readouterr().out) == ("on" in words)
     assert train_ssp.parse(["--method", "mim", "--compile"])[0].compile == "on"
 
 
@@ -316,6 +318,17 @@ def test_the_table_of_all_objectives(phantom_folder, tmp_path, monkeypatch, caps
     assert [line.split()[:3] for line in lines] == [[name, "4", "off"] for name in names]
     for line in lines:
         assert all(float(figure) > 0 for figure in line.split()[3:9])
+
+
+def test_the_table_leaves_out_what_its_data_cannot_train(write_mnms, beating, tmp_path, monkeypatch, capsys):
+    """A cine of one frame without labels."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_mnms("A", beating()[0][..., :1])
+    words = ["--data", str(folder), "--cache", str(tmp_path / "cache"), "--quick", "--device", "cpu"]
+    words += ["--channels", "4", "8", "--image-size", "32", "--batch-size", "4", "--benchmark", "1"]
+    assert main(words) == 0
+    names = sorted(METHODS.keys() - {"motion"})
+    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()[-len(names) :]) == names
 
 
 def test_the_benchmark_of_both_scripts(phantom_folder, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """Weights for nnU-Net v2: names and shapes against golden ones; and, where nnunetv2 is installed, loaded by
 its own loader into the network that its own plan builds. To run these, in an environment of their own:
-pip install -r requirements.txt nnunetv2 && python -m pytest tests/test_nnunet.py -rs
+pip install -r requirements.txt nnunetv2 && python -m pytest tests/weights/test_nnunet.py -rs
 """
 
 import json
