@@ -126,9 +126,9 @@ def test_label_maps_of_two_data_sets_keep_apart(write_mnms, beating, tmp_path):
     cines = store.build(subjects, tmp_path / "cache", labels=True)
     scoring.score(predicting(cines), cines, phases="both", save=tmp_path / "maps")
     shapes = {p.name: nibabel.load(p).shape[:2] for p in (tmp_path / "maps").iterdir()}
-    assert set(shapes) == {"folder__A.nii.gz", "mnms__A.nii.gz"}
+    assert set(shapes) == {"folder__A_labels.nii.gz", "mnms__A_labels.nii.gz"}
     for subject, record in zip(cines.subjects, cines.cines, strict=True):
-        name = f"{subject.key.replace('/', '__')}.nii.gz"
+        name = f"{subject.key.replace('/', '__')}_labels.nii.gz"
         assert sorted(shapes[name]) == sorted(record.shape[2:])
 
 
