@@ -203,7 +203,7 @@ def write_tables(args: argparse.Namespace) -> None:
         print(f"{len(runs[0].subjects)} test subjects\n")
         print("\n\n".join(table.markdown() for table in tables) + "\n")
     if commands:
-        print("the runs that are missing:\n" + "\n".join(commands) + "\n")
+        print("the paper's runs that are missing:\n" + "\n".join(commands) + "\n")
     print(f"written: {out}/*.csv, commands.sh" + ", learning_curves.png" * bool(curves))
 
 

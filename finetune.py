@@ -11,6 +11,7 @@ from cmrssp.data.batches import Batches, Slices
 from cmrssp.errors import UserError
 from cmrssp.evaluation import label_maps
 from cmrssp.evaluation.validation import mean_dice, undetected
+from cmrssp.files import hashed
 from cmrssp.hardware import distributed
 from cmrssp.segmentation import Segmentation
 from cmrssp.ssp import METHODS
@@ -60,9 +61,10 @@ def parse(argv: Sequence[str] | None):
         decided = {**start.finetuning, **checkpoint.network}
     flags.set_defaults(parser, argv, Segmentation, run, **decided)
     args = parser.parse_args(argv)
-    for flag in ("--predicted-weight", "--predicted-share"):
-        if flags.typed(argv, flag) and not args.predicted:
-            parser.error(f"{flag} needs --predicted")
+    needed = dict.fromkeys(("--predicted-weight", "--predicted-share"), "predicted") | {"--transfer": "init"}
+    for flag, other in needed.items():
+        if flags.typed(argv, flag) and not getattr(args, other):
+            parser.error(f"{flag} needs --{other}")
     if args.predicted and args.phases != "both":
         parser.error(f"--phases {args.phases}: not with --predicted, whose label maps are of all phases")
     flags.refuse_changes(parser, args, argv, run)
@@ -96,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = splits.subset(labelled, len(labelled) if args.n_subjects is None else args.n_subjects, args.seed)
     predicted: dict[str, list[int]] = {}
     if maps:
-        others = of_vendors(cines, [key for key in split["train"] if key not in chosen], args.vendors)
+        images = cines.digests()
+        true = {images[key] for key in chosen}
+        others = of_vendors(cines, [key for key in split["train"] if images[key] not in true], args.vendors)
         with distributed.main_first():
             cines, predicted = maps.attach(cines, others, args.cache, skip_broken=args.skip_broken)
         print(f"predicted labels: of {len(predicted)} of {len(others)} other training subjects")
@@ -130,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     provenance = {"subjects": chosen, "phases": args.phases, "vendors": args.vendors}
     own_list = args.labelled or splits.published_subset(split)
     provenance["all_subjects"] = len(chosen) == len(labelled) and not own_list
-    provenance["labels"] = cines.digests([*chosen, *predicted, *validated], labels=True)
+    labels = cines.digests([*chosen, *predicted, *validated], labels=True)
+    provenance["labels"] = labels | {key: hashed(labels[key] + str(predicted[key])) for key in predicted}
     provenance["predicted"] = list(predicted)
     provenance["teachers"] = [teacher.provenance for teacher in maps.teachers] if maps else []
     provenance["predicting"] = maps.options if maps else {}

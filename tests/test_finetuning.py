@@ -208,6 +208,7 @@ def test_the_transfer_is_in_args_json(pretrained, tmp_path, capsys):
     theirs = torch.load(run / "unet.pt", weights_only=True)["state_dict"]
     assert len(theirs) == 24 and all(torch.equal(content["state_dict"][k], v) for k, v in theirs.items())
     assert content["provenance"]["hyperparameters"]["freeze_encoder"] == 5
+    assert content["provenance"]["hyperparameters"]["transfer"] == "all"
     assert content["provenance"]["hyperparameters"]["augment"] is True
     assert finetune.main(["--init", str(run), *words, *common]) == 0  # the same command, as after a requeue
     assert "already finished" in capsys.readouterr().out

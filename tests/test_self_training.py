@@ -71,6 +71,17 @@ def test_weights_have_a_mean_of_1(loader):
     assert batch["weight"].numpy() == pytest.approx(expected)
 
 
+def test_a_predicted_slice_weighs_what_was_asked_in_every_batch(loader):
+    """Of 15 slices 3 weigh 1/2: the mean is 9/10, also where a batch has other parts of them."""
+    batches = loader(predicted_weight=0.5)
+    counts = set()
+    for batch in batches.epochs(0, 8):
+        predicted = batch["subject"] == 1
+        counts.add(int(predicted.sum()))
+        assert batch["weight"].numpy() == pytest.approx(np.where(predicted, 5 / 9, 10 / 9))
+    assert len(counts) > 1
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -164,6 +175,13 @@ def test_maps_of_a_network_that_was_trained_on_a_held_out_subject_are_refused(ma
     write(subjects=[split[part][0]])
     with pytest.raises(UserError, match=split[part][0]):
         train()
+    file = Path("maps/predictions.json")  # so are those of several networks, if it is one of them
+    content = json.loads(file.read_text())
+    innocent = json.loads(json.dumps(content["networks"][0]))
+    innocent["provenance"]["subjects"] = split["train"][:1]
+    file.write_text(json.dumps({**content, "networks": [innocent, *content["networks"]]}))
+    with pytest.raises(UserError, match=split[part][0]):
+        train()
 
 
 @pytest.mark.parametrize("kind", ["subjects", "predicted"])
@@ -201,10 +219,11 @@ def test_a_map_that_is_gone_is_refused(maps, tmp_path):
         train()
 
 
-def test_a_weight_needs_maps(capsys):
+@pytest.mark.parametrize(("flag", "value"), [("--predicted-weight", "2"), ("--transfer", "encoder")])
+def test_a_weight_needs_maps_and_a_transfer_a_checkpoint(flag, value, capsys):
     with pytest.raises(SystemExit):
-        finetune.main(["--predicted-weight", "2"])
-    assert "--predicted-weight" in capsys.readouterr().err
+        finetune.main([flag, value])
+    assert flag in capsys.readouterr().err
 
 
 def test_a_stopped_student_goes_on_to_the_same_bits(maps, tmp_path, monkeypatch):
@@ -217,6 +236,40 @@ def test_a_stopped_student_goes_on_to_the_same_bits(maps, tmp_path, monkeypatch)
             train(*words, out="broken")
     assert finetune.main(["--resume", "broken"]) == 0
     assert_same(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_student_does_not_go_on_with_other_good_frames(maps, monkeypatch):
+    cines, _, write = maps
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "Batches", partial(Interrupting, at=(0, 2)))
+        with pytest.raises(Stopped):
+            train(out="broken")
+    pairs = zip(cines.subjects, cines.cines, cines.labels, strict=True)
+    write({s.file_name: {"digest": cine.digest, "frames": [labels.es]} for s, cine, labels in pairs})
+    with pytest.raises(UserError, match="labels"):
+        finetune.main(["--resume", "broken"])
+
+
+def test_a_copy_of_a_labelled_cine_gets_no_predicted_labels(write_mnms, beating, tmp_path, monkeypatch):
+    """B is A without labels."""
+    write_mnms("A", *beating(0))
+    write_mnms("B", beating(0)[0])
+    folder = write_mnms("C", beating(1)[0])
+    subjects, _ = dataset.find([str(folder)], tmp_path)
+    cines = store.build(subjects, tmp_path / "cache", labels=False)
+    (tmp_path / "maps").mkdir()
+    for subject in subjects:
+        shutil.copy(folder / "A_sa_gt.nii.gz", tmp_path / "maps" / f"{subject.file_name}{dataset.PREDICTED}")
+    pairs = zip(subjects, cines.cines, strict=True)
+    found = {s.file_name: {"digest": cine.digest, "frames": [0, 2]} for s, cine in pairs}
+    split = {"train": [s.key for s in subjects], "validation": [], "test": []}
+    origin = {"data": [str(folder)], "split": split, "split_seed": 0, "seed": 0, "subjects": ["mnms/A"]}
+    teacher = Checkpoint(Path("unet.pt"), {}, CONFIG, Provenance(method="segmentation", **origin))
+    label_maps.write(tmp_path / "maps", found, [teacher], {})
+    words = ["--predicted", "maps", "--cache", "cache", *TINY, "--batch-size", "4", "--out", "student"]
+    monkeypatch.chdir(tmp_path)
+    assert finetune.main(words) == 0
+    assert checkpoints.load("student").provenance.predicted == ["mnms/C"]
 
 
 def test_the_phases_of_maps_are_unknown(maps, capsys):
@@ -246,6 +299,5 @@ def test_a_list_of_labelled_subjects_that_names_none_is_refused(maps, tmp_path):
 
 def test_what_was_known_of_label_maps_is_forgotten_before_new_ones(maps, tmp_path):
     label_maps.forget(tmp_path / "maps")
-    label_maps.forget(tmp_path / "maps")  # nothing is left to forget
     with pytest.raises(UserError, match=r"predictions\.json"):
         train()

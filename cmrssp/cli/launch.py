@@ -58,6 +58,7 @@ def launch(
         benchmark.run(method, batches, settings, args.benchmark)
         return None
     used = [*flags.OPTIMISATION, *flags.parameters(type(method))]
+    used += ["transfer"] if vars(args).get("init") else []
     used += ["predicted_weight", "predicted_share"] if vars(args).get("predicted") else []
     hyperparameters = {flag: getattr(args, flag) for flag in used}
     hyperparameters |= {"amp": settings.amp, "batch_size": batches.batch_size}  # can be less than asked for

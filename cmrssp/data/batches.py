@@ -109,6 +109,8 @@ class Batches:
             raise UserError(
                 f"--predicted-share {predicted_share:g}: expected a part of each batch, got {got}"
             )
+        part = self.num_predicted / self.batch_size or 1 - slices.first_predicted / len(slices)
+        self.mean_weight = 1 + part * (predicted_weight - 1)  # of an epoch's slices
         self.on_device: DeviceCache | None = None
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -166,9 +168,9 @@ class Batches:
                 batch = {**describe(self.store, places), **self.on_device.starts(mine)}
             else:
                 batch = collate(self.store, places, labelled=self.labelled, motion=self.motion)
-            if self.predicted_weight != 1:  # the mean over all ranks is 1
-                weight = self._weight(mine) / self._weight(part).mean()
-                batch["weight"] = torch.from_numpy(weight.astype(np.float32))
+            if self.predicted_weight != 1:
+                weight = np.where(mine < self.slices.first_predicted, 1.0, self.predicted_weight)
+                batch["weight"] = torch.from_numpy((weight / self.mean_weight).astype(np.float32))
             shape = padded(batch["size"].tolist())
             if self.copies is None:
                 return batch, shape, None
@@ -184,9 +186,6 @@ class Batches:
                 for value in batch.values():
                     value.record_stream(now)
             yield self.on_device.fill(batch, shape) if self.on_device else batch
-
-    def _weight(self, numbers: np.ndarray) -> np.ndarray:
-        return np.where(numbers < self.slices.first_predicted, 1.0, self.predicted_weight)
 
 
 def padded(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -11,13 +11,13 @@ from cmrssp.data import phantom
 from cmrssp.data.layouts import acdc, dicom, folder, mnms, mnms2
 from cmrssp.data.subject import LEFT_OUT, Problem, Subject, listed
 from cmrssp.errors import UserError
-from cmrssp.files import below, check_writable
+from cmrssp.files import below, check_writable, json_object
 
 PHANTOM = "phantom"
 LABEL_SUFFIX = "_gt"  # of the label files in a plain folder
 PREDICTED = "_labels.nii.gz"  # a network's label map is named like its cine, with this behind
 PREDICTIONS = "predictions.json"  # beside the label maps of evaluate.py --predict
-_MADE_BY = (PREDICTIONS, "../summary.json")  # the latter for --save-predictions
+_NETWORKS = {PREDICTIONS: "networks", "../summary.json": "checkpoints"}  # of --predict, --save-predictions
 _PHANTOM_VERSION = 3  # in the folder's name: the phantom of another version is written beside it
 
 
@@ -63,7 +63,8 @@ def _in_folder(
         raise FileNotFoundError(f"--data {path}: no such folder; give the cines' folder, or '{PHANTOM}'")
     files = below(root, suffixes, skip=cache)
     maps = {f for f in files if f.name.endswith(PREDICTED)}
-    maps = {f for f in maps if any((f.parent / name).is_file() for name in _MADE_BY)}
+    made_here = {folder for folder in {f.parent for f in maps} if _of_a_network(folder)}
+    maps = {f for f in maps if f.parent in made_here}
     files = sorted(set(files) - maps)
     found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
     known = [layout for layout, (subjects, _) in found.items() if subjects]
@@ -96,6 +97,11 @@ def _in_folder(
         what = f"files that are not named as in the layouts found beside them: {listed(strangers)}"
         problems.append(Problem("", "", what, LEFT_OUT))
     return subjects, problems
+
+
+def _of_a_network(folder: Path) -> bool:
+    """Whether a network of ours predicted the folder's label maps."""
+    return any(key in json_object(folder / name) for name, key in _NETWORKS.items())
 
 
 def absolute(paths: Sequence[str]) -> list[str]:

@@ -365,6 +365,17 @@ def test_labels_with_another_suffix_are_no_cines(plain, tmp_path):
         dataset.find([str(plain[0])], tmp_path)
 
 
+def test_labels_beside_a_stranger_s_summary_are_labels(tmp_path, beating):
+    """Label maps of a network have the same names, and summary.json or predictions.json of ours."""
+    cine, labels = beating(1)
+    save(tmp_path / "cines" / "a.nii.gz", cine)
+    save(tmp_path / "cines" / "a_labels.nii.gz", labels)
+    for place in ("summary.json", "cines/predictions.json"):
+        (tmp_path / place).write_text('{"subjects": 1}')
+    (subject,), problems = dataset.find([str(tmp_path / "cines")], tmp_path, "_labels")
+    assert [file.path.name for file in subject.labels] == ["a_labels.nii.gz"] and not problems
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
