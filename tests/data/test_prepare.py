@@ -1,5 +1,6 @@
 """What both training scripts and evaluation do before their first batch."""
 
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -46,6 +47,12 @@ def test_images_of_all_parts(four, capsys):
     assert [s.id for s in prepared.cines.subjects] == list("ABCD") and prepared.cines.labels is None
     assert prepared.digests.keys() == {"mnms/A", "mnms/B", "mnms/C", "mnms/D"}
     assert "cines: 4 subjects" in capsys.readouterr().out
+
+
+def test_a_copy_of_a_test_subject_does_not_train(four):
+    shutil.copy(four.folder / "D_sa.nii.gz", four.folder / "B_sa.nii.gz")
+    prepared = four()
+    assert prepared.split == {"train": ["mnms/A"], "validation": ["mnms/C"], "test": ["mnms/D"]}
 
 
 def test_labels_of_some_parts(four):
