@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None):
         decided = {**start.finetuning, **checkpoint.network}
     flags.set_defaults(parser, argv, Segmentation, run, **decided)
     args = parser.parse_args(argv)
-    needed = dict.fromkeys(("--predicted-weight", "--predicted-share"), "predicted") | {"--transfer": "init"}
+    needed = {"--transfer": "init", "--predicted-weight": "predicted", "--predicted-share": "predicted"}
     for flag, other in needed.items():
         if flags.typed(argv, flag) and not getattr(args, other):
             parser.error(f"{flag} needs --{other}")

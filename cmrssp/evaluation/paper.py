@@ -68,9 +68,9 @@ def tables(runs: Sequence[Evaluated]) -> list[Table]:
                     rows.append([arm.label, name, *map(_bold, ours, none)])
         return rows
 
-    own = {run.arm.n_subjects for run in runs if run.arm.in_table_1} - set(SUBSETS)
+    numbers = {*SUBSETS, *(run.arm.n_subjects for run in runs if run.arm.in_table_1)} - {None}
     by_subset = []
-    for n in (None, *sorted({*own, *SUBSETS[1:]}, reverse=True)):
+    for n in (None, *sorted(numbers, reverse=True)):
         none, *ours = (cell(replace(arm, n_subjects=n)) for arm in columns)
         largest = max(map(_printed, ours), key=np.nan_to_num)
         bold = [_bold(each, none) if _printed(each) == largest else each for each in ours]

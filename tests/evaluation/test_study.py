@@ -291,6 +291,12 @@ def test_what_cannot_be_read_is_named_and_skipped(tmp_path, capsys, file, old, n
     assert re.search(message, out[len(start) :])
 
 
+def test_a_run_that_no_table_has_is_said(tmp_path, capsys):
+    run = made(tmp_path / "run", 0.8, pretraining="mim", n_subjects=12, phases="ed")
+    assert [each.folder for each in study.collect(tmp_path)] == [run]
+    assert capsys.readouterr().out.startswith(f"in no table: {run}")
+
+
 def test_other_splits_are_not_read(tmp_path, capsys):
     (tmp_path / "run" / "evaluation-validation").mkdir(parents=True)
     (tmp_path / "run" / "evaluation-validation" / "summary.json").write_text("{")
