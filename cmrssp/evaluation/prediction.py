@@ -114,8 +114,7 @@ def predict(
         row |= {"severity": max(severities, default=0), "flags": "; ".join(what for _, what in found)}
         with noting_errors():
             write_labels(Path(f"{stem}{dataset.PREDICTED}"), labels, record.geometry, cine_image(subject))
-            doubtful = severities & {_NOT_MEASURED, _IMPLAUSIBLE}
-            good = [] if doubtful else good_frames(labels, ml, record.sound_frames)
+            good = good_frames(labels, ml, record.sound_frames, severities)
             entry = {"digest": record.digest, "frames": good}
         with noting_errors():
             cases = [(0, t, f"{subject.id}, {phase}, frame {t}", labels[t]) for phase, t in phases.items()]
@@ -132,8 +131,14 @@ def predict(
     return row, entry
 
 
-def good_frames(labels: np.ndarray, ml: dict[str, np.ndarray], sound: Collection[int]) -> list[int]:
-    """The `sound` frames of label maps (T, Z, H, W) with all classes, no jump, and an enclosed LV cavity."""
+def good_frames(
+    labels: np.ndarray, ml: dict[str, np.ndarray], sound: Collection[int], severities: Collection[int]
+) -> list[int]:
+    """The `sound` frames of label maps (T, Z, H, W) with all classes, no jump, and an enclosed LV cavity;
+    none if the severity of a flag says that the cine was not measured or is implausible.
+    """
+    if not {_NOT_MEASURED, _IMPLAUSIBLE}.isdisjoint(severities):
+        return []
     whole = [t for t in sorted(sound) if all(ml[name][t] > 0 for name in CLASSES)]
     odd = {*jumps(ml["LV"], sound), *jumps(ml["RV"], sound)}
     return [t for t in whole if t not in odd and _open_part(labels[t : t + 1]) <= _OPEN]

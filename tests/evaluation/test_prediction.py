@@ -104,8 +104,10 @@ def test_frames_that_look_wrong_are_not_trained_on():
     labels[1][labels[1] == 3] = 0  # no RV
     labels[2, :, :, :30][labels[2, :, :, :30] == 2] = 0  # half of the cavity lies open
     volumes = {n: (labels == i).sum(axis=(1, 2, 3)) * 1.0 for i, n in enumerate(("LV", "MYO", "RV"), 1)}
-    assert prediction.good_frames(labels, volumes, range(6)) == [0, 3, 4, 5]
-    assert prediction.good_frames(labels, volumes, [0, 4]) == [0, 4]
+    assert prediction.good_frames(labels, volumes, range(6), {1, 6}) == [0, 3, 4, 5]
+    assert prediction.good_frames(labels, volumes, [0, 4], ()) == [0, 4]
+    for doubtful in (7, 5):  # not measured, implausible
+        assert prediction.good_frames(labels, volumes, range(6), {doubtful, 1}) == []
 
 
 def flagged(labels: np.ndarray, one, reach: float = 80.0) -> list[str]:
