@@ -194,7 +194,8 @@ def compare(runs: Sequence[str], split: str) -> None:
 
 def write_tables(args: argparse.Namespace) -> None:
     runs, out = study.collect(args.tables), Path(args.out or args.tables / "tables")
-    tables, commands = paper.tables(runs), paper.missing(runs, args.tables, getattr(args, "data", ()))
+    given = {name: getattr(args, name) for name in ("data", "label_suffix") if hasattr(args, name)}
+    tables, commands = paper.tables(runs), paper.missing(runs, args.tables, **given)
     paper.write(tables, commands, out)
     curves = paper.learning_curves(runs)
     if curves:

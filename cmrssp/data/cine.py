@@ -32,7 +32,7 @@ class CineFacts:
     max: float
     time_step_s: float | None  # between frames
     heart_rate_per_min: float | None  # where the frames are one plausible beat
-    sound_frames: tuple[int, ...]  # in which ED and ES can be looked for: whole, and like their neighbours
+    sound_frames: tuple[int, ...]  # without a blank image, all if none is: ED and ES are looked for in these
     digest: str  # of the stored voxels: tells the same images under two names
     problems: tuple[Problem, ...]
 
@@ -85,7 +85,7 @@ def read_cine(subject: Subject) -> Cine:
         odd.append(("one frame where a cine has many: nothing moves, the crop is centred on the image", USED))
     if unscaled:
         minimum, scale = minimum * slope + intercept, scale / slope
-    deviation = temporal_deviation(stored)
+    deviation = temporal_deviation(stored[sound])  # a blank frame is no motion
     return Cine(
         stored=stored,
         motion=motion_map(deviation, geometry.spacing_mm),

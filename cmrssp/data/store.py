@@ -23,7 +23,7 @@ from cmrssp.files import atomic, check_writable, hashed, sweep
 from cmrssp.hardware import distributed
 from cmrssp.hardware.device import available_cores
 
-_FORMAT = 10  # in the hash of the files' names
+_FORMAT = 11  # in the hash of the files' names
 
 
 @dataclass(frozen=True, kw_only=True)

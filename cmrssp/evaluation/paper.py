@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cmrssp.data import dataset
 from cmrssp.data.subject import CLASSES
 from cmrssp.evaluation import stats
 from cmrssp.evaluation.study import BEST, LABELS, SCRATCH, SUBSETS, VENDORS, Arm, Evaluated, arms
@@ -150,22 +151,29 @@ def write(made: Sequence[Table], commands: Sequence[str], folder: Path) -> None:
         file.write("".join(f"{command}\n" for command in commands).encode())
 
 
-def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ()) -> list[str]:
+def missing(
+    runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = (), label_suffix: str | None = None
+) -> list[str]:
     """The commands that bring every cell to three seeds: the pretrainings first, then one line for the
-    fine-tuning and evaluation of each missing seed, as long and with the learning rate, transfer and batch
-    size of the seeds that are there. Split, --quick and, without `data`, the data are those of the newest
-    run; without one DATA, for the reader to replace.
+    fine-tuning and evaluation of each missing seed, as long and with the learning rate, transfer, list of
+    labelled subjects and batch size of the seeds that are there. Split, --quick and, without `data`, the data
+    are those of the newest run; without one DATA, for the reader to replace.
     """
     newest = sorted(runs, key=lambda run: run.written_ns, reverse=True)
     model = next((run for run in newest if run.args.get("data")), None)
     args = model.args if model else {}
     source = ["--data", *(data or args.get("data", ["DATA"]))]
-    source += [f"--label-suffix={args['label_suffix']}"] if args.get("label_suffix") else []
+    suffix = label_suffix or args.get("label_suffix")
+    source += [f"--label-suffix={suffix}"] if suffix else []
     source += ["--split-file", str(model.folder / "split.json")] if model and not data else []
     skip = ["--skip-broken"] * args.get("skip_broken", False)
     common = skip + ["--quick"] * args.get("quick", False)
-    start = {method: ["--init", run] for method, run in _pretrained(newest, runs_dir).items()}
-    start[SCRATCH] = source
+    wanted, start = dataset.absolute(data) or args.get("data"), {SCRATCH: source}
+    for method, run in _pretrained(newest, runs_dir).items():
+        folder = Path(run).expanduser()
+        pretrained_on = json_object((folder if folder.is_dir() else folder.parent) / "args.json").get("data")
+        elsewhere = wanted and pretrained_on not in (None, wanted)
+        start[method] = ["--init", run, *(source if elsewhere else [])]
     most = max((run.n_subjects for run in runs if run.arm.n_subjects is None), default=math.inf)
     pretrainings, others = [], []
     for seed in SEEDS:
@@ -181,8 +189,8 @@ def missing(runs: Sequence[Evaluated], runs_dir: Path, data: Sequence[str] = ())
                 pretrainings.append(shlex.join(["python", "train_ssp.py", *flags, "--resume", "auto"]))
             out = str(runs_dir / f"{name}-seed{seed}")
             like = next((run.args for run in newest if run.arm == arm), {})  # another seed, if there is one
-            same = [f"--{flag}={like[flag]}" for flag in ("epochs", "lr", "transfer") if flag in like]
-            same += [f"--batch-size={like['batch_size']}"] if like.get("batch_size") else []
+            names = ["epochs", "lr", *["transfer"] * (method != SCRATCH), "labelled", "batch_size"]
+            same = [f"--{name.replace('_', '-')}={like[name]}" for name in names if like.get(name)]
             flags = [*start[method], *changes, *same, *common, "--seed", str(seed), "--out", out]
             flags += ["--resume", "auto"]
             score = ["python", "evaluate.py", "--split", "test", "--checkpoint", out, *skip]

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Raises UserError, and OSError for what cannot be read or written."""
     parser = entry.Parser(prog=PROG, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="show|export")
-    what = "what a checkpoint is, which subjects it has seen, what transfers where"
+    what = "what a checkpoint is, how many subjects it has seen, what transfers where"
     file = "unet.pt, last.pt, a run folder, or a file exported from one"
     commands.add_parser("show", help=what).add_argument("file", metavar="FILE", help=file)
     export = commands.add_parser("export", help="write the weights for another program")

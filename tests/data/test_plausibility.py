@@ -175,6 +175,9 @@ def test_a_constant_frame_is_not_sound(read):
     cine, problems = read(array)
     assert cine.sound_frames == tuple(range(7)) and cine.measurable
     assert done(problems) == {USED}
+    shorter, _ = read(array[..., :7])
+    assert cine.centre == pytest.approx(shorter.centre, abs=1e-3)  # what went blank has not moved
+    np.testing.assert_allclose(cine.motion, shorter.motion, atol=0.01)
 
 
 def test_frames_without_one_slice_are_not_sound(read):

@@ -332,6 +332,7 @@ def test_an_empty_folder_lacks_the_whole_study(tmp_path):
         f"python evaluate.py --split test --checkpoint {out}/scratch-all-seed0"
     )
     assert sum("--seed 2 " in line for line in every) == 35
+    assert "--data x --label-suffix=_seg " in paper.missing([], out, ["x"], "_seg")[0]
 
 
 def test_a_study_with_one_run_lacks_all_others(tmp_path):
@@ -364,12 +365,12 @@ def test_commands_take_the_data_of_the_newest_run(tmp_path):
     root = tmp_path / "my runs"
     run = made(root / "one", 0.8, pretraining="scratch", n_subjects=15)
     args = {"data": ["/data/M&Ms", "x"], "quick": True, "skip_broken": True, "label_suffix": "_seg"}
-    recipe = {"kind": "fine-tuning", "epochs": 80, "lr": 0.01, "transfer": "encoder"}
+    recipe = {"kind": "fine-tuning", "epochs": 80, "lr": 0.01, "transfer": "all", "labelled": "ten.json"}
     (run / "args.json").write_text(json.dumps(args | recipe))
     (run / "split.json").write_text("{}")
     runs = study.collect(root)
     for words in commands(runs, root, "finetune.py", "15"):  # the other seeds of this run, and other arms
-        like = ["--epochs=80", "--lr=0.01", "--transfer=encoder"] if words[0] == "--data" else []
+        like = ["--epochs=80", "--lr=0.01", "--labelled=ten.json"] if words[0] == "--data" else []
         assert [word for word in words if "=" in word and "suffix" not in word] == like
     data = ["--data", "/data/M&Ms", "x", "--label-suffix=_seg", "--split-file", str(run / "split.json")]
     assert commands(runs, root, "train_ssp.py", "pcl") == [
@@ -383,6 +384,21 @@ def test_commands_take_the_data_of_the_newest_run(tmp_path):
     assert score == ["--split", "test", "--checkpoint", out, "--skip-broken"]
     (typed,) = commands(runs, root, "train_ssp.py", "pcl", data=["y"])
     assert typed[2:4] == ["--data", "y"] and "--split-file" not in typed
+
+
+def test_commands_name_the_data_where_the_pretraining_had_others(tmp_path):
+    tuned = made(tmp_path / "one", 0.8, pretraining="mim", n_subjects=15)
+    (tmp_path / "mim").mkdir()
+    (tmp_path / "mim" / "args.json").write_text('{"kind": "pretraining", "method": "mim", "data": ["/x"]}')
+    init = ["--init", str(tmp_path / "mim")]
+    for data, source in (("/x", []), ("/y", ["--data", "/y", "--split-file", str(tuned / "split.json")])):
+        recipe = {"data": [data], "init": init[1], "transfer": "encoder", "lr": 0.01}
+        (tuned / "args.json").write_text(json.dumps(recipe))
+        (_, words) = commands(study.collect(tmp_path), tmp_path, "finetune.py", "15", *init)
+        assert words[: len(init + source) + 4] == [*init, *source, "--n-subjects", "15", "--lr=0.01",
+                                                   "--transfer=encoder"]  # fmt: skip
+    (_, words) = commands(study.collect(tmp_path), tmp_path, "finetune.py", "15", *init, data=["/x"])
+    assert "--data" not in words
 
 
 def test_commands_start_from_finished_pretrainings_with_the_same_test_subjects(tmp_path):
@@ -417,7 +433,8 @@ def test_the_scripts_understand_every_command(tmp_path, quick):
     root = tmp_path / "my runs"
     run = made(root / "one", 0.8, pretraining="scratch", n_subjects=15)
     if quick:
-        (run / "args.json").write_text('{"data": ["a b", "c"], "quick": true, "skip_broken": true}')
+        recipe = {"quick": True, "skip_broken": True, "epochs": 3, "lr": 0.01, "transfer": "all"}
+        (run / "args.json").write_text(json.dumps({"data": ["a b", "c"], **recipe}))
         (run / "split.json").write_text("{}")
     lines = [line for each in paper.missing(study.collect(root), root) for line in each.split(" && ")]
     config = {"channels": [4, 8], "image_size": 32, "spacing_mm": 6.0, "classes": None}
