@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(args.device)
     methods = [segmentation.restore(checkpoint).to(device) for checkpoint in trained]
     options = {"flips": args.flips, "largest_component": args.largest_component}
-    (predict if args.predict else score)(args, argv, trained, methods, device, options)
+    networks = (trained, methods, device, options)
+    predict(args, *networks) if args.predict else score(args, argv, *networks)
     return 0
 
 
@@ -157,11 +158,11 @@ def _short(paths: Iterable[str]) -> str:
     return hashed("\n".join(sorted(paths)))[:6]
 
 
-def predict(args, argv, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:
+def predict(args, trained: list[checkpoints.Checkpoint], methods: list, device, options: dict) -> None:
     """Segment new cines and write the results. Raises UserError at the end if anything failed for a cine."""
     out = Path(args.out or "predictions")
     check_writable("--out", out)
-    _, label_suffix = dataset.source({"label_suffix": trained[0].provenance.label_suffix, **vars(args)})
+    label_suffix = getattr(args, "label_suffix", trained[0].provenance.label_suffix)
     subjects = prediction.find(args.predict, args.cache, label_suffix, out)
     out.mkdir(parents=True, exist_ok=True)
     label_maps.forget(out)

@@ -31,7 +31,7 @@ def add_flags(parser: entry.Parser) -> None:
     add("--init", metavar="PATH", help=init)
     add("--transfer", choices=("all", "encoder"), default="all", help="parts of --init to take over")
     add("--n-subjects", type=int, metavar="N", help="labelled subjects, drawn by --seed (default: all)")
-    listed = "use true labels of the training subjects that this split file names alone"
+    listed = "use the true labels only of those training subjects that this split file names"
     add("--labelled", type=flags.absolute_path, metavar="FILE", help=listed)
     phases = "labelled frames to train on: end diastole, end systole, or every one (paper, table 2)"
     add("--phases", choices=("ed", "es", "both"), default="both", help=phases)
@@ -42,7 +42,7 @@ def add_flags(parser: entry.Parser) -> None:
     add("--predicted", type=flags.absolute_path, metavar="DIR", help=f"{maps}; {steps}")
     weight = "of a slice with predicted labels in the loss; one with true labels counts 1"
     add("--predicted-weight", type=positive(float), default=1.0, metavar="WEIGHT", help=weight)
-    share = "of each batch that are slices with predicted labels (default: every slice once an epoch)"
+    share = "part of each batch that has predicted labels (default: none, every slice comes once an epoch)"
     add("--predicted-share", type=fraction, metavar="PART", help=share)
     Segmentation.add_flags(group)
 
@@ -158,7 +158,7 @@ def candidates(cines: store.Store, keys: Sequence[str], args) -> list[str]:
     """The training subjects `keys` of the wanted vendors with labels of the wanted phases."""
     named = splits.read(args.labelled, "--labelled")["train"] if args.labelled else keys
     lost = len(set(named) - set(keys))
-    found = f"{len(named) - lost} of the {len(named)} subjects in its list train"
+    found = f"{len(named) - lost} of the {len(named)} subjects in its train list"
     if lost == len(named):
         expected = f"expected keys such as {keys[0]}"
         raise UserError(f"--labelled {args.labelled}: {found} are training subjects; {expected}")

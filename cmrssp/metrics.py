@@ -47,7 +47,7 @@ def surface_distances(
     two directed sets. hausdorff: the largest distance. hd95: the larger of the two directed 95th percentiles,
     interpolated linearly, as in MONAI (DeepMind weights voxels by area, MedPy pools the sets). assd: the mean
     of both sets pooled, as in MONAI and MedPy. A structure in only one map is `missed`: its distances are
-    NaN, and the columns `..._filled_mm`, which else repeat them, hold the diagonal of the image. A structure
+    NaN, and the columns `..._filled_mm`, which else repeat them, hold the diagonal of the volume. A structure
     in neither map is `absent`: all six are NaN.
     """
     found = int(prediction.any()) + int(reference.any())

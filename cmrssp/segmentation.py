@@ -120,7 +120,7 @@ def predict_frames(
 ) -> Iterator[np.ndarray]:
     """The label map (Z, H, W) uint8 of each of the cine `frames`, on the subject's canonical native grid.
     Averages the probabilities of several `methods`, all in evaluation mode, and with `flips` those of mirror
-    images. Voxels outside every crop are background. `largest_component`: keep that of each class alone.
+    images. Voxels outside every crop are background. `largest_component`: keep only that of each class.
     """
     _, slices, height, width = store.cines[subject].shape
     places = [(subject, frame, z) for frame in frames for z in range(slices)]

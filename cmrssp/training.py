@@ -47,19 +47,13 @@ class Step:
             nesterov=settings.nesterov,
             fused=True,
         )
-        self._begin_momentum()
+        # Every momentum starts at 0: the fused kernel would start from uninitialised memory if fp16 leaves
+        # out the first step, and it refuses a parameter that gets its first gradient later.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if settings.momentum else ():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.done = 0
-
-    def _begin_momentum(self) -> None:
-        """Give every parameter a momentum of 0. The fused kernel would start from uninitialised memory if
-        fp16 leaves out the first step, and it refuses a parameter that gets its first gradient later.
-        """
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"] if group["momentum"] else ():
-                state = self.optimizer.state[parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take `optimizer` and `scaler` from the content of a last.pt."""

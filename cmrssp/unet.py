@@ -48,8 +48,8 @@ class Stage(nn.Sequential):
 
 def _normalised(conv: nn.Conv2d, norm: nn.Module, image: Tensor) -> Tensor:
     """norm(conv(image)), without the two passes over the features that add a bias and sum up its gradient.
-    The norm subtracts each channel's mean, and so the bias. It enters only the running mean of batch norm,
-    and with fixed statistics (evaluation, a frozen encoder) the norm's own bias.
+    The norm subtracts each channel's mean, and the bias with it. So the bias enters only the running mean of
+    batch norm, and with fixed statistics (evaluation, a frozen encoder) the norm's own bias.
     """
     features = _convolved(conv, image)
     if isinstance(norm, nn.InstanceNorm2d):
@@ -78,9 +78,9 @@ def _convolved(conv: nn.Conv2d, image: Tensor) -> Tensor:
 
 
 class _WithoutEffect(torch.autograd.Function):
-    """(features, biases) -> the features. To the biases' gradient it adds 0, so that it is not None where a
-    norm takes them out: SGD's momentum and weight decay move them towards 0, which changes no output of
-    training (and hardly the running mean, which lags behind), and DDP sees them used.
+    """(features, biases) -> the features. Gives the biases a gradient of 0, not None, where a norm takes them
+    out. So SGD's momentum and weight decay move them towards 0, which changes no output of training (and
+    hardly the running mean, which lags behind), and DDP sees them used.
     """
 
     @staticmethod

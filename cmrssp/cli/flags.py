@@ -114,7 +114,7 @@ def add_training(parser: Parser, data: str) -> None:
     add("--weight-decay", type=at_least_0(float), default=1e-4, help="L2 penalty of SGD")
     precision = "mixed precision; fp16 needs a GPU (paper: off for PCL and fine-tuning)"
     add("--amp", choices=("fp16", "bf16", "off"), help=precision)
-    add("--validate-every", type=positive(int), metavar="N", help="epochs (default: 11 to 20 times a run)")
+    add("--validate-every", type=positive(int), metavar="N", help="epochs (default: at most 20 times a run)")
 
     add = add_output(parser, "runs/<method and data>")
     add("--quick", action="store_true", help="small network, small images, few epochs: minutes on a CPU")
@@ -199,9 +199,9 @@ def parameters(method: type[Method]) -> list[str]:
 def settings(args: Namespace, batches: Batches) -> Settings:
     """How to train on these batches; prints what `auto` and fp16 mean on their device."""
     device, slices = batches.device, args.epochs * len(batches) * batches.batch_size
-    choice = "off" if args.grad_checkpoint else args.compile
-    if choice != args.compile == "on":
+    if args.grad_checkpoint and args.compile == "on":
         print("compile: off, with --grad-checkpoint")
+    choice = "off" if args.grad_checkpoint else args.compile
     compile = resolve_compile(choice, device, norm=args.norm, num_slices=slices)
     args.nesterov = args.nesterov and args.momentum > 0  # torch refuses one without the other
     return Settings(

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,8 +74,7 @@ def launch(
     )
     state = run.go_on(origin.digests, origin.labels, batches.device) if run else None
     if not run:
-        again = args.resume == "auto"
-        run = Run(Path(distributed.from_main(lambda: str(Run.create(args.out, name, again=again).folder))))
+        run = distributed.from_main(lambda: Run.create(args.out, name, again=args.resume == "auto"))
         run.lock()
         print(f"run folder: {run.folder}")
         kind, device = "fine-tuning" if batches.labelled else "pretraining", str(batches.device)

@@ -25,9 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     subjects, problems = dataset.find(args.paths, args.cache, label_suffix)
     cines = store.build(subjects, args.cache, labels=True, skip_broken=True, quiet=True)
     print(quality.report(cines, problems))
-    if args.figure:
+    if args.figure and cines.subjects:
         figures.centre_sheet(cines, args.figure, quality.CROP_MM)
-        print(f"written: {args.figure}" if cines.subjects else "no figure: there is no subject to show")
+        print(f"written: {args.figure}")
+    elif args.figure:
+        print("no figure: there is no subject to show")
     return int(any(problem.done == LEFT_OUT for problem in quality.problems(cines, problems)))
 
 

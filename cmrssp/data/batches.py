@@ -93,7 +93,7 @@ class Batches:
         ranks = distributed.world_size()
         if batch_size % ranks:
             example = f"expected a multiple of {ranks}, for example {-(-batch_size // ranks) * ranks}"
-            raise UserError(f"--batch-size {batch_size}: is of all {ranks} processes together; {example}")
+            raise UserError(f"--batch-size {batch_size}: is shared by {ranks} processes; {example}")
         if len(slices) < ranks:
             kind = "slices of labelled frames" if labelled else "slices"
             each = f" for each of {ranks} processes" if ranks > 1 else " to train on"

@@ -32,9 +32,10 @@ def default_cache() -> Path:
 def find(
     paths: Sequence[str], cache: Path, label_suffix: str = LABEL_SUFFIX, *, ignore_split: bool = False
 ) -> tuple[list[Subject], list[Problem]]:
-    """The subjects of all data sets, sorted by key, and what is odd about their files. Opens tables and the
-    headers of DICOM files alone. `ignore_split`: without the splits of a subjects.csv. Raises
-    FileNotFoundError for a missing folder or one without cines, UserError for a subject found twice.
+    """The subjects of all data sets, sorted by key, and what is odd about their files. Opens no
+    image: tables, small JSON and the headers of DICOM files alone. `ignore_split`: without the splits of a
+    subjects.csv. Raises FileNotFoundError for a missing folder or one without cines, UserError for a subject
+    found twice.
     """
     found = [_in_folder(path, cache, label_suffix, ignore_split) for path in paths]
     subjects = sorted((s for members, _ in found for s in members), key=lambda s: s.key)
@@ -62,10 +63,9 @@ def _in_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"--data {path}: no such folder; give the cines' folder, or '{PHANTOM}'")
     files = below(root, suffixes, skip=cache)
-    maps = {f for f in files if f.name.endswith(PREDICTED)}
-    made_here = {folder for folder in {f.parent for f in maps} if _of_a_network(folder)}
-    maps = {f for f in maps if f.parent in made_here}
-    files = sorted(set(files) - maps)
+    holding = {f.parent for f in files if f.name.endswith(PREDICTED)}
+    predicted = {place for place in holding if _of_a_network(place)}
+    files = [f for f in files if not (f.parent in predicted and f.name.endswith(PREDICTED))]
     found = {layout: layout.subjects_among(files) for layout in (mnms, mnms2, acdc)}
     known = [layout for layout, (subjects, _) in found.items() if subjects]
     if not known:
@@ -83,7 +83,7 @@ def _in_folder(
     subjects = [s for members, _ in found.values() for s in members]
     problems = [p for _, odd in found.values() for p in odd]
     what = "label maps that a network predicted"
-    where = sorted({str(path.parent.relative_to(root)) for path in maps})
+    where = sorted(str(place.relative_to(root)) for place in predicted)
     problems += [Problem("", place, what, LEFT_OUT) for place in where]
     if not known:
         subjects, odd = folder.with_table(subjects, root, ignore_split=ignore_split)

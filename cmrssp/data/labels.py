@@ -52,8 +52,8 @@ class Labels(LabelFacts):
 def read_labels(subject: Subject, cine: CineFacts, stored: np.ndarray) -> Labels:
     """Read the label files of a subject whose `stored` cine is (T, Z, H, W). Raises BrokenSubject.
 
-    ED is the labelled frame with the largest LV blood pool, ES that with the smallest, whatever the table
-    says.
+    Of several labelled frames ED has the largest LV blood pool and ES the smallest, whatever the table says.
+    The table decides for a single frame, and where the pools are equal.
     """
     reader = _Reader(subject, cine, stored)
     for file in subject.labels:

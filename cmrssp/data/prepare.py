@@ -45,8 +45,9 @@ def prepare(
     With `labelled`, `Prepared.cines` holds these parts alone, with labels. The part `needed` must have a
     subject; `vendors` restricts it. With `everyone` it has all labelled subjects; else the split is that of
     `split_file`, else `inherited`, else drawn with `split_seed`. No checkpoint may have seen a subject of the
-    parts `held_out`; copies of them are not trained on. Raises UserError, FileNotFoundError for missing data,
-    BrokenSubject unless `skip_broken`.
+    parts `held_out`, or its images. Copies of a subject under other names stay in one part alone, test before
+    validation before train. Raises UserError, FileNotFoundError for missing data, BrokenSubject unless
+    `skip_broken`.
     """
     with distributed.main_first():
         subjects, problems = dataset.find(paths, cache, label_suffix)

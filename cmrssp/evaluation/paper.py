@@ -42,8 +42,8 @@ class Table:
 
 def tables(runs: Sequence[Evaluated]) -> list[Table]:
     """Tables 1 to 4, the comparison in section 3, and supplement B. A cell without a run is empty. Arms that
-    the paper does not have get their own columns and rows. Bold are, of the printed means, the largest of a
-    row in table 1 if above the baseline's, and in tables 2 and 3 those above that without pretraining.
+    the paper does not have get their own columns and rows. Bold, by the printed means: in table 1 the
+    largest of a row, if above the baseline's; in tables 2 and 3 all above that without pretraining.
     """
     baseline, best = Arm(SCRATCH), Arm(BEST)
     paper_arms = [Arm(method) for method in LABELS]

@@ -173,7 +173,7 @@ def origin(checkpoint: Checkpoint) -> dict[str, Any]:
     trainings = [each for each in link.contributions() if each.method == link.method]  # also of teachers
     same = ("all_subjects", "slices", "phases", "vendors", "augmentation", "seed")
     arm = {
-        "pretraining": list(link.history())[-1].method if link.init else "scratch",
+        "pretraining": link.history()[-1].method if link.init else "scratch",
         "n_subjects": len({key for each in trainings for key in each.subjects}),
         "predicted": bool(link.predicted),
         **{name: getattr(link, name) for name in same},

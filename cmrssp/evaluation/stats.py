@@ -15,7 +15,7 @@ _DECIMALS = 12  # so that differences with other rounding errors are ties
 
 def describe(values: Values) -> dict[str, float | int]:
     """mean, std (sample, ddof 1), median, percentile_5, number (measured) and missing; NaN if undefined."""
-    numbers = _numbers(values)
+    numbers = np.array([*values], float)  # NaN for None
     measured = numbers[~np.isnan(numbers)]
     some = measured if len(measured) else np.array([np.nan])
     return {
@@ -44,7 +44,7 @@ def per_subject(
 
 def bootstrap_interval(values: Values, resamples: int = 10_000) -> tuple[float, float]:
     """95 % percentile interval of the mean over subjects, from fixed draws; NaN for fewer than 2."""
-    numbers = _numbers(values)
+    numbers = np.array([*values], float)
     numbers = numbers[~np.isnan(numbers)]
     if len(numbers) < 2:
         return np.nan, np.nan
@@ -85,7 +85,7 @@ def bland_altman(measured: Values, reference: Values) -> dict[str, float | int]:
     """Agreement of pairs, as measured - reference: bias, lower and upper limit (bias ± 1.96 sample standard
     deviations), and number of measured pairs. Bland and Altman, Lancet 1986, i, 307-310.
     """
-    found = describe(_numbers(measured) - _numbers(reference))
+    found = describe(np.array([*measured], float) - np.array([*reference], float))
     bias, reach = found["mean"], 1.96 * found["std"]
     return {"bias": bias, "lower": bias - reach, "upper": bias + reach, "number": found["number"]}
 
@@ -110,7 +110,3 @@ def compare(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, fl
     for row, p_holm in zip(rows.values(), holm([row["p"] for row in rows.values()]), strict=True):
         row["p_holm"] = float(p_holm)
     return rows
-
-
-def _numbers(values: Values) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], float)

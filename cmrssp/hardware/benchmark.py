@@ -23,15 +23,6 @@ graphs, of the network alone):
     supervised 32 TF32                 1043   1065      1108     9130           2.76    7.4 GB
     supervised 32 fp16                 1958   2197      2435    10100           2.45    4.1 GB
 
-The H100 not compiled, before convolutions lost their bias and DINO made its crops at once:
-
-    SimCLR 224 fp16                    2292   2332      2459    59000           2.45   15.5 GB
-    PCL 64 TF32                        1076   1088      1131    14000           2.68    8.9 GB
-    DINO 64 fp16                        922    939      1073     3100           2.76    8.1 GB
-    MIM 128 fp16                       1760   1791      1873    32000           2.55   12.2 GB
-    supervised 32 TF32                  751    759       808    15700           2.78    6.5 GB
-    supervised 32 fp16                  980    949      1496    12000           4.0     3.5 GB
-
 `tests/hardware/nnunet_step.py` on the H100, fp16, 32 synthetic slices: nnU-Net's recipe, compiled, 918
 slices/s; ours with augmentation 2033 (2.22 times, in five rounds 2.09 to 2.24), not compiled 1054. Whole
 fine-tunings reached 1890 to 1940 slices/s there, in float32 980. Of the 15.75 ms of a compiled step (1.9

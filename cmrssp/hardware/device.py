@@ -88,8 +88,8 @@ def resolve_compile(choice: str, device: torch.device, *, norm: str, num_slices:
 
 
 def resolve_graph(choice: str, device: torch.device, *, compiled: bool) -> bool:
-    """Whether to replay the compiled networks as CUDA graphs: the host launches a graph at once, and its
-    kernels one by one could take longer than the GPU needs to run them.
+    """Whether to replay the compiled networks as CUDA graphs: a graph is one launch; its kernels one by
+    one can take the host longer than the GPU needs to run them.
     """
     if choice == "off" or device.type != "cuda" or not compiled:
         return False

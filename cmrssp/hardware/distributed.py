@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=4 train_ssp.py --method simclr --data DIR
 
 With one process every function returns what it was given, and torch.distributed is not started. Only rank 0
-prints, and writes what is of all ranks. A collective (gather, mean, maximum) fails after `_TIMEOUT`, so that
+prints, and writes what all ranks share. A collective (gather, mean, maximum) fails after `_TIMEOUT`, so that
 no run hangs. A barrier waits as long as another rank works, and fails when a rank has failed.
 """
 

@@ -76,16 +76,12 @@ def curves(records: Sequence[dict], path: Path) -> None:
 
 def centre_sheet(store: Store, path: Path, crop_mm: float) -> None:
     """A middle slice of every subject on one scale, with crop centre, crop square and box of the labels."""
-    count = len(store.subjects)
-    if not count:
-        return
-    columns = min(10, count)
-    rows, side = -(-count // columns), 1.2 * crop_mm  # of a subject's cell: a little more than the crop
+    columns = min(10, len(store.subjects))
+    rows, side = -(-len(store.subjects) // columns), 1.2 * crop_mm  # of a cell: a little more than the crop
     figure = Figure(figsize=(max(1.3 * columns, 5), 1.3 * rows + 0.4), layout="constrained")
     axis = figure.subplots()
-    for i, (subject, cine) in enumerate(zip(store.subjects, store.cines, strict=True)):
-        labels = store.labels[i] if store.labels else None
-        image = store.slice(i, labels.ed or 0 if labels else 0, cine.shape[1] // 2)
+    for i, (subject, cine, labels) in enumerate(zip(store.subjects, store.cines, store.labels, strict=True)):
+        image = store.slice(i, labels.ed or 0, cine.shape[1] // 2)
         corner, spacing = side * np.array(divmod(i, columns)), np.array(cine.geometry.spacing_mm)
         middle = corner + side / 2
         origin = middle - spacing * cine.centre  # of the image: the middle of its first pixel, on the sheet
@@ -94,7 +90,7 @@ def centre_sheet(store: Store, path: Path, crop_mm: float) -> None:
         shown = axis.imshow(image, cmap="gray", vmin=0, vmax=brightest, extent=(left, right, bottom, top))
         shown.set_clip_path(Rectangle(corner[::-1], side, side, transform=axis.transData))
         _draw_box(axis, middle - crop_mm / 2, middle + crop_mm / 2, ORANGE)
-        if labels and labels.box:
+        if labels.box:
             first, last = np.array(labels.box, float).reshape(2, 2).T
             _draw_box(axis, origin + spacing * first, origin + spacing * last, BLUE)
         axis.plot(middle[1], middle[0], "+", color=ORANGE, markersize=6)

@@ -116,10 +116,6 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "unet.pt").is_file()
 
-    @property
-    def saved(self) -> bool:
-        return self.finished or (self.folder / "last.pt").is_file()
-
     def log(self, record: dict[str, Any]) -> None:
         """Append one JSON line in one write."""
         if distributed.is_main():
@@ -151,7 +147,8 @@ def find(resume: str | None, out: str | None, kind: str) -> Run | None:
         raise UserError("--resume auto: needs --out, the folder of the run")
     run = Run(Path(out if auto else resume).expanduser())
     started = all((run.folder / name).is_file() for name in ("args.json", "split.json"))
-    if auto and not (started and run.saved):
+    saved = run.finished or (run.folder / "last.pt").is_file()
+    if auto and not (started and saved):
         return None
     if not started:
         raise UserError(f"--resume {run.folder}: expected the folder of a run, with args.json and split.json")

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from cmrssp.data.batches import Batches
+from cmrssp.data.subject import listed
 from cmrssp.errors import UserError
 from cmrssp.hardware import distributed
 from cmrssp.runs.settings import Settings
@@ -112,8 +113,7 @@ class Progress:
         odd = ", ".join(f"{name} {value:g}" for name, value in row.items() if not math.isfinite(value))
         times = f", {self.in_a_row} times in a row (--max-skipped)" if self.settings.amp == "fp16" else ""
         where = f"epoch {self.epoch + 1}, step {self.done} of {self.steps}"
-        subjects = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        how = f"the batch holds slices of {subjects}. Try a smaller --lr; earlier checkpoints stay"
+        how = f"the batch holds slices of {listed(names)}. Try a smaller --lr; earlier checkpoints stay"
         raise UserError(f"{where}: not finite: {odd}{times}; {how}")
 
     def _estimate(self) -> None:

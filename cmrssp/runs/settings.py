@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a method is trained. Every value comes from the flag of the same name."""
+    """How a method is trained. Every value but `hint` comes from the flag of its name."""
 
     epochs: int
     lr: float

@@ -23,12 +23,10 @@ def effective_rank(features: torch.Tensor) -> float:
     return float(torch.special.entr(values / values.sum().clamp_min(1e-300)).sum().exp())
 
 
-def position_probe(
-    features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor, penalty: float = 1.0
-) -> float:
+def position_probe(features: torch.Tensor, position: torch.Tensor, subject: torch.Tensor) -> float:
     """Held-out R2 of a ridge regression from features (N, D) to slice positions (N,). Every second subject
     (N,) forms one half; each half predicts the other, and R2 is taken over both. Features are scaled by the
-    half that fits; the penalty is per sample. NaN positions are left out. NaN with fewer than two subjects.
+    half that fits; the penalty is 1 per sample. NaN positions are left out. NaN with fewer than two subjects.
     """
     known = ~position.isnan()
     x, y, subject = features[known].double(), position[known].double(), subject[known]
@@ -40,7 +38,7 @@ def position_probe(
         mean = x[fit].mean(dim=0)
         scale = x[fit].std(dim=0, correction=0).square().mean().sqrt().clamp_min(1e-12)
         a, b = (x[fit] - mean) / scale, (x[held] - mean) / scale
-        gram = a.T @ a + penalty * len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+        gram = a.T @ a + len(a) * torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
         weights = torch.linalg.solve(gram, a.T @ (y[fit] - y[fit].mean()))
         residual += (y[held] - y[fit].mean() - b @ weights).square().sum()
         total += (y[held] - y[held].mean()).square().sum()

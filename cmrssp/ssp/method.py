@@ -3,7 +3,7 @@
 To add a method, write one file here with one subclass of `Method` (`motion.py` is a short one) and list
 it in `__init__.py`. It sets the class variables and, in its constructor, `encoder`, the network to pretrain.
 It defines `outputs`, `forward` and `panels`, and others only if needed. A method that pretrains a whole U-Net
-is a `UNetMethod`, which sets its `unet` and has `outputs`.
+derives from `UNetMethod`, sets `unet` in place of `encoder`, and inherits `outputs`.
 
 The constructor has keyword-only arguments without defaults, each taken from the flag of that name (argparse's
 `dest`); `**options` go on to the class above. `forward` alone is called through DistributedDataParallel.
@@ -101,9 +101,9 @@ class Method(nn.Module):
         """Runs after the backward pass, before the optimiser's step."""
 
     def on_step_end(self, epoch: float) -> None:
-        """Runs once after each step, also if fp16's scaler left the update out because a gradient overflowed
-        (to know it the host would have to wait): a teacher goes on towards the unchanged student; any other
-        average must skip values that are not finite, on the device.
+        """Runs once after each step, also after one whose update fp16's scaler left out because a gradient
+        overflowed (to know which, the host would have to wait). So a teacher moves towards an unchanged
+        student, and any other average must skip values that are not finite, on the device.
         """
 
     def panels(self, views: Views) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from cmrssp.data.store import Store
+from cmrssp.data.subject import listed
 from cmrssp.losses import mse
 from cmrssp.ssp.method import NNUNETS_SGD, UNetMethod, Views
 from cmrssp.unet import UNet
@@ -35,10 +36,10 @@ class Motion(UNetMethod):
         self.unet = UNet(channels=channels, num_outputs=1, num_heads=len(channels) - 1, norm=norm)
 
     def usable(self, store: Store, keys: Sequence[str]) -> list[str]:
-        """The subjects whose cine has more than one frame; prints the others."""
+        """The subjects whose cine has more than one frame; prints who the others are."""
         still = [key for key in keys if store.cines[store.index[key]].shape[0] == 1]
         if still:
-            print(f"{len(still)} subjects left out, their cine has one frame: {', '.join(still)}")
+            print(f"{len(still)} subjects left out, their cine has one frame: {listed(still)}")
         return [key for key in keys if key not in still]
 
     def forward(self, views: Views, epoch: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -93,6 +93,7 @@ def test_what_is_odd_is_reported_worst_first(reported, write_mnms, beating, tmp_
 def test_hearts_far_from_the_crop(tmp_path, write_mnms, beating):
     """Labels in the corner of a large image: the middle beats at pixel 220 of 400, the labels end at 30."""
     cine = np.zeros((400, 400, 2, 2), np.int16)
+    cine[0, 0] = 1  # no frame is constant
     cine[218:223, 218:223, :, 1] = 99
     labels = np.zeros(cine.shape, np.uint8)
     labels[20:31, 215:226, :, 0] = 1

@@ -52,7 +52,7 @@ def topmost(
     files: Sequence[Path], key: str, cines: Mapping[str, Path], dataset: str, digits: int = 0
 ) -> tuple[Rows, list[Problem]]:
     """The topmost CSV with a column `key` (zeros up to `digits`), and how it differs from `cines`."""
-    for path in sorted((f for f in files if f.suffix == ".csv"), key=lambda f: (len(f.parts), f)):
+    for path in sorted((f for f in files if f.suffix.lower() == ".csv"), key=lambda f: (len(f.parts), f)):
         if (rows := read(path, key.lower())) is not None:
             by_subject = {row[key.lower()].zfill(digits): row for row in rows}
             named = {id: (f"{dataset}/{id}", file) for id, file in cines.items()}

@@ -71,7 +71,9 @@ def subjects_among(files: Sequence[Path], root: Path, cache: Path) -> tuple[list
 
 
 def _name(study: str, homes: dict[str, list[str]]) -> str:
-    """The id of a subject: as much of its path as it shares with no other study, or a hash."""
+    """The id of a subject: the shortest start of its path that no other study shares, else the path and a
+    hash; a hash alone where the path names a patient.
+    """
     home, others = homes[study], [parts for key, parts in homes.items() if key != study]
     hash = f"subject-{study[:8]}"
     size = next((k for k in range(2, len(home) + 1) if all(o[:k] != home[:k] for o in others)), 0)

@@ -72,7 +72,7 @@ class _Voxels:
 
 
 def assemble(scans: Sequence[Scan]) -> Stack:
-    """The stack of some scans: one a slice, the later one, with one number of frames."""
+    """The stack of some scans: the latest of each slice, all with one number of frames."""
     notes: list[Finding] = []
     slices = defaultdict(list)
     for scan, z in zip(scans, levels(scans).tolist(), strict=True):
