@@ -115,7 +115,7 @@ def mnms2(tmp_path_factory, beating):
                 save(folder / f"{code}_SA_{phase}.nii.gz", frames[phase])
             save(folder / f"{code}_SA_{phase}_gt.nii.gz", labels[..., frame])
     table(
-        root / "dataset_information.csv",
+        root / "Dataset_Information.CSV",
         "SUBJECT_CODE,DISEASE,VENDOR,SCANNER,FIELD",
         "1,NOR,SIEMENS,Avanto,1.5",
         "101,ARR,Philips Medical Systems,Achieva,3.0",
