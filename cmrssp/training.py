@@ -140,7 +140,11 @@ def train(
                 run.save(_state(method, step, progress, provenance, epoch + 1, 0))
                 requests.saved(request, run.folder, epoch + 1, 0)
     progress.close()
-    return transferable(method, replace(provenance, epochs=settings.epochs))
+    content = transferable(method, replace(provenance, epochs=settings.epochs))
+    content["state_dict"] = {
+        key: value.cpu() for key, value in content["state_dict"].items()
+    }  # loads anywhere
+    return content
 
 
 def transferable(method: Method, provenance: Provenance) -> dict[str, Any]:

@@ -179,3 +179,5 @@ def test_a_deterministic_run_goes_on_to_the_same_bits(phantom_folder, tmp_path, 
             script.main([*words, "--out", "broken"])
     assert script.main(["--resume", "broken"]) == 0
     assert_same(tmp_path / "whole", tmp_path / "broken")
+    weights = torch.load(tmp_path / "whole" / "unet.pt", weights_only=True)["state_dict"]
+    assert {value.device.type for value in weights.values()} == {"cpu"}  # loads on a machine without a GPU

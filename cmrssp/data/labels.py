@@ -96,7 +96,7 @@ class _Reader:
         for frame, mask in zip(frames, array, strict=False):
             if mask.any():
                 self.masks[frame] = mask
-                self.told |= {file.phase: frame} if file.phase else {}
+                self.told |= {file.phase: frame} if file.phase and len(array) == 1 else {}
 
     def _with_our_ids(self, path: Path) -> np.ndarray:
         """The voxels (frames, Z, H, W) of a label file as uint8 with our ids. Raises BrokenSubject."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from cmrssp.data import copies
 from cmrssp.data.store import Store
-from cmrssp.data.subject import DONE, LEFT_OUT, NOT_MEASURED, USED, Problem
+from cmrssp.data.subject import DONE, NOT_MEASURED, USED, Problem
 
 SQUARES_MM = (160.0, 200.0)  # sides of the squares in which whole hearts are looked for
 CROP_MM = 320.0  # what the network sees at the paper's settings
@@ -27,11 +27,13 @@ def problems(store: Store, found: Sequence[Problem]) -> list[Problem]:
 
 
 def summary(store: Store, found: Sequence[Problem]) -> str:
-    """What there is, its sizes, how much is odd; then files left out and cines that cannot be measured."""
+    """What there is, its sizes, how much is odd; then what is odd about no single subject, and which cines
+    cannot be measured.
+    """
     every = problems(store, found)
     more = "; python -m cmrssp.data lists them" if every else ""
     lines = [*_overview(store), _counted(every) + more]
-    lines += [str(p) for p in every if p.done == LEFT_OUT and not p.subject]
+    lines += [str(p) for p in every if not p.subject]
     if wrong := [p for p in every if p.done == NOT_MEASURED]:
         number = len({p.subject for p in wrong})
         lines.append(f"cines whose volumes would be wrong: {number}, the first is {wrong[0]}")

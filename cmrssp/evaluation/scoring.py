@@ -37,6 +37,7 @@ class Scores:
     rows: list[dict] = field(default_factory=list)  # one per subject, phase and class
     slices: list[dict] = field(default_factory=list)  # one per subject, phase, class and slice
     clinical: list[dict] = field(default_factory=list)  # one per subject
+    undrawn: list[str] = field(default_factory=list)  # such as "MYO at ES", which no reference has: no rows
     unlabelled: list[str] = field(default_factory=list)  # subjects without a labelled frame of these phases
     failed: list[str] = field(default_factory=list)  # "subject: what went wrong"
 
@@ -50,6 +51,15 @@ class Scores:
         """{present class: volumes in which only one of the two label maps has it}."""
         found = Counter(row["class"] for row in self.rows if row["missed"])
         return {name: found[name] for name in self.present if found[name]}
+
+    def leave_out_undrawn(self) -> None:
+        """Drop the rows of a class in a phase in which no reference has it, if another phase has it."""
+        drawn = {(row["phase"], row["class"]) for row in self.rows if row["in_reference"]}
+        every = {(row["phase"], row["class"]) for row in self.rows if row["class"] in self.present}
+        lost = sorted(every - drawn)
+        self.undrawn = [f"{name} at {phase}" for phase, name in lost]
+        for rows in (self.rows, self.slices):
+            rows[:] = [row for row in rows if (row["phase"], row["class"]) not in lost]
 
 
 def score(predict: Predict, cines: Store, *, phases: str, save: Path | None = None) -> Scores:
@@ -68,10 +78,7 @@ def score(predict: Predict, cines: Store, *, phases: str, save: Path | None = No
     for part in distributed.merge(parts):
         for name, rows in vars(part).items():
             getattr(every, name).extend(rows)
-    known = metrics.clinical({phase: dict.fromkeys(every.present, 1.0) for phase in ("ED", "ES")})
-    for row in every.clinical:  # the 0 ml of a class that no reference has are no measurement
-        ends = ("_reference", "_error")
-        row |= {name + end: None for name, value in known.items() if value is None for end in ends}
+    every.leave_out_undrawn()
     return every
 
 
@@ -96,7 +103,8 @@ def _score_subject(
         scores.rows += [{**at, "class": name, **measured[name]} for name in CLASSES]
         scores.slices += [{**at, **row} for row in slice_rows(labels, reference)]
         ours[phase] = {name: measured[name]["volume_ml"] for name in CLASSES}
-        theirs[phase] = {name: measured[name]["reference_ml"] for name in CLASSES}
+        drawn = [name for name in CLASSES if measured[name]["in_reference"]]  # 0 ml are no measurement
+        theirs[phase] = {name: measured[name]["reference_ml"] for name in drawn}
         if save:
             maps[frame] = labels
     expected = metrics.clinical(theirs)

@@ -1,5 +1,6 @@
 """What an evaluation prints: tables as plain text."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from cmrssp.evaluation.scoring import Scores
 
 def dice_table(table: Sequence[dict]) -> str:
     """Mean and sample standard deviation over subjects, per class: 3D Dice by phase, then distances in mm.
-    table: of `scoring.breakdown`. A dash for a class that no reference has.
+    table: of `scoring.breakdown`. A dash where no reference has the class.
     """
     found = {(row["by"], row["group"], row["metric"], row["class"]): row for row in table}
     phases = [group for by, group, metric, name in found if (by, metric, name) == ("phase", "dice", "mean")]
@@ -23,7 +24,8 @@ def dice_table(table: Sequence[dict]) -> str:
         text += f"\n{title:<8}"
         digits = 3 if group[2] == "dice" else 2
         for row in (found.get((*group, name)) for name in (*CLASSES, "mean")):
-            shown = f"{row['mean']:.{digits}f} ± {row['std']:.{digits}f}" if row else "-"
+            measured = row and row["number"]
+            shown = f"{row['mean']:.{digits}f} ± {row['std']:.{digits}f}" if measured else "-"
             text += f"{shown:>16}"
     return text
 
@@ -31,11 +33,13 @@ def dice_table(table: Sequence[dict]) -> str:
 def notes(scores: Scores) -> str:
     """Lines about what the tables leave out."""
     lines = []
-    if absent := [name for name in CLASSES if name not in scores.present]:
+    if absent := [name for name in CLASSES if name not in scores.present] + scores.undrawn:
         lines.append(f"no reference has {' or '.join(absent)}: left out of every mean\n")
     if scores.missed:
-        where = ", ".join(f"{name} in {count} volumes" for name, count in scores.missed.items())
-        lines.append(f"missed (in only one of the two label maps, so without a distance): {where}\n")
+        undrawn = Counter(row["class"] for row in scores.rows if row["missed"] and not row["in_reference"])
+        volumes = [f"{n} in {count} volumes ({undrawn[n]} undrawn)" for n, count in scores.missed.items()]
+        what = "missed (in only one of the two label maps, so without a distance; undrawn: by the reference)"
+        lines.append(f"{what}: {', '.join(volumes)}\n")
     if scores.unlabelled:
         lines.append(f"left out, without labels: {', '.join(scores.unlabelled)}\n")
     return "".join(lines)

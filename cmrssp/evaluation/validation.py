@@ -16,22 +16,25 @@ def mean_dice(
     method: Segmentation, cines: Store, keys: Sequence[str], device: torch.device
 ) -> dict[str, float]:
     """3D Dice on the original grid, averaged over the ED and ES frames of the subjects `keys`: dice_<class>
-    for each class that a reference has, and dice, their mean. Empty if there is none. The ranks share the
-    subjects.
+    for each class that a reference has, over the phases in which one has it, and dice, their mean. Empty if
+    there is none. The ranks share the subjects.
     """
     method.eval()
     mine = []
     for subject in (cines.index[key] for key in distributed.own_items(keys)):
-        frames = sorted(set(cines.labels[subject].phases.values()))
-        references = [cines.label_volume(subject, frame) for frame in frames]
-        pairs = zip(predict_frames([method], cines, subject, frames, device), references, strict=True)
-        mine.append([(metrics.dice(*pair), np.unique(pair[1])) for pair in pairs])
+        phases = cines.labels[subject].phases
+        predicted = predict_frames([method], cines, subject, list(phases.values()), device)
+        references = [cines.label_volume(subject, frame) for frame in phases.values()]
+        pairs = zip(predicted, references, strict=True)
+        volumes = [(metrics.dice(*pair), np.unique(pair[1])) for pair in pairs]
+        mine.append([(phase, *volume) for phase, volume in zip(phases, volumes, strict=True)])
     method.train()
     found = [volume for subject in distributed.merge(mine) for volume in subject]
+    drawn = {(phase, id) for phase, _, ids in found for id in ids}
     means = {
-        f"dice_{name}": float(np.mean([dice[name] for dice, _ in found]))
+        f"dice_{name}": float(np.mean([dice[name] for phase, dice, _ in found if (phase, id) in drawn]))
         for id, name in enumerate(CLASSES, start=1)
-        if any(id in ids for _, ids in found)
+        if drawn & {("ED", id), ("ES", id)}
     }
     return {"dice": float(np.mean(list(means.values()))), **means} if means else {}
 

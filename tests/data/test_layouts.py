@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from cmrssp.data import dataset, quality, splits, store
+from cmrssp.data.subject import USED
 from cmrssp.errors import UserError
 
 AFFINE = np.diag([1.5, 1.5, 10.0, 1.0])
@@ -332,7 +333,7 @@ def test_a_plain_folder_and_its_table(plain):
 
 def test_cines_of_one_patient_in_a_plain_folder(tmp_path, beating):
     names = ("p1_ED", "p1_es", "p2-frame01", "p2-frame12", "p3", "visit_a", "visit_b", "p5/ED", "p5/ES")
-    for name in (*names, "ED/p6", "ES/p6", "b/p1_ED", "b/p7_ES", "red"):
+    for name in (*names, "ED/p6", "ES/p6", "b/p1_ED", "b/p7_ES", "red", "p8_sax_t0", "p8_sax_t33", "at_T1"):
         save(tmp_path / f"{name}.nii", beating(1)[0])
     table(tmp_path / "subjects.csv", "subject,patient", "visit_a,p4", "visit_b,p4")
     subjects, _ = dataset.find([str(tmp_path)], tmp_path)
@@ -340,6 +341,30 @@ def test_cines_of_one_patient_in_a_plain_folder(tmp_path, beating):
     assert [patients[name] for name in names] == ["p1", "p1", "p2", "p2", "p3", "p4", "p4", "p5", "p5"]
     assert patients["ED/p6"] == patients["ES/p6"] and patients["red"] == "red"
     assert patients["b/p1_ED"] == "b/p1" and patients["b/p7_ES"] == "b/p7"
+    assert patients["p8_sax_t0"] == patients["p8_sax_t33"] == "p8_sax" and patients["at_T1"] == "at_T1"
+
+
+def test_folders_with_a_few_cines_may_be_patients(tmp_path, beating):
+    for name in ("p1/first", "p1/second", "p2/first", "p2/second", "p3/one_ED", "p3/one_ES", "p4/one"):
+        save(tmp_path / "in" / f"{name}.nii", beating(1)[0])
+    (doubt,) = dataset.find([str(tmp_path / "in")], tmp_path)[1]
+    assert doubt.done == USED and "2 folders, such as p1" in doubt.what
+    table(tmp_path / "in" / "subjects.csv", "subject,patient", "p1/first,1", "p1/second,1")
+    assert not [odd for odd in dataset.find([str(tmp_path / "in")], tmp_path)[1] if "folders" in odd.what]
+
+
+def test_single_frames_of_a_plain_folder_have_the_phase_of_their_names(tmp_path, beating):
+    cine, labels = beating()
+    for name, t in (("p1_ED", 2), ("p1_ES", 0), ("ES/p2", 0), ("p3", 0)):
+        save(tmp_path / "in" / f"{name}.nii", cine[..., t])
+        save(tmp_path / "in" / f"{name}_gt.nii", labels[..., t])
+    save(tmp_path / "in" / "es" / "p4.nii", cine)
+    save(tmp_path / "in" / "es" / "p4_gt.nii", labels)  # of all frames: the labels say it
+    cines = store.build(dataset.find([str(tmp_path / "in")], tmp_path)[0], tmp_path, labels=True)
+    phases = {s.id: r.phases for s, r in zip(cines.subjects, cines.labels, strict=True)}
+    assert phases == {"p1_ED": {"ED": 0}, "p1_ES": {"ES": 0}, "p2": {"ES": 0}, "p3": {"ED": 0},
+                      "p4": {"ED": 2, "ES": 0}}  # fmt: skip
+    assert not cines.labels[-1].problems
 
 
 def test_frames_and_phases_in_a_plain_folder(plain):
@@ -587,7 +612,7 @@ def test_a_table_of_splits_is_never_passed_over(tmp_path, beating, cine, name, r
 
 def test_the_overlap_cannot_be_left_out_without_diseases(mnms2, tmp_path, beating, write_mnms):
     shutil.copytree(mnms2, tmp_path / "MnM2")
-    table(tmp_path / "MnM2" / "dataset_information.csv", "SUBJECT_CODE,DISEASE,VENDOR", "1,NOR,SIEMENS")
+    table(tmp_path / "MnM2" / "Dataset_Information.CSV", "SUBJECT_CODE,DISEASE,VENDOR", "1,NOR,SIEMENS")
     folders = [str(tmp_path / "MnM2"), str(write_mnms("A", *beating(9)))]
     subjects, _ = dataset.find(folders, tmp_path)
     with pytest.raises(UserError, match=r"3 M&Ms-2 subjects have no DISEASE .* say --keep-overlap"):

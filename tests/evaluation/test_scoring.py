@@ -11,6 +11,7 @@ from loop import segmentation
 
 from cmrssp.data import dataset, store
 from cmrssp.evaluation import scoring, text
+from cmrssp.evaluation.validation import mean_dice
 from cmrssp.segmentation import Segmentation, predict_frames
 from cmrssp.weights.provenance import Provenance
 
@@ -69,6 +70,49 @@ def test_a_class_that_no_reference_has_is_neither_missed_nor_measured(three):
         assert row["lv_edv_ml_error"] == row["lv_edv_ml"] - row["lv_edv_ml_reference"]
     both = [{"class": name, "missed": True, "in_reference": name == "LV"} for name in ("LV", "RV")]
     assert scoring.Scores(rows=both).missed == {"LV": 1}
+
+
+def test_what_is_not_drawn_in_a_phase_or_a_patient(write_mnms, beating, tmp_path):
+    """The myocardium at ED alone (frame 2), the RV not in A; the prediction draws everything and is right."""
+
+    def stored(*, everything: bool) -> store.Store:
+        for seed, name in enumerate("ABC"):
+            cine, labels = beating(seed)
+            if not everything:
+                labels = np.where((labels == 3) & (name == "A"), 0, labels)
+                labels[..., 0][labels[..., 0] == 2] = 0
+            folder = write_mnms(name, cine, labels)
+        subjects, _ = dataset.find([str(folder)], tmp_path)
+        return store.build(subjects, tmp_path / str(everything), labels=True)
+
+    whole, cines = stored(everything=True), stored(everything=False)
+
+    def right(subject: int, frames: list[int]):
+        return (whole.label_volume(subject, frame) for frame in frames)
+
+    scores = scoring.score(right, cines, phases="both")
+    assert scores.undrawn == ["MYO at ES"] and scores.missed == {"RV": 2}
+    found = {(row["subject"], row["phase"], row["class"]): row["dice"] for row in scores.rows}
+    assert len(found) == 3 * 5 and {key for key, dice in found.items() if dice != 1} == {
+        ("mnms/A", "ED", "RV"), ("mnms/A", "ES", "RV"),
+    }  # fmt: skip
+    table = scoring.breakdown(scores)
+    es = {r["class"]: r["mean"] for r in table if (r["group"], r["metric"]) == ("ES", "dice")}
+    assert es["mean"] == pytest.approx((0.5 + 1 + 1) / 3) and math.isnan(es["MYO"])
+    assert text.dice_table(table).splitlines()[2].split()[4] == "-"  # after ES and the LV's mean ± std
+    assert "MYO at ES" in text.notes(scores) and "RV in 2 volumes (2 undrawn)" in text.notes(scores)
+    first, second = scores.clinical[:2]
+    assert first["rv_edv_ml"] > 0 and first["rv_edv_ml_reference"] is first["rv_ef_percent_error"] is None
+    assert second["rv_edv_ml_error"] == second["lv_mass_g_error"] == first["lv_esv_ml_error"] == 0
+
+    method = network(0)
+    figures = mean_dice(method, cines, [s.key for s in cines.subjects], torch.device("cpu"))
+    measured = scoring.score(predicting(cines), cines, phases="both").rows
+    for name in ("LV", "MYO", "RV"):
+        dice = [row["dice"] for row in measured if row["class"] == name]
+        assert figures[f"dice_{name}"] == pytest.approx(np.mean(dice)) and len(dice) == 6 - 3 * (
+            name == "MYO"
+        )
 
 
 def test_a_cine_that_cannot_be_measured_has_dice_but_no_volumes(write_mnms, beating, tmp_path):

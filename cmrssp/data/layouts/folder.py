@@ -1,6 +1,6 @@
 """A plain folder: any tree of .nii / .nii.gz cines (4D, or 3D for one frame), labels beside them under the
 same name with a suffix, and an optional subjects.csv (subject, patient, vendor, pathology, ed, es, split).
-Files that are named alike but for ED, ES or a frame are of one patient.
+Files that are named alike but for ED, ES or a frame (also dcm2niix's _t<ms>) are of one patient.
 """
 
 import re
@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from cmrssp.data.layouts import csv_table
-from cmrssp.data.subject import LEFT_OUT, PLAIN, LabelFile, Problem, Subject, listed
+from cmrssp.data.subject import LEFT_OUT, PLAIN, USED, LabelFile, Problem, Subject, listed
 from cmrssp.errors import UserError
 
 TABLE = "subjects.csv"
 _LIKE_LABELS = re.compile(r"(.+)([_-](?:gt|seg|mask|labels?|contour))", re.IGNORECASE | re.DOTALL)
-_PHASE = re.compile(r"(^|[/_-])(ed|es|frame[_-]?\d+)(?=/|$)", re.IGNORECASE)
+_PHASE = re.compile(r"(^|[/_-])(ed|es|frame[_-]?\d+|(?-i:(?<=_)t\d+))(?=/|$)", re.IGNORECASE)
+_FEW = 10  # cines in one folder, fewer than this: they may be of one patient
 _PARTS = ("", "train", "validation", "test")
 
 
@@ -41,7 +42,9 @@ def subjects_among(
         place = csv_table.composed((folder / stem).relative_to(root).as_posix())
         id = stem if same[stem] == 1 else place
         label = at.get((folder, stem + label_suffix))
-        labels = (LabelFile(label),) if label else ()
+        named = [name.upper() for _, name in _PHASE.findall(place)]
+        phase = next((name for name in reversed(named) if name in ("ED", "ES")), "")
+        labels = (LabelFile(label, phase=phase),) if label else ()
         subjects.append(Subject(PLAIN, id, at[folder, stem], labels, patient=_PHASE.sub("", place)))
     for folder, stem in at:
         name = stem.removesuffix(label_suffix)
@@ -58,8 +61,9 @@ def with_table(
     table differs from them. `ignore_split` ignores its column `split`.
     """
     rows = _rows(root / TABLE, ignore_split)
+    doubts = [] if any(row.get("patient") for row in rows.values()) else _who_is_whom(subjects, root)
     if not rows:
-        return list(subjects), []
+        return list(subjects), doubts
     found = {subject.id: (subject.key, subject.cine) for subject in subjects}
     lost = sorted(id for id, row in rows.items() if row["split"] and id not in found)
     if lost and (rest := sorted(found.keys() - rows.keys())):
@@ -72,7 +76,19 @@ def with_table(
         row = rows.get(subject.id, {})
         known = {**csv_table.about(row), "part": row.get("split"), "patient": row.get("patient")}
         told.append(replace(subject, **{k: v for k, v in known.items() if v not in ("", None)}))
-    return told, csv_table.differences(root / TABLE, rows, found)
+    return told, [*doubts, *csv_table.differences(root / TABLE, rows, found)]
+
+
+def _who_is_whom(subjects: Sequence[Subject], root: Path) -> list[Problem]:
+    """A doubt if several folders look like those of one patient each, with more than one cine."""
+    places = {(s.cine.parent, s.patient) for s in subjects if s.dataset == PLAIN}
+    held = Counter(folder for folder, _ in places)
+    several = sorted(folder for folder, count in held.items() if folder != root and 1 < count < _FEW)
+    if len(several) < 2:
+        return []
+    such = f"{len(several)} folders, such as {several[0].relative_to(root)}"
+    what = f"{such}, hold a few cines each, which count as different patients; a {TABLE} can say who is whom"
+    return [Problem("", root.name, what, USED)]
 
 
 def _rows(path: Path, ignore_split: bool) -> csv_table.Rows:
