@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = launch(args, run, method, batches["train"], prepared, validate, name, subjects=used["train"])
     if run:
         then = f"python finetune.py --init {shlex.quote(str(run.folder))}"
+        then += " --data FOLDER_WITH_LABELS" * (not any(subject.labels for subject in cines.subjects))
         print(f"done: {run.folder / 'unet.pt'}; next: {then}")
     return 0
 

@@ -563,8 +563,13 @@ def test_broken_subjects_are_all_named_or_left_out(phantom_folder, tmp_path, mon
     assert "2 of 8 subjects cannot be used" in errors and "Traceback" not in errors
     assert all(str(path) in errors for path in cines[:2]) and not (tmp_path / "runs").exists()
     monkeypatch.chdir(tmp_path)
+    for labels in folder.rglob("*_gt.nii.gz"):
+        labels.unlink()
     assert train_ssp.main([*map(str, words), "--skip-broken"]) == 0
     said = capsys.readouterr().out
+    assert (
+        "--init runs/mim-hearts --data FOLDER_WITH_LABELS" in said
+    )  # finetune.py would find none in this one
     assert "left out" in said and all(str(path) in said for path in cines[:2])
     split = json.loads((tmp_path / "runs" / "mim-hearts" / "split.json").read_text())
     assert sum(map(len, split.values())) == 6

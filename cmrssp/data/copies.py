@@ -50,7 +50,7 @@ def refuse_other_images(
     ):
         raise UserError(
             f"--data: {len(other)} of {len(now)} subjects have other images than those that the checkpoint "
-            f"knows by their names, the first is {other[0]}; is it another data set with the same file names?"
+            f"knows by their names, the first is {other[0]}; if it is another data set, rename its files"
         )
     seen = {recorded[key]: key for key in trained if key in recorded}
     present = sorted(key for key in held_out if key in now)

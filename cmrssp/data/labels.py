@@ -90,7 +90,7 @@ class _Reader:
             frames = [frame]
         else:
             expected = f"labels of all {len(self.stored)} frames (zeros where there are none)"
-            more = "or of one that the data set's table gives as ED or ES, counted from 0"
+            more = "or of one, which the data set's table gives as its only ED or ES, counted from 0"
             got = f"{len(array)} volumes, frame {frame}"
             raise BrokenSubject(f"{file.path}: expected {expected}, {more}; got {got}")
         for frame, mask in zip(frames, array, strict=False):

@@ -79,9 +79,14 @@ def _test(dataset: str, subjects: Sequence[Subject], seed: int) -> list[Subject]
 
 
 def _without_overlap(subjects: Sequence[Subject], seen: Iterable[str]) -> Sequence[Subject]:
-    """Beside M&Ms, drop M&Ms-2 subjects that may repeat it. Raises UserError if diseases are unknown."""
-    datasets = {s.dataset for s in subjects} | {key.split("/")[0] for key in seen}
-    if not {mnms.DATASET, mnms2.DATASET} <= datasets:
+    """Beside M&Ms, drop M&Ms-2 subjects that may repeat it; print a note if weights have seen them. Raises
+    UserError if diseases are unknown.
+    """
+    here = {s.dataset for s in subjects}
+    if not {mnms.DATASET, mnms2.DATASET} <= here | {key.split("/")[0] for key in seen}:
+        return subjects
+    if mnms2.DATASET not in here:
+        print("note: the weights were trained on M&Ms-2, some of whose subjects may be among these of M&Ms")
         return subjects
     diseases = {s.key: s.pathology.upper() for s in subjects if s.dataset == mnms2.DATASET}
     if unknown := list(diseases.values()).count(""):
@@ -189,7 +194,8 @@ def choose(
     if missing := len(named - keys):
         print(f"not found: {missing} of the {len(named)} subjects that the split names")
     if unnamed := len(keys - named):
-        print(f"not used, because the split does not name them: {unnamed} of {len(keys)} subjects")
+        how = "" if split_file else "; --split-seed 0 draws a split of all"
+        print(f"not used, because the split does not name them: {unnamed} of {len(keys)} subjects{how}")
     return keep(split, keys)
 
 

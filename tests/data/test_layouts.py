@@ -181,6 +181,14 @@ def test_without_mnms_there_is_no_overlap(both):
     assert sum(map(len, alone.values())) == 4 and alone["test"] == ["mnms2/210", "mnms2/300"]
 
 
+def test_weights_that_saw_mnms2_are_noted_beside_mnms(both, capsys):
+    mnms = [s for s in both if s.dataset == "mnms"]
+    assert sum(map(len, splits.assign(mnms, 0, seen=["mnms2/101"]).values())) == 1
+    assert "M&Ms-2" in capsys.readouterr().out
+    splits.assign(mnms, 0, seen=["acdc/patient001"])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture(scope="module")
 def real_size(tmp_path_factory):
     """The subjects of trees like those of 345 M&Ms and 360 M&Ms-2 subjects."""
