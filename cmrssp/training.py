@@ -141,10 +141,8 @@ def train(
                 requests.saved(request, run.folder, epoch + 1, 0)
     progress.close()
     content = transferable(method, replace(provenance, epochs=settings.epochs))
-    content["state_dict"] = {
-        key: value.cpu() for key, value in content["state_dict"].items()
-    }  # loads anywhere
-    return content
+    weights = {key: value.cpu() for key, value in content["state_dict"].items()}  # loads without a GPU
+    return {**content, "state_dict": weights}
 
 
 def transferable(method: Method, provenance: Provenance) -> dict[str, Any]:

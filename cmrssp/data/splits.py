@@ -82,11 +82,10 @@ def _without_overlap(subjects: Sequence[Subject], seen: Iterable[str]) -> Sequen
     """Beside M&Ms, drop M&Ms-2 subjects that may repeat it; print a note if weights have seen them. Raises
     UserError if diseases are unknown.
     """
-    here = {s.dataset for s in subjects}
-    if not {mnms.DATASET, mnms2.DATASET} <= here | {key.split("/")[0] for key in seen}:
-        return subjects
-    if mnms2.DATASET not in here:
+    here, before = {s.dataset for s in subjects}, {key.split("/")[0] for key in seen}
+    if mnms2.DATASET in before - here and mnms.DATASET in here - before:
         print("note: the weights were trained on M&Ms-2, some of whose subjects may be among these of M&Ms")
+    if not {mnms.DATASET, mnms2.DATASET} <= here | before:
         return subjects
     diseases = {s.key: s.pathology.upper() for s in subjects if s.dataset == mnms2.DATASET}
     if unknown := list(diseases.values()).count(""):

@@ -185,7 +185,8 @@ def test_weights_that_saw_mnms2_are_noted_beside_mnms(both, capsys):
     mnms = [s for s in both if s.dataset == "mnms"]
     assert sum(map(len, splits.assign(mnms, 0, seen=["mnms2/101"]).values())) == 1
     assert "M&Ms-2" in capsys.readouterr().out
-    splits.assign(mnms, 0, seen=["acdc/patient001"])
+    for seen in (["acdc/patient001"], ["mnms2/101", "mnms/B9"]):  # both together: the overlap was left out
+        splits.assign(mnms, 0, seen=seen)
     assert capsys.readouterr().out == ""
 
 
