@@ -37,29 +37,31 @@ class Scores:
     rows: list[dict] = field(default_factory=list)  # one per subject, phase and class
     slices: list[dict] = field(default_factory=list)  # one per subject, phase, class and slice
     clinical: list[dict] = field(default_factory=list)  # one per subject
-    undrawn: list[str] = field(default_factory=list)  # such as "MYO at ES", which no reference has: no rows
+    undrawn: list[str] = field(default_factory=list)  # such as "RV" or "MYO at ES": no reference has it
     unlabelled: list[str] = field(default_factory=list)  # subjects without a labelled frame of these phases
     failed: list[str] = field(default_factory=list)  # "subject: what went wrong"
 
     @property
     def present(self) -> list[str]:
-        """The classes that at least one reference has; means leave the others out."""
-        return [c for c in CLASSES if any(r["in_reference"] for r in self.rows if r["class"] == c)]
+        """The classes that at least one reference has."""
+        found = {row["class"] for row in self.rows}
+        return [name for name in CLASSES if name in found]
 
     @property
     def missed(self) -> dict[str, int]:
-        """{present class: volumes in which only one of the two label maps has it}."""
+        """{class: volumes in which only one of the two label maps has it}."""
         found = Counter(row["class"] for row in self.rows if row["missed"])
-        return {name: found[name] for name in self.present if found[name]}
+        return {name: found[name] for name in CLASSES if found[name]}
 
     def leave_out_undrawn(self) -> None:
-        """Drop the rows of a class in a phase in which no reference has it, if another phase has it."""
-        drawn = {(row["phase"], row["class"]) for row in self.rows if row["in_reference"]}
-        every = {(row["phase"], row["class"]) for row in self.rows if row["class"] in self.present}
-        lost = sorted(every - drawn)
-        self.undrawn = [f"{name} at {phase}" for phase, name in lost]
+        """Drop the rows of a class in a phase in which no reference has it."""
+        lost = {(row["phase"], row["class"]) for row in self.rows}
+        lost -= {(row["phase"], row["class"]) for row in self.rows if row["in_reference"]}
         for rows in (self.rows, self.slices):
             rows[:] = [row for row in rows if (row["phase"], row["class"]) not in lost]
+        present = self.present
+        self.undrawn = [name for name in CLASSES if name not in present]
+        self.undrawn += [f"{name} at {phase}" for phase, name in sorted(lost) if name in present]
 
 
 def score(predict: Predict, cines: Store, *, phases: str, save: Path | None = None) -> Scores:
@@ -223,7 +225,7 @@ def write(
     pictures = {
         "agreement.png": lambda path: plots.bland_altman(agreement_pairs(scores.clinical), path),
         "position.png": lambda path: plots.dice_by_position(scores.slices, path),
-        "boxes.png": lambda path: plots.boxes([r for r in scores.rows if r["class"] in present], path),
+        "boxes.png": lambda path: plots.boxes(scores.rows, path),
         "contours.png": lambda path: contours.contour_sheet(cines, extremes(scores, cines, predict), path),
     }
     for name, draw in pictures.items():
@@ -266,7 +268,7 @@ def extremes(scores: Scores, cines: Store, predict: Predict) -> list[contours.Ca
     sheet = []
     for place, name in sorted(places.items()):
         key = ranked[place]
-        rows = [row for row in scores.rows if row["subject"] == key and row["class"] in scores.present]
+        rows = [row for row in scores.rows if row["subject"] == key]
         for phase, frame in sorted({(row["phase"], row["frame"]) for row in rows}):
             mean = np.mean([row["dice"] for row in rows if row["phase"] == phase])
             (labels,) = predict(cines.index[key], [frame])

@@ -33,8 +33,8 @@ def dice_table(table: Sequence[dict]) -> str:
 def notes(scores: Scores) -> str:
     """Lines about what the tables leave out."""
     lines = []
-    if absent := [name for name in CLASSES if name not in scores.present] + scores.undrawn:
-        lines.append(f"no reference has {' or '.join(absent)}: left out of every mean\n")
+    if scores.undrawn:
+        lines.append(f"no reference has {' or '.join(scores.undrawn)}: left out of every mean\n")
     if scores.missed:
         undrawn = Counter(row["class"] for row in scores.rows if row["missed"] and not row["in_reference"])
         volumes = [f"{n} in {count} volumes ({undrawn[n]} undrawn)" for n, count in scores.missed.items()]

@@ -68,8 +68,7 @@ def test_a_class_that_no_reference_has_is_neither_missed_nor_measured(three):
     for row in scores.clinical:
         assert row["rv_edv_ml"] is not None and row["rv_edv_ml_reference"] is row["rv_edv_ml_error"] is None
         assert row["lv_edv_ml_error"] == row["lv_edv_ml"] - row["lv_edv_ml_reference"]
-    both = [{"class": name, "missed": True, "in_reference": name == "LV"} for name in ("LV", "RV")]
-    assert scoring.Scores(rows=both).missed == {"LV": 1}
+    assert "RV" not in scores.missed and scores.undrawn == ["RV"]
 
 
 def test_what_is_not_drawn_in_a_phase_or_a_patient(write_mnms, beating, tmp_path):
